@@ -1,0 +1,272 @@
+"""One fixed genotype, stacked into a network for CIFAR or ImageNet.
+
+Stacking and parameter names follow the official GeNAS code (clovaai/GeNAS@fd3cba8, after DARTS and RLNAS), so
+that its checkpoints load by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genas_plugins.genotype import NODES, CellGene, Genotype, cell_edges
+from genas_plugins.operations import FactorizedReduce, Identity, ReLUConvBN, build_operation, drop_path
+
+__all__ = ["AuxiliaryHead", "Cell", "CellNetwork", "CellShape", "CellStack", "Stem", "cell_shapes"]
+
+Stem = Literal["imagenet", "cifar"]
+STEMS: tuple[Stem, ...] = ("imagenet", "cifar")
+CELL_OUTPUTS = len(NODES)
+"""A cell's output has this many times its channels: the concatenation of the intermediate nodes."""
+
+
+@dataclass(frozen=True)
+class CellShape:
+    """Channels of one cell of a stack.
+
+    Attributes:
+        before_previous: Channels of ``c_{k-2}``, the output of the cell before the previous one.
+        previous: Channels of ``c_{k-1}``.
+        channels: Channels of each intermediate node.
+        reduction: The cell halves the resolution.
+        previous_reduced: The previous cell (or the ImageNet stem) halved it, so ``c_{k-2}`` is twice as large.
+    """
+
+    before_previous: int
+    previous: int
+    channels: int
+    reduction: bool
+    previous_reduced: bool
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the cell's output."""
+        return CELL_OUTPUTS * self.channels
+
+
+def cell_shapes(init_channels: int, num_cells: int, stem: Stem) -> tuple[CellShape, ...]:
+    """Shapes of a stack: reduction cells at one and two thirds, where the channels double.
+
+    Raises:
+        ValueError: ``init_channels`` is not a positive even number, ``num_cells`` is below 2, or ``stem`` is
+            neither ``"imagenet"`` nor ``"cifar"``.
+    """
+    if stem not in STEMS:
+        raise ValueError(f"Unknown stem {stem!r}; valid stems: {', '.join(STEMS)}.")
+    if init_channels < 2 or init_channels % 2:
+        raise ValueError(f"init_channels must be a positive even number, got {init_channels}.")
+    if num_cells < 2:
+        raise ValueError(f"num_cells must be at least 2 (two reduction cells), got {num_cells}.")
+    stem_channels = init_channels if stem == "imagenet" else 3 * init_channels
+    before_previous = previous = stem_channels
+    channels = init_channels
+    previous_reduced = stem == "imagenet"
+    shapes = []
+    for index in range(num_cells):
+        reduction = index in (num_cells // 3, 2 * num_cells // 3)
+        channels *= 2 if reduction else 1
+        shape = CellShape(before_previous, previous, channels, reduction, previous_reduced)
+        shapes.append(shape)
+        before_previous, previous, previous_reduced = previous, shape.out_channels, reduction
+    return tuple(shapes)
+
+
+class Cell(nn.Module):
+    """Two preprocessed inputs, four nodes that add two operations each, concatenated.
+
+    Args:
+        preprocess0: Brings ``c_{k-2}`` to the cell's channels and to the resolution of ``c_{k-1}``.
+        preprocess1: Brings ``c_{k-1}`` to the cell's channels.
+        operations: The eight operations in the order of ``gene``.
+        gene: Eight pairs ``(operation, input)``.
+    """
+
+    def __init__(
+        self, preprocess0: nn.Module, preprocess1: nn.Module, operations: Iterable[nn.Module], gene: CellGene
+    ) -> None:
+        super().__init__()
+        self.preprocess0 = preprocess0
+        self.preprocess1 = preprocess1
+        self._ops = nn.ModuleList(operations)
+        self._sources = tuple(source for _, source in gene)
+
+    @classmethod
+    def from_shape(cls, shape: CellShape, gene: CellGene) -> Cell:
+        """Build a freshly initialised cell."""
+        preprocess0, preprocess1 = build_preprocessing(shape)
+        operations = [
+            build_operation(operation, shape.channels, operation_stride(shape, source))
+            for _, operation, source in cell_edges(gene)
+        ]
+        return cls(preprocess0, preprocess1, operations, gene)
+
+    def forward(self, s0: Tensor, s1: Tensor, drop_path_prob: float = 0.0) -> Tensor:
+        """Compute ``c_k`` from ``c_{k-2}`` and ``c_{k-1}``.
+
+        Args:
+            s0: ``(N, C_pp, H0, W0)``, twice the size of ``s1`` where the previous cell reduced.
+            s1: ``(N, C_p, H, W)``.
+            drop_path_prob: Probability to drop an operation for a sample, applied in training only.
+
+        Returns:
+            ``(N, 4 C, H', W')``, halved (rounded up) in a reduction cell.
+        """
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        for first in range(0, len(self._ops), 2):
+            added = [self._edge(position, states, drop_path_prob) for position in (first, first + 1)]
+            states.append(added[0] + added[1])
+        return torch.cat(states[2:], dim=1)
+
+    def _edge(self, position: int, states: list[Tensor], drop_path_prob: float) -> Tensor:
+        operation = self._ops[position]
+        out = operation(states[self._sources[position]])
+        if self.training and drop_path_prob > 0.0 and not isinstance(operation, Identity):
+            out = drop_path(out, drop_path_prob)
+        return out
+
+
+class AuxiliaryHead(nn.Module):
+    """Classifier on an intermediate cell, for training only: ``(N, C, H, W)`` to ``(N, num_classes)``.
+
+    Made for 7x7 (ImageNet at 224) or 8x8 (CIFAR) features; larger ones are averaged at the end and smaller
+    ones resized first. Its second convolution has no batch normalisation on ImageNet, as in the official
+    code and in DARTS before it.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, stem: Stem = "imagenet") -> None:
+        super().__init__()
+        layers: list[nn.Module] = [
+            nn.ReLU(inplace=False),
+            nn.AvgPool2d(5, stride=2 if stem == "imagenet" else 3, padding=0, count_include_pad=False),
+            nn.Conv2d(in_channels, 128, 1, bias=False),
+            nn.BatchNorm2d(128),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(128, 768, 2, bias=False),
+        ]
+        if stem == "cifar":
+            layers.append(nn.BatchNorm2d(768))
+        self.features = nn.Sequential(*layers, nn.ReLU(inplace=True))
+        self.classifier = nn.Linear(768, num_classes)
+        self._least = 7 if stem == "imagenet" else 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        if min(x.shape[2:]) < self._least:
+            x = F.adaptive_avg_pool2d(x, self._least)
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+class CellStack(nn.Module):
+    """What fixed networks, supernets and their subnets share: the stem, the walk over the cells, the head.
+
+    Args:
+        shapes: Shapes of the cells, from :func:`cell_shapes`.
+        num_classes: Outputs of the classifier.
+        stem: ``"imagenet"`` (three strided convolutions; the cells start at stride 8) or ``"cifar"`` (one
+            3x3 convolution to 3 C; the cells start at full resolution).
+    """
+
+    def __init__(self, shapes: tuple[CellShape, ...], num_classes: int, stem: Stem) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}.")
+        self.num_classes = num_classes
+        self.shapes = shapes
+        self.stem_kind = stem
+        channels = shapes[0].previous
+        if stem == "imagenet":
+            half = channels // 2
+            self.stem0 = nn.Sequential(
+                nn.Conv2d(3, half, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(half),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(half, channels, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(channels),
+            )
+            self.stem1 = nn.Sequential(
+                nn.ReLU(inplace=False),
+                nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(channels),
+            )
+        else:
+            self.stem = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+        self.cells = nn.ModuleList()
+        self.classifier = nn.Linear(shapes[-1].out_channels, num_classes)
+
+    def stem_states(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The first two states ``(c_{-2}, c_{-1})`` from images ``(N, 3, H, W)``."""
+        if self.stem_kind == "imagenet":
+            s0 = self.stem0(x)
+            return s0, self.stem1(s0)
+        s0 = self.stem(x)
+        return s0, s0
+
+    def head(self, features: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` from the last cell's output."""
+        return self.classifier(features.mean((2, 3)))
+
+
+class CellNetwork(CellStack):
+    """A genotype as a network, with its own freshly initialised weights.
+
+    Args:
+        genotype: The two cells.
+        init_channels: C, channels of the first cells; even.
+        num_cells: Cells in the stack (the paper: 14 on ImageNet, 20 on CIFAR).
+        num_classes: Outputs of the classifier.
+        stem: ``"imagenet"`` or ``"cifar"``.
+        auxiliary: Add the auxiliary head on the cell at two thirds; the network then returns
+            ``(logits, auxiliary_logits)`` in training mode, and logits alone in evaluation mode.
+
+    Attributes:
+        drop_path_prob: Probability to drop an operation for a sample in training; 0 unless set.
+
+    Raises:
+        ValueError: See :func:`cell_shapes`.
+    """
+
+    def __init__(
+        self,
+        genotype: Genotype,
+        init_channels: int,
+        num_cells: int,
+        num_classes: int,
+        stem: Stem = "imagenet",
+        auxiliary: bool = False,
+    ) -> None:
+        super().__init__(cell_shapes(init_channels, num_cells, stem), num_classes, stem)
+        self.genotype = genotype
+        self.drop_path_prob = 0.0
+        self._auxiliary_cell = 2 * num_cells // 3
+        for shape in self.shapes:
+            self.cells.append(Cell.from_shape(shape, genotype.reduce if shape.reduction else genotype.normal))
+        self.auxiliary_head: AuxiliaryHead | None = None
+        if auxiliary:
+            features = self.shapes[self._auxiliary_cell].out_channels
+            self.auxiliary_head = AuxiliaryHead(features, num_classes, stem)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``; a pair in training with an auxiliary head."""
+        s0, s1 = self.stem_states(x)
+        auxiliary_logits = None
+        for index, cell in enumerate(self.cells):
+            s0, s1 = s1, cell(s0, s1, self.drop_path_prob)
+            if index == self._auxiliary_cell and self.auxiliary_head is not None and self.training:
+                auxiliary_logits = self.auxiliary_head(s1)
+        logits = self.head(s1)
+        return logits if auxiliary_logits is None else (logits, auxiliary_logits)
+
+
+def build_preprocessing(shape: CellShape) -> tuple[nn.Module, nn.Module]:
+    """The two freshly initialised input layers of a cell."""
+    reduce_or_conv = FactorizedReduce if shape.previous_reduced else ReLUConvBN
+    return reduce_or_conv(shape.before_previous, shape.channels), ReLUConvBN(shape.previous, shape.channels)
+
+
+def operation_stride(shape: CellShape, source: int) -> int:
+    """Stride of an operation on ``source``: 2 on the inputs of a reduction cell."""
+    return 2 if shape.reduction and source < 2 else 1

@@ -1,0 +1,23 @@
+"""What is measured on one architecture: flatness, angle, accuracy and their combinations."""
+
+from genas_plugins.scoring.accuracy import Accuracy, accuracy
+from genas_plugins.scoring.angle import angle, parameter_angle
+from genas_plugins.scoring.batchnorm import recalibrate_batchnorm
+from genas_plugins.scoring.combined import METRICS, CombinedScore, Measurement
+from genas_plugins.scoring.flatness import Flatness, MeasurementError, flatness, flatness_from_losses, mean_loss
+
+__all__ = [
+    "METRICS",
+    "Accuracy",
+    "CombinedScore",
+    "Flatness",
+    "Measurement",
+    "MeasurementError",
+    "accuracy",
+    "angle",
+    "flatness",
+    "flatness_from_losses",
+    "mean_loss",
+    "parameter_angle",
+    "recalibrate_batchnorm",
+]

@@ -1,0 +1,52 @@
+"""Classification accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from genas_plugins.scoring.batchnorm import evaluation_mode
+
+__all__ = ["Accuracy", "accuracy"]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Fractions of images, from 0 to 1.
+
+    Attributes:
+        top1: The label has the highest logit.
+        top5: The label is among the five highest (among all, where there are fewer than five classes).
+    """
+
+    top1: float
+    top5: float
+
+
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Accuracy:
+    """Measure top-1 and top-5 accuracy in evaluation mode; the model's mode is restored.
+
+    Args:
+        model: Maps images ``(N, 3, H, W)`` to logits ``(N, num_classes)``.
+        batches: Images and labels ``(N,)`` on the model's device.
+
+    Raises:
+        ValueError: ``batches`` is empty.
+    """
+    correct: Tensor | None = None
+    count = 0
+    with evaluation_mode(model), torch.no_grad():
+        for images, labels in batches:
+            logits = model(images)
+            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            hits = ranked == labels[:, None]
+            found = torch.stack([hits[:, 0].sum(), hits.sum()])
+            correct = found if correct is None else correct + found
+            count += len(labels)
+    if correct is None:
+        raise ValueError("Accuracy needs at least one batch of images, got none.")
+    top1, top5 = (correct.double() / count).tolist()
+    return Accuracy(top1, top5)

@@ -1,0 +1,125 @@
+"""The angle between initial and trained weights of an architecture.
+
+After Hu et al. (ECCV 2020) and RLNAS (Zhang et al., CVPR 2021), as GeNAS (IJCAI 2023) uses it. One deviation
+from the official code: there, a dilated convolution contributes the weight of its batch normalisation twice
+and the bias not at all; here, weight and bias, as for every other operation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from genas_plugins.genotype import NODES, CellGene, Genotype, cell_edges
+from genas_plugins.operations import Identity
+from genas_plugins.supernet import SuperNet
+
+__all__ = ["angle", "parameter_angle", "path_counts"]
+
+
+def angle(initial: SuperNet, trained: SuperNet, genotype: Genotype, normalize: bool = False) -> float:
+    """Angle between the architecture vectors of ``genotype`` in two supernets.
+
+    A vector holds, for each cell, the weights along each of the 30 paths from an input to an intermediate
+    node whose edges all exist, so that an edge on several paths counts several times; then the convolution
+    and batch normalisation of the stem and of every preprocessing, and the classifier's weight without its
+    bias. An operation contributes its convolutions and the weight and bias of its batch normalisation;
+    pooling a constant kernel of 1/9 of shape ``(C, 3, 3)`` and its batch normalisation; an identity the
+    ``(C, C)`` identity matrix.
+
+    Args:
+        initial: The supernet before training.
+        trained: The same supernet after it.
+        genotype: The architecture.
+        normalize: Divide by pi, to [0, 1].
+
+    Returns:
+        Radians, or a fraction of pi; computed in float64.
+
+    Raises:
+        ValueError: The supernets differ in shape.
+    """
+    if dict(initial.arguments) != dict(trained.arguments):
+        raise ValueError(
+            f"The initial supernet {dict(initial.arguments)} and the trained one {dict(trained.arguments)} "
+            "differ; the angle needs two states of one supernet."
+        )
+    dot = squared_initial = squared_trained = torch.zeros((), dtype=torch.float64)
+    pieces = zip(_vector_pieces(initial, genotype), _vector_pieces(trained, genotype), strict=True)
+    for (before, count), (after, _) in pieces:
+        before, after = before.detach().double().flatten(), after.detach().double().flatten()
+        dot = dot + count * (before @ after)
+        squared_initial = squared_initial + count * (before @ before)
+        squared_trained = squared_trained + count * (after @ after)
+    return _angle(dot, squared_initial, squared_trained, normalize)
+
+
+def parameter_angle(
+    initial: Mapping[str, Tensor], model: nn.Module, names: Collection[str] | None = None, normalize: bool = False
+) -> float:
+    """Angle between initial and present parameters, each counted once: the measure for any other network.
+
+    Args:
+        initial: Initial values by parameter name.
+        model: The trained network.
+        names: Parameters to compare; ``None`` for all of the model's.
+        normalize: Divide by pi, to [0, 1].
+
+    Raises:
+        ValueError: A name is missing from ``initial``.
+    """
+    dot = squared_initial = squared_trained = torch.zeros((), dtype=torch.float64)
+    for name, parameter in model.named_parameters():
+        if names is not None and name not in names:
+            continue
+        if name not in initial:
+            raise ValueError(f"The initial weights have no parameter named {name}.")
+        after = parameter.detach().double().flatten()
+        before = initial[name].to(after.device).double().flatten()
+        dot = dot + before @ after
+        squared_initial = squared_initial + before @ before
+        squared_trained = squared_trained + after @ after
+    return _angle(dot, squared_initial, squared_trained, normalize)
+
+
+def path_counts(gene: CellGene) -> tuple[int, ...]:
+    """For each of a cell's eight edges, how many of its input-to-node paths run through it.
+
+    """
+    arriving = {0: 1, 1: 1}
+    for node in NODES:
+        arriving[node] = sum(arriving[source] for target, _, source in cell_edges(gene) if target == node)
+    leaving: dict[int, int] = {}
+    for node in reversed(NODES):
+        # A path may end at any intermediate node, hence the 1.
+        leaving[node] = 1 + sum(leaving[target] for target, _, source in cell_edges(gene) if source == node)
+    return tuple(arriving[source] * leaving[node] for node, _, source in cell_edges(gene))
+
+
+def _vector_pieces(supernet: SuperNet, genotype: Genotype) -> Iterator[tuple[Tensor, int]]:
+    for name, child in supernet.named_children():
+        if name not in ("cells", "classifier"):
+            yield from ((parameter, 1) for parameter in child.parameters())
+    for shape, cell in zip(supernet.shapes, supernet.cells, strict=True):
+        for preprocess in (cell.preprocess0, cell.preprocess1):
+            yield from ((parameter, 1) for parameter in preprocess.parameters())
+        gene = genotype.reduce if shape.reduction else genotype.normal
+        for (node, name, source), count in zip(cell_edges(gene), path_counts(gene), strict=True):
+            operation = cell.operation(name, source, node)
+            first = next(cell.parameters())
+            if isinstance(operation, Identity):
+                yield torch.eye(shape.channels, device=first.device), count
+            elif name.endswith("pool_3x3"):
+                yield torch.full((shape.channels, 3, 3), 1 / 9, dtype=torch.float64, device=first.device), count
+            yield from ((parameter, count) for parameter in operation.parameters())
+    yield supernet.classifier.weight, 1
+
+
+def _angle(dot: Tensor, squared_a: Tensor, squared_b: Tensor, normalize: bool) -> float:
+    cosine = float(dot) / math.sqrt(float(squared_a) * float(squared_b))
+    # Rounding can push the cosine of equal vectors past 1.
+    radians = math.acos(max(-1.0, min(1.0, cosine)))
+    return radians / math.pi if normalize else radians

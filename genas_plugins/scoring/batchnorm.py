@@ -1,0 +1,99 @@
+"""Recalibration of batch normalisation, and the guard that keeps measurements from leaving traces.
+
+A path of a weight-sharing supernet inherits running statistics that mix all paths; they are recomputed on a
+few training images before the path is measured (Guo et al., Single Path One-Shot, ECCV 2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["evaluation_mode", "preserve_batchnorm", "recalibrate_batchnorm"]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` in evaluation mode; afterwards every submodule is back in the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def preserve_batchnorm(model: nn.Module) -> Iterator[None]:
+    """Afterwards all statistics of batch normalisation are, bit for bit, what they were before."""
+    saved = _statistics(model)
+    try:
+        yield
+    finally:
+        _restore(saved)
+
+
+def recalibrate_batchnorm(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], momentum: float | None = None
+) -> None:
+    """Replace the running statistics of ``model`` by those of the given images.
+
+    Only batch normalisation runs in training mode, so that dropout and drop path stay off and the global
+    random state is not touched. Mode and momentum are restored. If a batch fails, the old statistics are.
+
+    Args:
+        model: Any network.
+        batches: Pairs of images ``(N, 3, H, W)`` and labels ``(N,)``, on the model's device; the labels are
+            not used. Each image is seen once.
+        momentum: ``None`` for the cumulative average, in which every batch counts the same. A number is the
+            momentum of the running average, started at mean 0 and variance 1: with the 0.1 and the 14 batches
+            of the official code the result keeps 0.9^14 = 23 % of these starting values.
+
+    Raises:
+        ValueError: ``batches`` is empty, or ``momentum`` is not in (0, 1].
+    """
+    if momentum is not None and not 0.0 < momentum <= 1.0:
+        raise ValueError(f"momentum must be None (cumulative average) or in (0, 1], got {momentum}.")
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    saved = _statistics(model)
+    done = False
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = momentum
+                norm.train()
+            seen = False
+            for images, _ in batches:
+                model(images)
+                seen = True
+        if not seen:
+            raise ValueError("Recalibration of batch normalisation needs at least one batch of images, got none.")
+        done = True
+    finally:
+        for norm, old in zip(norms, momenta, strict=True):
+            norm.momentum = old
+        if not done:
+            _restore(saved)
+
+
+def _statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    buffers = [
+        buffer
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        for buffer in module.buffers(recurse=False)
+    ]
+    return [(buffer, buffer.clone()) for buffer in buffers]
+
+
+def _restore(saved: list[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, value in saved:
+            buffer.copy_(value)

@@ -1,0 +1,256 @@
+"""Flatness of the loss surface around trained weights: Eq. 4 of GeNAS (Jeong et al., IJCAI 2023).
+
+The weights are perturbed with Gaussian noise of growing standard deviation; an architecture is better the
+less its validation loss moves (flat) and the lower it is (deep).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from genas_plugins.scoring.batchnorm import evaluation_mode
+
+__all__ = [
+    "Flatness",
+    "MeasurementError",
+    "Noise",
+    "Where",
+    "check_sigmas",
+    "flatness",
+    "flatness_from_losses",
+    "mean_loss",
+    "perturbations",
+]
+
+Noise = Literal["cumulative", "independent", "shared"]
+Where = Literal["all", "cells"]
+_EPSILON = 1e-5
+
+
+class MeasurementError(ArithmeticError):
+    """A measurement gave no finite number; the search records such a candidate as failed and goes on."""
+
+
+@dataclass(frozen=True)
+class Flatness:
+    """Eq. 4 and its two terms.
+
+    Attributes:
+        score: ``1 / (slope + alpha * depth + 1e-5)``; higher is better.
+        losses: Mean validation cross-entropy in nats at each sigma.
+        sigmas: Standard deviations of the noise on the weights.
+        slope: ``sum_i |L(s_{i+1}) - L(s_i)| / (s_{i+1} - s_i)``, how fast the loss moves.
+        depth: ``|L(s_1) / s_1|``, how low it lies, in units of the first sigma.
+        alpha: Weight of the depth term.
+    """
+
+    score: float
+    losses: tuple[float, ...]
+    sigmas: tuple[float, ...]
+    slope: float
+    depth: float
+    alpha: float
+
+    @property
+    def slope_share(self) -> float:
+        """Fraction of ``1 / score`` that the slope term makes up; the rest is depth."""
+        return self.slope * self.score
+
+
+def check_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
+    """Return the sigmas as a tuple of floats.
+
+    Raises:
+        ValueError: Fewer than two, not finite, not positive or not strictly increasing.
+    """
+    values = tuple(float(sigma) for sigma in sigmas)
+    increasing = all(low < high for low, high in itertools.pairwise(values))
+    if len(values) < 2 or not all(map(math.isfinite, values)) or values[0] <= 0.0 or not increasing:
+        raise ValueError(
+            f"sigmas must be at least two positive, strictly increasing numbers, for instance (0.001, 0.003, 0.006); "
+            f"got {list(sigmas)}."
+        )
+    return values
+
+
+def flatness_from_losses(losses: Sequence[float], sigmas: Sequence[float], alpha: float = 1.0) -> Flatness:
+    """Eq. 4 from losses that are known already.
+
+    Args:
+        losses: Mean validation loss in nats at each sigma.
+        sigmas: Strictly increasing standard deviations, as many.
+        alpha: Weight of the depth term, at least 0.
+
+    Raises:
+        ValueError: Wrong sigmas, another number of losses, or a negative alpha.
+        MeasurementError: A loss is not finite.
+    """
+    sigmas = check_sigmas(sigmas)
+    losses = tuple(float(loss) for loss in losses)
+    if len(losses) != len(sigmas):
+        raise ValueError(f"Expected one loss for each of the {len(sigmas)} sigmas, got {len(losses)}.")
+    if not alpha >= 0.0:
+        raise ValueError(f"alpha must be at least 0, got {alpha}.")
+    for sigma, loss in zip(sigmas, losses, strict=True):
+        if not math.isfinite(loss):
+            raise MeasurementError(f"The validation loss at sigma {sigma:g} is {loss}.")
+    slope = sum(
+        abs(losses[i + 1] - losses[i]) / (sigmas[i + 1] - sigmas[i]) for i in range(len(sigmas) - 1)
+    )
+    depth = abs(losses[0] / sigmas[0])
+    return Flatness(1.0 / (slope + alpha * depth + _EPSILON), losses, sigmas, slope, depth, alpha)
+
+
+def flatness(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    sigmas: Sequence[float],
+    alpha: float = 1.0,
+    noise: Noise = "cumulative",
+    where: Where = "all",
+    generator: torch.Generator | None = None,
+    *,
+    parameters: Collection[str] | None = None,
+) -> Flatness:
+    """Measure Eq. 4 of GeNAS on a network whose batch normalisation is calibrated.
+
+    The model is not changed: noise is added to copies of its parameters, all of them (convolutions, weight
+    and bias of batch normalisation, classifier) unless ``where`` or ``parameters`` restricts them. Mode,
+    buffers and the global random state are bit-equal before and after, also when a batch fails.
+
+    Args:
+        model: Maps images ``(N, 3, H, W)`` to logits ``(N, num_classes)``.
+        batches: Validation images and labels ``(N,)`` on the model's device; iterated once per sigma.
+        sigmas: Standard deviations of the noise, strictly increasing.
+        alpha: Weight of the depth term.
+        noise: ``"cumulative"`` (the published results): ``theta_1 = theta + N(0, s_1)``, ``theta_{i+1} =
+            theta_i + N(0, s_{i+1} - s_i)``, standard deviations. ``"independent"`` (the formula as printed):
+            ``theta + N(0, s_i)``, a new draw for each sigma. ``"shared"``: one draw, scaled by each sigma.
+        where: ``"all"`` parameters, or only those of the ``"cells"`` (Table 7), which spares stem and
+            classifier.
+        generator: Source of the noise, on any device. ``None`` is a generator with seed 0.
+        parameters: Names to perturb; ``None`` for all. For a supernet that runs with one path fixed: the
+            names on that path.
+
+    Raises:
+        ValueError: Wrong sigmas or alpha, an unknown noise mode or ``where``, names that do not exist, no
+            parameter left to perturb, or no batches.
+        MeasurementError: A loss is not finite.
+    """
+    sigmas = check_sigmas(sigmas)
+    names = _perturbed_names(model, where, parameters)
+    losses = [
+        _perturbed_loss(model, noisy, batches)
+        for noisy in perturbations(model, names, sigmas, noise, generator)
+    ]
+    return flatness_from_losses(torch.stack(losses).tolist(), sigmas, alpha)
+
+
+def mean_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Mean cross-entropy in nats over all images, in evaluation mode and without noise.
+
+    Raises:
+        ValueError: ``batches`` is empty.
+    """
+    return float(_perturbed_loss(model, {}, batches))
+
+
+def perturbations(
+    model: nn.Module,
+    names: Collection[str],
+    sigmas: Sequence[float],
+    noise: Noise = "cumulative",
+    generator: torch.Generator | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """For each sigma, yield noisy copies of the named parameters, as :func:`torch.func.functional_call` takes them.
+
+    Raises:
+        ValueError: An unknown noise mode.
+    """
+    if noise not in get_args(Noise):
+        raise ValueError(f"Unknown noise {noise!r}; valid modes: {', '.join(get_args(Noise))}.")
+    chosen = set(names)
+    tensors = {name: tensor.detach() for name, tensor in model.named_parameters() if name in chosen}
+    if generator is None:
+        generator = torch.Generator(next(iter(tensors.values())).device).manual_seed(0)
+    draw = _draw(tensors, generator) if noise == "shared" else None
+    previous = 0.0
+    noisy = tensors
+    for sigma in sigmas:
+        if noise == "cumulative":
+            noisy = _add(noisy, _draw(tensors, generator), sigma - previous)
+        else:
+            noisy = _add(tensors, draw if draw is not None else _draw(tensors, generator), sigma)
+        previous = sigma
+        yield noisy
+
+
+def _draw(tensors: dict[str, Tensor], generator: torch.Generator) -> list[Tensor]:
+    # One call for all parameters: a kernel launch for each of several hundred tensors would dominate on a GPU.
+    first = next(iter(tensors.values()))
+    sizes = [tensor.numel() for tensor in tensors.values()]
+    flat = torch.randn(sum(sizes), generator=generator, device=generator.device, dtype=first.dtype)
+    pieces = flat.to(first.device).split(sizes)
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors.values(), strict=True)]
+
+
+def _add(tensors: dict[str, Tensor], draw: list[Tensor], scale: float) -> dict[str, Tensor]:
+    return dict(zip(tensors, torch._foreach_add(list(tensors.values()), draw, alpha=scale), strict=True))
+
+
+class _MeanLoss(nn.Module):
+    """Mean loss over all batches as one call, so that parameters are swapped once and not for every batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        total: Tensor | None = None
+        count = 0
+        for images, labels in batches:
+            logits = self.model(images)
+            # float64 on the device: no rounding over many batches, and no synchronisation before the end.
+            loss = F.cross_entropy(logits, labels, reduction="sum").double()
+            total = loss if total is None else total + loss
+            count += len(labels)
+        if total is None:
+            raise ValueError("The validation loss needs at least one batch of images, got none.")
+        return total / count
+
+
+def _perturbed_loss(
+    model: nn.Module, noisy: dict[str, Tensor], batches: Iterable[tuple[Tensor, Tensor]]
+) -> Tensor:
+    replaced = {f"model.{name}": tensor for name, tensor in noisy.items()}
+    with evaluation_mode(model), torch.no_grad():
+        return functional_call(_MeanLoss(model), replaced, (batches,))
+
+
+def _perturbed_names(model: nn.Module, where: Where, parameters: Collection[str] | None) -> list[str]:
+    if where not in get_args(Where):
+        raise ValueError(f"Unknown where {where!r}; valid choices: {', '.join(get_args(Where))}.")
+    existing = [name for name, _ in model.named_parameters()]
+    if parameters is not None:
+        unknown = sorted(set(parameters) - set(existing))
+        if unknown:
+            raise ValueError(f"The model has no parameters named {', '.join(unknown[:5])} ({len(unknown)} in all).")
+        wanted = set(parameters)
+        existing = [name for name in existing if name in wanted]
+    if where == "cells":
+        existing = [name for name in existing if name.startswith("cells.") or ".cells." in name]
+    if not existing:
+        raise ValueError(
+            f"No parameter of {type(model).__name__} is left to perturb with where={where!r}"
+            + ("; its cells must live in an attribute named cells." if where == "cells" else ".")
+        )
+    return existing

@@ -1,0 +1,7 @@
+"""How a space is walked: the evolution, its history on disk and the loop that joins them to a measurement."""
+
+from genas_plugins.search.evolution import Evolution, Proposal, SearchSpace
+from genas_plugins.search.history import History, HistoryError
+from genas_plugins.search.loop import candidate_seed, run_search
+
+__all__ = ["Evolution", "History", "HistoryError", "Proposal", "SearchSpace", "candidate_seed", "run_search"]

@@ -1,0 +1,200 @@
+"""The evolutionary search of SPOS (Guo et al., ECCV 2020), as RLNAS and GeNAS run it, as a resumable object.
+
+The object proposes a generation (:meth:`Evolution.ask`) and takes its scores (:meth:`Evolution.tell`); it never
+calls the measurement itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import numpy as np
+
+__all__ = ["Evolution", "Origin", "Proposal", "SearchSpace"]
+
+Candidate = TypeVar("Candidate", bound=Hashable)
+Origin = Literal["random", "mutation", "crossover"]
+
+
+class SearchSpace(Protocol[Candidate]):
+    """What the evolution needs of a space. Candidates are hashable; all randomness comes from ``rng``."""
+
+    def sample(self, rng: np.random.Generator) -> Candidate: ...
+
+    def mutate(self, candidate: Candidate, probability: float, rng: np.random.Generator) -> Candidate: ...
+
+    def crossover(self, first: Candidate, second: Candidate, rng: np.random.Generator) -> Candidate: ...
+
+    def to_json(self, candidate: Candidate) -> Any: ...
+
+    def from_json(self, data: Any) -> Candidate: ...
+
+
+@dataclass(frozen=True)
+class Proposal(Generic[Candidate]):
+    """A candidate and how it came about."""
+
+    candidate: Candidate
+    origin: Origin
+
+
+class Evolution(Generic[Candidate]):
+    """Generations of mutants, crossovers and random candidates around the best so far.
+
+    No candidate is ever proposed twice. A space that runs out of new candidates gives smaller generations and
+    ends the search early; nothing is retried without limit.
+
+    Args:
+        space: What is searched.
+        population: Candidates a generation.
+        generations: Number of generations, the random first one included.
+        parents: The best so far that mutate and cross.
+        mutants: Mutants a generation.
+        crossovers: Crossovers a generation; the rest of the population is random.
+        mutation_probability: Passed to the space, which says what it applies to (DARTS: an edge).
+        max_tries: Draws for one new candidate before the search takes a way to be exhausted.
+        seed: Of the search's own random state.
+
+    Raises:
+        ValueError: A count is not positive, mutants and crossovers exceed the population, or the probability
+            is not in (0, 1].
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace[Candidate],
+        *,
+        population: int = 50,
+        generations: int = 20,
+        parents: int = 10,
+        mutants: int = 25,
+        crossovers: int = 25,
+        mutation_probability: float = 0.1,
+        max_tries: int = 200,
+        seed: int = 0,
+    ) -> None:
+        counts = {"population": population, "generations": generations, "parents": parents, "max_tries": max_tries}
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}.")
+        if mutants < 0 or crossovers < 0 or mutants + crossovers > population:
+            raise ValueError(
+                f"mutants and crossovers must not be negative nor exceed the population of {population} together, "
+                f"got {mutants} and {crossovers}."
+            )
+        if not 0.0 < mutation_probability <= 1.0:
+            raise ValueError(f"mutation_probability must be in (0, 1], got {mutation_probability}.")
+        self.space = space
+        self.population = population
+        self.generations = generations
+        self.parents = parents
+        self.mutants = mutants
+        self.crossovers = crossovers
+        self.mutation_probability = mutation_probability
+        self.max_tries = max_tries
+        self.generation = 0
+        self._rng = np.random.default_rng(seed)
+        self._scored: list[tuple[Candidate, float | None]] = []
+        self._seen: set[Candidate] = set()
+        self._pending: list[Proposal[Candidate]] | None = None
+        self._exhausted = False
+
+    @property
+    def finished(self) -> bool:
+        """All generations are told, or the space has no new candidate left."""
+        return self.generation >= self.generations or self._exhausted
+
+    def ask(self) -> list[Proposal[Candidate]]:
+        """Propose the next generation; the same one until it is told.
+
+        Returns:
+            At most ``population`` proposals; empty when the search is finished.
+        """
+        if self._pending is None:
+            self._pending = [] if self.finished else self._propose()
+            self._exhausted = self._exhausted or not self._pending
+        return list(self._pending)
+
+    def tell(self, scores: Sequence[float | None]) -> None:
+        """Take the scores of the generation that :meth:`ask` proposed, in its order.
+
+        Args:
+            scores: Higher is better; ``None`` for a candidate that failed, which is never a parent nor the best.
+
+        Raises:
+            ValueError: Nothing was asked, or another number of scores.
+        """
+        if self._pending is None or len(scores) != len(self._pending):
+            expected = "no generation was asked for" if self._pending is None else f"expected {len(self._pending)}"
+            raise ValueError(f"tell() got {len(scores)} scores, {expected}.")
+        self._scored += [(proposal.candidate, score) for proposal, score in zip(self._pending, scores, strict=True)]
+        self._pending = None
+        self.generation += 1
+
+    def best(self, count: int | None = None) -> list[tuple[Candidate, float]]:
+        """The best candidates so far with their scores, best first; of equals, the earlier first."""
+        scored = [(candidate, score) for candidate, score in self._scored if score is not None]
+        return sorted(scored, key=lambda pair: -pair[1])[:count]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Population, random state and pending proposals as plain JSON data."""
+        encode = self.space.to_json
+        return {
+            "generation": self.generation,
+            "exhausted": self._exhausted,
+            "rng": self._rng.bit_generator.state,
+            "scored": [[encode(candidate), score] for candidate, score in self._scored],
+            "pending": None
+            if self._pending is None
+            else [[encode(proposal.candidate), proposal.origin] for proposal in self._pending],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where :meth:`state_dict` was taken.
+
+        Raises:
+            KeyError: The state lacks an entry.
+            ValueError: A candidate is not one of this space.
+        """
+        decode = self.space.from_json
+        scored = [(decode(candidate), score) for candidate, score in state["scored"]]
+        pending = state["pending"]
+        if pending is not None:
+            pending = [Proposal(decode(candidate), origin) for candidate, origin in pending]
+        self._rng.bit_generator.state = state["rng"]
+        self.generation = state["generation"]
+        self._exhausted = state["exhausted"]
+        self._scored, self._pending = scored, pending
+        self._seen = {candidate for candidate, _ in scored} | {p.candidate for p in pending or ()}
+
+    def _propose(self) -> list[Proposal[Candidate]]:
+        parents = [candidate for candidate, _ in self.best(self.parents)]
+        proposals: list[Proposal[Candidate]] = []
+        if parents:
+            proposals += self._new(self.mutants, "mutation", lambda: self._mutant(parents))
+            proposals += self._new(self.crossovers, "crossover", lambda: self._crossover(parents))
+        proposals += self._new(self.population - len(proposals), "random", lambda: self.space.sample(self._rng))
+        return proposals
+
+    def _new(self, count: int, origin: Origin, draw: Callable[[], Candidate]) -> list[Proposal[Candidate]]:
+        found: list[Proposal[Candidate]] = []
+        while len(found) < count:
+            for _ in range(self.max_tries):
+                candidate = draw()
+                if candidate not in self._seen:
+                    break
+            else:
+                break
+            self._seen.add(candidate)
+            found.append(Proposal(candidate, origin))
+        return found
+
+    def _mutant(self, parents: Sequence[Candidate]) -> Candidate:
+        parent = parents[self._rng.integers(len(parents))]
+        return self.space.mutate(parent, self.mutation_probability, self._rng)
+
+    def _crossover(self, parents: Sequence[Candidate]) -> Candidate:
+        first, second = (parents[self._rng.integers(len(parents))] for _ in range(2))
+        return self.space.crossover(first, second, self._rng)

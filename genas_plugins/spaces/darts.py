@@ -1,0 +1,98 @@
+"""The DARTS space as GeNAS searches it: each node takes two distinct inputs, each through one of seven operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import comb
+from typing import Any
+
+import numpy as np
+
+from genas_plugins.genotype import EDGES_PER_CELL, NODES, OPERATIONS, Genotype, node_edges
+
+__all__ = ["DartsSearchSpace"]
+
+_INPUTS = 2
+_REAL = len(OPERATIONS) - 1
+
+
+class DartsSearchSpace:
+    """Draws, mutates and crosses genotypes. All randomness comes from the generator passed in."""
+
+    @property
+    def size(self) -> int:
+        """Number of genotypes: the square, for two cells, of the product over nodes of pairs times operations."""
+        cell = 1
+        for node in NODES:
+            cell *= comb(node, _INPUTS) * _REAL**_INPUTS
+        return cell * cell
+
+    def sample(self, rng: np.random.Generator) -> Genotype:
+        """Draw uniformly: for each node a uniform pair of inputs and two uniform operations."""
+        code = [0] * (2 * EDGES_PER_CELL)
+        for edges in _all_node_edges():
+            for edge in rng.choice(edges, _INPUTS, replace=False):
+                code[edge] = int(rng.integers(1, _REAL + 1))
+        return Genotype.from_code(code)
+
+    def mutate(self, genotype: Genotype, probability: float, rng: np.random.Generator) -> Genotype:
+        """Redraw each of the 28 edges with ``probability`` (``none`` included), then repair.
+
+        Both cells mutate; the official code redraws the normal cell's edges only.
+        """
+        code = list(genotype.code)
+        for edge in range(len(code)):
+            if rng.random() < probability:
+                code[edge] = int(rng.integers(len(OPERATIONS)))
+        return self.repair(code, rng)
+
+    def crossover(self, first: Genotype, second: Genotype, rng: np.random.Generator) -> Genotype:
+        """Take each edge from either parent with equal chance, then repair."""
+        pick = rng.random(2 * EDGES_PER_CELL) < 0.5
+        return self.repair([a if p else b for a, b, p in zip(first.code, second.code, pick, strict=True)], rng)
+
+    def repair(self, code: Sequence[int], rng: np.random.Generator) -> Genotype:
+        """Make a code valid at random: drop uniform edges of a node that has too many, add to one that has too few."""
+        fixed = list(code)
+        for edges in _all_node_edges():
+            used = [edge for edge in edges if fixed[edge]]
+            free = [edge for edge in edges if not fixed[edge]]
+            for edge in rng.choice(used, max(0, len(used) - _INPUTS), replace=False) if used else ():
+                fixed[edge] = 0
+            for edge in rng.choice(free, max(0, _INPUTS - len(used)), replace=False) if free else ():
+                fixed[edge] = int(rng.integers(1, _REAL + 1))
+        return Genotype.from_code(fixed)
+
+    def neighbours(self, genotype: Genotype) -> Iterator[Genotype]:
+        """Every genotype that differs in one edge: by its operation, or by its input with the operation kept."""
+        code = genotype.code
+        for edges in _all_node_edges():
+            for edge in (edge for edge in edges if code[edge]):
+                for operation in range(1, len(OPERATIONS)):
+                    if operation != code[edge]:
+                        yield _replaced(code, {edge: operation})
+                for other in edges:
+                    if not code[other]:
+                        yield _replaced(code, {edge: 0, other: code[edge]})
+
+    def to_json(self, genotype: Genotype) -> list[int]:
+        """The code, for a history or a state."""
+        return list(genotype.code)
+
+    def from_json(self, data: Any) -> Genotype:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: Not a valid code.
+        """
+        return Genotype.from_code(data)
+
+
+def _all_node_edges() -> Iterator[list[int]]:
+    for first in (0, EDGES_PER_CELL):
+        for node in NODES:
+            yield [first + edge for edge in node_edges(node)]
+
+
+def _replaced(code: Sequence[int], changes: dict[int, int]) -> Genotype:
+    return Genotype.from_code([changes.get(edge, operation) for edge, operation in enumerate(code)])

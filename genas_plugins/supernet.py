@@ -1,0 +1,148 @@
+"""The weight-sharing supernet of the DARTS space: every operation on every edge.
+
+Parameter names follow the official GeNAS code (clovaai/GeNAS@fd3cba8, after RLNAS), so that its checkpoints
+load by name. Unlike fixed networks, the supernet normalises after every pooling operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from genas_plugins.genotype import EDGES, OPERATIONS, CellGene, Genotype, cell_edges, edge_index
+from genas_plugins.network import (
+    Cell,
+    CellShape,
+    CellStack,
+    Stem,
+    build_preprocessing,
+    cell_shapes,
+    operation_stride,
+)
+from genas_plugins.operations import build_operation
+
+__all__ = ["SubNet", "SuperNet"]
+
+
+class _Choices(nn.Module):
+    """All seven operations of one edge; their keys are the operation numbers of the code."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self._ops = nn.ModuleDict()
+        for number, name in enumerate(OPERATIONS):
+            if name == "none":
+                continue
+            operation = build_operation(name, channels, stride)
+            if name.endswith("pool_3x3"):
+                operation = nn.Sequential(operation, nn.BatchNorm2d(channels))
+            self._ops[str(number)] = operation
+
+
+class _SuperCell(nn.Module):
+    """A cell with all 14 edges and all seven operations on each."""
+
+    def __init__(self, shape: CellShape) -> None:
+        super().__init__()
+        self.preprocess0, self.preprocess1 = build_preprocessing(shape)
+        self._ops = nn.ModuleList(_Choices(shape.channels, operation_stride(shape, source)) for source, _ in EDGES)
+
+    def operation(self, name: str, source: int, node: int) -> nn.Module:
+        """The operation ``name`` on the edge from ``source`` into ``node``."""
+        return self._ops[edge_index(source, node)]._ops[str(OPERATIONS.index(name))]
+
+    def forward(self, s0: Tensor, s1: Tensor, gene: CellGene) -> Tensor:
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        added: list[Tensor] = []
+        for node, name, source in cell_edges(gene):
+            added.append(self.operation(name, source, node)(states[source]))
+            if len(added) == 2:
+                states.append(added[0] + added[1])
+                added = []
+        return torch.cat(states[2:], dim=1)
+
+
+class SuperNet(CellStack):
+    """Every genotype of the space in one network; a call or a subnet picks one.
+
+    Args:
+        num_classes: Outputs of the classifier.
+        init_channels: C, channels of the first cells; even.
+        num_cells: Cells in the stack.
+        stem: ``"cifar"`` or ``"imagenet"``.
+
+    Raises:
+        ValueError: See :func:`genas_plugins.network.cell_shapes`.
+    """
+
+    def __init__(self, num_classes: int, init_channels: int = 16, num_cells: int = 8, stem: Stem = "cifar") -> None:
+        super().__init__(cell_shapes(init_channels, num_cells, stem), num_classes, stem)
+        self.cells.extend(_SuperCell(shape) for shape in self.shapes)
+
+    @property
+    def arguments(self) -> Mapping[str, int | str]:
+        """The constructor's arguments, enough to build a supernet of the same shape."""
+        return {
+            "num_classes": self.num_classes,
+            "init_channels": self.shapes[0].channels // (2 if self.shapes[0].reduction else 1),
+            "num_cells": len(self.shapes),
+            "stem": self.stem_kind,
+        }
+
+    def forward(self, x: Tensor, genotype: Genotype) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)`` along the path of ``genotype``."""
+        s0, s1 = self.stem_states(x)
+        for shape, cell in zip(self.shapes, self.cells, strict=True):
+            s0, s1 = s1, cell(s0, s1, genotype.reduce if shape.reduction else genotype.normal)
+        return self.head(s1)
+
+    def subnet(self, genotype: Genotype) -> SubNet:
+        """The path of ``genotype`` as a small module that shares this supernet's parameters.
+
+        Its buffers (the statistics of batch normalisation) are its own copies: recalibrating the subnet does
+        not touch the supernet.
+        """
+        return SubNet(self, genotype)
+
+
+class SubNet(nn.Module):
+    """One path of a supernet; see :meth:`SuperNet.subnet`. Its parameters *are* the supernet's."""
+
+    def __init__(self, supernet: SuperNet, genotype: Genotype) -> None:
+        super().__init__()
+        self.genotype = genotype
+        self.stem_kind = supernet.stem_kind
+        for name, child in supernet.named_children():
+            if name != "cells":
+                self.add_module(name, share_parameters(child))
+        self.cells = nn.ModuleList()
+        for shape, cell in zip(supernet.shapes, supernet.cells, strict=True):
+            gene = genotype.reduce if shape.reduction else genotype.normal
+            operations = [cell.operation(name, source, node) for node, name, source in cell_edges(gene)]
+            shared = [share_parameters(module) for module in (cell.preprocess0, cell.preprocess1, *operations)]
+            self.cells.append(Cell(shared[0], shared[1], shared[2:], gene))
+        self.train(supernet.training)
+
+    stem_states = CellStack.stem_states
+    head = CellStack.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``."""
+        s0, s1 = self.stem_states(x)
+        for cell in self.cells:
+            s0, s1 = s1, cell(s0, s1)
+        return self.head(s1)
+
+
+def share_parameters(module: nn.Module) -> nn.Module:
+    """Copy a module tree whose copy shares the parameters and owns its buffers."""
+    # copy.deepcopy with the parameters in its memo gives the same, several times slower; a search does this
+    # for every candidate.
+    copy = module.__new__(type(module))
+    copy.__dict__ = module.__dict__.copy()
+    copy._parameters = module._parameters.copy()
+    copy._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
+    copy._modules = {name: child and share_parameters(child) for name, child in module._modules.items()}
+    return copy
