@@ -54,8 +54,8 @@ class TensorBatches:
     ) -> None:
         if not isinstance(data, ImageTensors):
             raise TypeError(
-                f"data must be ImageTensors, but got {type(data).__name__}: a data set left on disk is loaded "
-                "with its load() first."
+                f"data must be ImageTensors, but got {type(data).__name__}: a data set left on disk is "
+                "loaded with its load() first."
             )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but got {batch_size}.")

@@ -1,0 +1,133 @@
+"""ImageNet16-120, the 16x16 ImageNet subset of NAS-Bench-201 (Dong & Yang, ICLR 2020, section 2.2).
+
+The published files are pickles, which can run any code when they are read; here they are read by an unpickler
+that knows nothing but NumPy arrays.
+"""
+
+from __future__ import annotations
+
+import _codecs
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from genas_plugins.datasets._tensors import ImageTensors
+
+__all__ = ["NUM_CLASSES", "load_array_pickle", "load_imagenet16"]
+
+NUM_CLASSES = 120
+_TRAIN_FILES = tuple(f"train_data_batch_{number}" for number in range(1, 11))
+_TEST_FILES = ("val_data",)
+_SIZE = 16
+
+
+def _encode_latin1(text: str, encoding: str) -> bytes:
+    """Stand in for ``_codecs.encode``, which could be made to import any codec module."""
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"it asks for the codec {encoding!r}; NumPy arrays use 'latin1' only")
+    return _codecs.encode(text, "latin1")
+
+
+def _admitted_globals() -> dict[tuple[str, str], Any]:
+    # Asking the arrays themselves avoids importing NumPy's private modules, which moved in NumPy 2.
+    array = np.empty(0)
+    admitted: dict[tuple[str, str], Any] = {
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("_codecs", "encode"): _encode_latin1,
+    }
+    for core in ("numpy.core", "numpy._core"):
+        admitted[f"{core}.multiarray", "_reconstruct"] = array.__reduce__()[0]
+        admitted[f"{core}.multiarray", "scalar"] = np.float64(0).__reduce__()[0]
+        # How protocol 5, the default of Python 3.14, stores an array.
+        admitted[f"{core}.numeric", "_frombuffer"] = array.__reduce_ex__(5)[0]
+    return admitted
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds Python containers, strings, numbers and NumPy arrays; refuses any other global."""
+
+    _admitted = _admitted_globals()
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self._admitted[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(
+                f"it refers to {module}.{name}, which no NumPy array needs and which was not run"
+            ) from None
+
+
+def load_array_pickle(path: str | Path) -> Any:
+    """Read a pickle of containers and NumPy arrays without running anything that it names.
+
+    Strings of Python 2 are read as latin1, as the files were published.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The file is not such a pickle; a refused global is named.
+    """
+    with open(path, "rb") as file:
+        try:
+            return _ArrayUnpickler(file, encoding="latin1").load()
+        # A damaged pickle fails in any of these ways, depending on where the damage is.
+        except (
+            pickle.UnpicklingError,
+            EOFError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            KeyError,
+            OverflowError,
+        ) as error:
+            raise ValueError(f"{path} was refused as a data file: {error}. Download it anew.") from error
+
+
+def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return images (n, 3, 16, 16) and labels 0..119 of one file, other classes dropped."""
+    batch = load_array_pickle(path)
+    if not isinstance(batch, dict) or not {"data", "labels"} <= batch.keys():
+        raise ValueError(f"{path} must hold a dict with 'data' and 'labels', as published; download it anew.")
+    data, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
+    pixels = 3 * _SIZE * _SIZE
+    if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != pixels:
+        raise ValueError(
+            f"'data' in {path} must be uint8 of shape (n, {pixels}), but is {data.dtype} of {data.shape}."
+        )
+    if labels.shape != data.shape[:1] or labels.dtype.kind not in "iu" or (labels < 1).any():
+        raise ValueError(
+            f"'labels' in {path} must be {len(data)} whole numbers counting from 1, but are {labels.dtype} "
+            f"of shape {labels.shape}" + (f" from {labels.min()}." if labels.size else ".")
+        )
+    keep = labels <= NUM_CLASSES
+    return data[keep].reshape(-1, 3, _SIZE, _SIZE), labels[keep].astype(np.int64) - 1
+
+
+def _read_part(root: Path, names: tuple[str, ...]) -> ImageTensors:
+    images, labels = zip(*(_read_batch(root / name) for name in names), strict=True)
+    # The files carry no names; the published numbers count from 1.
+    class_names = tuple(str(number) for number in range(1, NUM_CLASSES + 1))
+    return ImageTensors(
+        torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels)), class_names
+    )
+
+
+def load_imagenet16(root: str | Path) -> tuple[ImageTensors, ImageTensors]:
+    """Read the training and the test images from the published files in ``root``.
+
+    Raises:
+        FileNotFoundError: A file is missing; the folder and the file are named.
+        ValueError: A file is not what was published.
+    """
+    root = Path(root)
+    missing = [name for name in _TRAIN_FILES + _TEST_FILES if not (root / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"ImageNet16-120 was looked for in {root}, which lacks {', '.join(missing)}: set data.root to "
+            "the folder with train_data_batch_1 to train_data_batch_10 and val_data of ImageNet16."
+        )
+    return _read_part(root, _TRAIN_FILES), _read_part(root, _TEST_FILES)

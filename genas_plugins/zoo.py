@@ -1,0 +1,101 @@
+"""Published genotypes, with the channels, counts and figures of the GeNAS paper.
+
+Four genotypes of GeNAS and seven that the paper compares with, from its tables and from genotypes.py of the
+official code (clovaai/GeNAS@fd3cba8). They are data, in ``zoo.json`` beside this module.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType
+
+from genas_plugins.genotype import Genotype
+from genas_plugins.network import CellNetwork
+
+__all__ = ["ZOO", "ZooEntry", "find_genotype"]
+
+IMAGENET_CELLS = 14
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """A published genotype and its ImageNet network of 14 cells.
+
+    Attributes:
+        name: Its key in :data:`ZOO`.
+        genotype: The two cells, their pairs in the published order.
+        init_channels: C of the ImageNet network, chosen by the paper for about 600 M multiply-adds.
+        params: Parameters of the network, without the auxiliary head, for 1000 classes.
+        macs_million: Multiply-adds in millions at 224x224, convolutions and linear layers.
+        search_dataset: What was searched on, for instance ``"CIFAR-100"``.
+        metric: What the search maximised.
+        paper: Figures of the paper, whichever it gives, in percent: ImageNet ``top1``, ``top5``,
+            ``imagenet_v2`` and ``imagenet_a``, ``coco_ap`` (RetinaNet), ``cityscapes_miou`` (DeepLab-v3).
+        note: What else there is to know, or None.
+    """
+
+    name: str
+    genotype: Genotype
+    init_channels: int
+    params: int
+    macs_million: float
+    search_dataset: str
+    metric: str
+    paper: Mapping[str, float] = field(hash=False)
+    note: str | None = None
+
+    def network(self, num_classes: int = 1000, auxiliary: bool = False) -> CellNetwork:
+        """Build the ImageNet network with fresh weights.
+
+        Raises:
+            ValueError: ``num_classes`` is below 1.
+        """
+        return CellNetwork(
+            self.genotype, self.init_channels, IMAGENET_CELLS, num_classes, stem="imagenet", auxiliary=auxiliary
+        )
+
+
+def find_genotype(text: str | os.PathLike[str]) -> Genotype:
+    """Find the genotype that a user means.
+
+    Args:
+        text: A name in :data:`ZOO`, the path of a genotype's JSON file, or a code: 28 operation numbers
+            separated by commas or spaces, with or without brackets.
+
+    Raises:
+        ValueError: It is none of these (the message lists the names), the file holds no genotype, or the code
+            is not one.
+    """
+    text = os.fspath(text)
+    if text in ZOO:
+        return ZOO[text].genotype
+    numbers = re.findall(r"[^\s,]+", text.strip().strip("[]()"))
+    if numbers and all(re.fullmatch(r"-?\d+", number) for number in numbers):
+        return Genotype.from_code(int(number) for number in numbers)
+    if os.path.isfile(text):
+        return Genotype.load(text)
+    close = get_close_matches(text.lower().replace("-", "_"), ZOO, n=1)
+    suggestion = f"; did you mean {close[0]}?" if close else "."
+    raise ValueError(
+        f"{text!r} is neither a published genotype, nor a genotype's JSON file, nor 28 operation numbers{suggestion} "
+        f"Published genotypes: {', '.join(ZOO)}."
+    )
+
+
+def _read() -> Mapping[str, ZooEntry]:
+    data = json.loads(Path(__file__).with_name("zoo.json").read_text(encoding="utf-8"))
+    entries = {}
+    for name, fields in data.items():
+        genotype = Genotype(fields.pop("normal"), fields.pop("reduce"))
+        entries[name] = ZooEntry(name=name, genotype=genotype, **fields)
+    return MappingProxyType(entries)
+
+
+ZOO: Mapping[str, ZooEntry] = _read()
+"""The published genotypes by name, read-only."""

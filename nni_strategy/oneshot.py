@@ -1,0 +1,74 @@
+"""Supernet training by uniform path sampling (SPOS, Guo et al., ECCV 2020), inside NNI's one-shot protocol."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+from nni.nas.oneshot.pytorch.base_lightning import BaseOneShotLightningModule
+from torch.optim import Optimizer
+
+from nni_strategy.samples import SupernetPaths
+
+__all__ = ["UniformPathModule"]
+
+_TRAINING, _VALIDATION = 0, 1
+
+
+class UniformPathModule(BaseOneShotLightningModule):
+    """Wraps the user's Lightning module: before each step, one uniformly sampled path is fixed.
+
+    The path is a function of the seed, the epoch and the number of the batch alone. So every process of a
+    distributed run trains the same path at the same step, without communication, and a resumed run goes on
+    with the paths that an uninterrupted one would have taken.
+
+    Args:
+        training_module: The evaluator's Lightning module, which holds the supernet.
+        paths: The supernet's paths.
+        seed: Of the path sampling.
+    """
+
+    def __init__(self, training_module: pl.LightningModule, paths: SupernetPaths, seed: int) -> None:
+        super().__init__(training_module)
+        self._paths = paths
+        self._seed = seed
+
+    @property
+    def automatic_optimization(self) -> bool:
+        """Lightning's own loop, with its clipping, precision and accumulation."""
+        return True
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """Fix a path and run the user's training step."""
+        self._fix_path(_TRAINING, batch_idx)
+        return self.training_module.training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        """Fix a path and run the user's validation step. Statistics are not recalibrated: a progress figure only."""
+        self._fix_path(_VALIDATION, batch_idx)
+        return self.training_module.validation_step(batch, batch_idx)
+
+    def _fix_path(self, stage: int, batch_idx: int) -> None:
+        rng = np.random.default_rng((self._seed, stage, self.current_epoch, batch_idx))
+        self._paths.fix(self._paths.search_space.sample(rng))
+
+    # NNI's base class hands these hooks of the user's module to nobody.
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        self.training_module.optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        self.training_module.lr_scheduler_step(scheduler, metric)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.training_module.on_before_optimizer_step(optimizer)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self.training_module.on_after_batch_transfer(batch, dataloader_idx)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.training_module.on_save_checkpoint(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.training_module.on_load_checkpoint(checkpoint)

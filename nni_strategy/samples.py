@@ -1,0 +1,176 @@
+"""Any NNI model space as something the evolution can walk, and its supernet as networks to measure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from nni.mutable import MutableDict
+from nni.nas.nn.pytorch import ModelSpace
+from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
+from torch import Tensor, nn
+
+from genas_plugins.scoring import parameter_angle
+from genas_plugins.scoring.batchnorm import evaluation_mode, preserve_batchnorm
+
+__all__ = ["SampleSpace", "SupernetPaths", "active_parameters", "fix_path"]
+
+_MAX_TRIES = 1000
+
+
+class SampleSpace:
+    """Draws, mutates and crosses samples of an NNI model space; a candidate is a sample as sorted JSON text.
+
+    Args:
+        space: The model space, a supernet already or not.
+
+    Raises:
+        ValueError: The space has nothing to choose.
+    """
+
+    def __init__(self, space: ModelSpace) -> None:
+        self._mutables = dict(space.simplify())
+        if not self._mutables:
+            raise ValueError(f"{type(space).__name__} has no choices left to search; is it frozen?")
+        self._all = MutableDict(self._mutables)
+
+    def sample(self, rng: np.random.Generator) -> str:
+        """Draw every label uniformly, until the space's constraints hold."""
+        return self._valid(lambda state: {}, rng)
+
+    def mutate(self, candidate: str, probability: float, rng: np.random.Generator) -> str:
+        """Redraw each label with ``probability``."""
+        sample = self.to_sample(candidate)
+        return self._valid(
+            lambda state: {label: value for label, value in sample.items() if state.random_sample() >= probability},
+            rng,
+        )
+
+    def crossover(self, first: str, second: str, rng: np.random.Generator) -> str:
+        """Take each label from either parent with equal chance."""
+        parents = self.to_sample(first), self.to_sample(second)
+        return self._valid(
+            lambda state: {label: parents[state.randint(2)][label] for label in self._mutables}, rng
+        )
+
+    def to_json(self, candidate: str) -> dict[str, Any]:
+        """The sample as plain data."""
+        return json.loads(candidate)
+
+    def from_json(self, data: Any) -> str:
+        """The inverse of :meth:`to_json`."""
+        return json.dumps(data, sort_keys=True)
+
+    def to_sample(self, candidate: str) -> dict[str, Any]:
+        """The sample as NNI wants it: JSON has no tuples, so values are looked up among the choices."""
+        sample = json.loads(candidate)
+        for label, mutable in self._mutables.items():
+            values = getattr(mutable, "values", None)
+            if values is None:
+                continue
+            by_text = {json.dumps(value): value for value in values}
+            chosen = sample[label]
+            text = json.dumps(chosen)
+            sample[label] = by_text[text] if text in by_text else [by_text[json.dumps(item)] for item in chosen]
+        return sample
+
+    def _valid(self, kept: Any, rng: np.random.Generator) -> str:
+        # NNI's mutables draw from numpy's older generator.
+        state = np.random.RandomState(int(rng.integers(2**32)))
+        for _ in range(_MAX_TRIES):
+            sample = kept(state)
+            for mutable in self._mutables.values():
+                if mutable.label not in sample:
+                    mutable.random(memo=sample, random_state=state)
+            if self._all.check_contains(sample) is None:
+                return json.dumps(sample, sort_keys=True)
+        raise ValueError(f"No valid sample of the space found in {_MAX_TRIES} draws; are its constraints too narrow?")
+
+
+class SupernetPaths:
+    """Paths of a mutated NNI supernet, one at a time.
+
+    A space that brings ``search_space``, ``to_sample``, ``subnet`` and ``angle`` (as :class:`DartsSpace` does) is
+    measured through its subnets. Every other one is measured itself, with a path fixed, and left bit for bit
+    as it was.
+
+    Args:
+        space: The mutated space.
+        initial: Its parameters before training, by name; needed for the angle.
+    """
+
+    def __init__(self, space: ModelSpace, initial: Mapping[str, Tensor] | None = None) -> None:
+        self.space = space
+        self.initial = initial
+        self._own = hasattr(space, "subnet")
+        self.search_space: Any = space.search_space if self._own else SampleSpace(space)
+
+    def to_sample(self, candidate: Any) -> dict[str, Any]:
+        """The NNI sample of a candidate."""
+        return (self.space if self._own else self.search_space).to_sample(candidate)
+
+    def fix(self, candidate: Any) -> None:
+        """Make the supernet run the candidate's path from now on."""
+        fix_path(self.space, self.to_sample(candidate))
+
+    @contextmanager
+    def open(self, candidate: Any, example: Tensor) -> Iterator[tuple[nn.Module, frozenset[str] | None]]:
+        """Yield a network for the candidate and the names of its parameters (``None``: all of them).
+
+        Args:
+            candidate: Of :attr:`search_space`.
+            example: A batch of images ``(N, 3, H, W)`` to find out which parameters take part.
+        """
+        if self._own:
+            yield self.space.subnet(candidate), None
+            return
+        with preserve_batchnorm(self.space):
+            self.fix(candidate)
+            yield self.space, active_parameters(self.space, example[:2])
+
+    def angle(self, candidate: Any, names: frozenset[str] | None) -> float:
+        """Angle between initial and present weights of the candidate as a fraction of pi.
+
+        For spaces without an angle of their own: of the parameters that take part, each counted once.
+
+        Raises:
+            ValueError: The initial weights are not known.
+        """
+        if self.initial is None:
+            raise ValueError("The angle needs the weights before training, which this supernet comes without.")
+        if self._own:
+            return self.space.angle(self.initial, candidate)
+        return parameter_angle(self.initial, self.space, names, normalize=True)
+
+
+def fix_path(space: nn.Module, sample: dict[str, Any]) -> None:
+    """Make a mutated supernet run the path of ``sample``."""
+    for module in space.modules():
+        if isinstance(module, BaseSuperNetModule):
+            module.resample(memo=sample)
+
+
+def active_parameters(model: nn.Module, images: Tensor) -> frozenset[str]:
+    """Names of the parameters that the logits of ``images``, ``(N, 3, H, W)``, depend on.
+
+    Raises:
+        ValueError: The logits depend on no parameter.
+    """
+    named = dict(model.named_parameters())
+    trainable = [parameter.requires_grad for parameter in named.values()]
+    try:
+        for parameter in named.values():
+            parameter.requires_grad_(True)
+        with evaluation_mode(model), torch.enable_grad():
+            gradients = torch.autograd.grad(model(images).sum(), list(named.values()), allow_unused=True)
+    finally:
+        for parameter, flag in zip(named.values(), trainable, strict=True):
+            parameter.requires_grad_(flag)
+    used = frozenset(name for name, gradient in zip(named, gradients, strict=True) if gradient is not None)
+    if not used:
+        raise ValueError(f"The output of {type(model).__name__} depends on none of its parameters.")
+    return used

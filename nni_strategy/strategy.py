@@ -1,0 +1,312 @@
+"""GeNAS as an NNI one-shot strategy: train the supernet, search it, rank what was found."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from nni.nas.evaluator.pytorch import Lightning, LightningModule
+from nni.nas.oneshot.pytorch.strategy import MutationHook, RandomOneShot
+from nni.nas.space import ExecutableModelSpace, RawFormatModelSpace, SimplifiedModelSpace
+from torch import Tensor
+
+from genas_plugins.scoring import CombinedScore, Measurement
+from genas_plugins.scoring.flatness import Noise, Where
+from genas_plugins.search import Evolution, History, candidate_seed, run_search
+from genas_plugins.spaces import DartsSearchSpace
+from nni_strategy.oneshot import UniformPathModule
+from nni_strategy.samples import SupernetPaths
+
+__all__ = ["GeNAS", "measure_candidate"]
+
+_logger = logging.getLogger(__name__)
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+class GeNAS(RandomOneShot):
+    """Search for the flattest architecture (Jeong et al., IJCAI 2023) as an NNI one-shot strategy.
+
+    The supernet is trained by uniform path sampling with whatever Lightning evaluator it is given. Then an
+    evolution proposes architectures; each is scored with the supernet's weights after batch normalisation was
+    recalibrated for it. ``experiment.export_top_models(top_k)`` returns the best, best first.
+
+    Works on every model space that NNI can turn into a supernet. In a distributed run every process searches
+    for itself, with the same result.
+
+    Args:
+        metric: ``"flatness"``, ``"angle"``, ``"accuracy"``, ``"angle+flatness"``, ``"accuracy+flatness"`` or
+            ``"angle+accuracy"``.
+        sigmas: Standard deviations of the noise on the weights, strictly increasing.
+        alpha: Weight of the depth term of Eq. 4.
+        gamma: Weight of flatness in a combination (Eq. 5).
+        gamma_accuracy: Weight of accuracy in ``"angle+accuracy"``.
+        noise: ``"cumulative"``, ``"independent"`` or ``"shared"``.
+        where: Perturb ``"all"`` parameters or those of the ``"cells"``.
+        recalibration_images: Training images for the statistics of batch normalisation; 0 keeps the
+            supernet's.
+        recalibration_momentum: ``None`` for the cumulative average, 0.1 for the official code's behaviour.
+        validation_images: Validation images to score on; ``None`` for all that the evaluator's loader gives.
+        recalibration_batches: Pairs of images and labels on the scoring device to use instead of the first
+            batches of the evaluator's training loader.
+        validation_batches: The same instead of the evaluator's validation loader, iterated anew per sigma.
+        population: Candidates a generation.
+        generations: Generations, the random first one included.
+        parents: The best so far that mutate and cross.
+        mutants: Mutants a generation.
+        crossovers: Crossovers a generation; the rest is random.
+        mutation_probability: Of each edge (:class:`DartsSpace`) or label (other spaces).
+        seed: Of paths, noise and evolution.
+        history: Records of the candidates on disk; a search that finds them there goes on after them.
+        on_record: Called with each candidate's record, for progress.
+        device: To score on; ``None`` for the one that the trainer uses.
+        mutation_hooks: NNI's extra hooks for primitives of your own.
+
+    Raises:
+        ValueError: A setting out of its range; the message names it and the valid choices.
+    """
+
+    def __init__(
+        self,
+        *,
+        metric: str = "flatness",
+        sigmas: Iterable[float] = (2e-3, 1e-2, 2e-2),
+        alpha: float = 1.0,
+        gamma: float = 16.0,
+        gamma_accuracy: float = 0.1,
+        noise: Noise = "cumulative",
+        where: Where = "all",
+        recalibration_images: int = 850,
+        recalibration_momentum: float | None = None,
+        validation_images: int | None = None,
+        recalibration_batches: Batches | None = None,
+        validation_batches: Batches | None = None,
+        population: int = 50,
+        generations: int = 20,
+        parents: int = 10,
+        mutants: int = 25,
+        crossovers: int = 25,
+        mutation_probability: float = 0.1,
+        seed: int = 0,
+        history: History | None = None,
+        on_record: Callable[[dict[str, Any]], None] | None = None,
+        device: torch.device | str | None = None,
+        mutation_hooks: list[MutationHook] | None = None,
+    ) -> None:
+        super().__init__(mutation_hooks=mutation_hooks)
+        self.score = CombinedScore(
+            metric=metric,
+            sigmas=tuple(sigmas),
+            alpha=alpha,
+            gamma=gamma,
+            gamma_accuracy=gamma_accuracy,
+            noise=noise,
+            where=where,
+            momentum=recalibration_momentum,
+        )
+        for name, count in (("recalibration_images", recalibration_images), ("validation_images", validation_images)):
+            if count is not None and count < 0:
+                raise ValueError(f"{name} must not be negative, got {count}.")
+        self.recalibration_images = recalibration_images
+        self.validation_images = validation_images
+        self.seed = seed
+        self.history = history
+        self.on_record = on_record
+        self.device = device
+        self.records: list[dict[str, Any]] = []
+        self._recalibration_batches = recalibration_batches
+        self._validation_batches = validation_batches
+        self._paths: SupernetPaths | None = None
+        # The experiment's space takes the place of this one; wrong settings are refused before it starts.
+        self._evolution: Evolution[Any] = Evolution(
+            DartsSearchSpace(),
+            population=population,
+            generations=generations,
+            parents=parents,
+            mutants=mutants,
+            crossovers=crossovers,
+            mutation_probability=mutation_probability,
+            seed=seed,
+        )
+
+    def extra_repr(self) -> str:
+        return f"score={self.score}, population={self._evolution.population}, generations={self._evolution.generations}"
+
+    @property
+    def evolution(self) -> Evolution[Any]:
+        """The evolution, with the population so far."""
+        return self._evolution
+
+    @property
+    def paths(self) -> SupernetPaths:
+        """The supernet's paths.
+
+        Raises:
+            RuntimeError: The strategy is not initialised yet.
+        """
+        if self._paths is None:
+            raise RuntimeError("The strategy has no supernet before an experiment initialises it.")
+        return self._paths
+
+    def configure_oneshot_module(self, training_module: LightningModule) -> UniformPathModule:
+        """Wrap the evaluator's Lightning module with uniform path sampling."""
+        return UniformPathModule(training_module, self.paths, self.seed)
+
+    def mutate_model(self, model: Any) -> Any:
+        """Turn a model space into a supernet, in place.
+
+        Raises:
+            TypeError: NNI cannot turn this space into a supernet.
+        """
+        try:
+            model = super().mutate_model(model)
+        except TypeError as error:
+            raise TypeError(
+                f"{type(model).__name__} cannot be turned into a weight-sharing supernet, so GeNAS cannot search it: "
+                f"{error}"
+            ) from error
+        initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        self._paths = SupernetPaths(model, initial)
+        self._evolution.space = self._paths.search_space
+        return model
+
+    def load_initial_weights(self, initial: dict[str, Tensor]) -> None:
+        """Replace the remembered weights before training, by parameter name, when a run is resumed."""
+        self.paths.initial = dict(initial)
+
+    def _run(self) -> None:
+        super()._run()
+        self.search()
+
+    def search(self) -> None:
+        """Search the supernet as it stands; :meth:`run` calls this after training.
+
+        Raises:
+            ValueError: The loaders give fewer images than asked for.
+        """
+        supernet = self.supernet
+        evaluator: Lightning = self._mutated_model_space.evaluator  # type: ignore[union-attr,assignment]
+        home = next(supernet.parameters()).device
+        device = torch.device(self.device or evaluator.trainer.strategy.root_device)
+        try:
+            supernet.to(device)
+            recalibration, validation = self._batches(evaluator, device)
+            self.records = run_search(
+                self._evolution,
+                lambda candidate: measure_candidate(
+                    self.paths, candidate, self.score, recalibration, validation, self.seed
+                ),
+                history=self.history,
+                on_record=self.on_record,
+            )
+        finally:
+            supernet.to(home)
+
+    def list_models(self, sort: bool = True, limit: int | None = None) -> Iterator[ExecutableModelSpace]:
+        """The best architectures, best first, with their scores as metric.
+
+        Models of :class:`DartsSpace` carry the supernet's weights. Those of other spaces are rebuilt with
+        fresh weights: NNI's ``freeze`` on a supernet raises or loses the weights for many of them.
+
+        Args:
+            sort: Must be true.
+            limit: Number of models; ``None`` for all that were scored.
+
+        Raises:
+            ValueError: ``sort`` is false.
+        """
+        if not sort:
+            raise ValueError("GeNAS lists models by score only; sort must be true.")
+        best = self._evolution.best(limit)
+        if limit is not None and len(best) < limit:
+            _logger.warning("Only %d architectures were scored, but %d are asked for.", len(best), limit)
+        for candidate, score in best:
+            frozen_space: ExecutableModelSpace
+            if hasattr(self.supernet, "subnet"):
+                frozen_space = RawFormatModelSpace(self.supernet, None)
+            else:
+                frozen_space = SimplifiedModelSpace(self.supernet, self.supernet.simplify(), None)
+            model = frozen_space.freeze(self.paths.to_sample(candidate))
+            model.metrics.final = score
+            yield model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Population, random state and records, beside the checkpoint that NNI remembers."""
+        state = {**super().state_dict(), "evolution": self._evolution.state_dict(), "records": self.records}
+        if self._paths is not None and "angle" in self.score.metrics:
+            state["initial"] = self._paths.initial
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken; after ``initialize``."""
+        super().load_state_dict(state_dict)
+        self._evolution.load_state_dict(state_dict["evolution"])
+        self.records = list(state_dict["records"])
+        if "initial" in state_dict:
+            self.load_initial_weights(state_dict["initial"])
+
+    def _batches(self, evaluator: Lightning, device: torch.device) -> tuple[Batches | None, Batches]:
+        recalibration, validation = self._recalibration_batches, self._validation_batches
+        source = evaluator.datamodule
+        if recalibration is None and self.recalibration_images:
+            loader = source.train_dataloader() if source is not None else evaluator.train_dataloaders
+            recalibration = _collect(loader, self.recalibration_images, device, "recalibration")
+        if validation is None:
+            loader = source.val_dataloader() if source is not None else evaluator.val_dataloaders
+            validation = _collect(loader, self.validation_images, device, "validation")
+        return recalibration, validation
+
+
+def measure_candidate(
+    paths: SupernetPaths,
+    candidate: Any,
+    score: CombinedScore,
+    recalibration: Batches | None,
+    validation: Batches,
+    seed: int,
+) -> Measurement:
+    """Score one path of a supernet, which is left as it was.
+
+    Args:
+        paths: The supernet's paths.
+        candidate: Of ``paths.search_space``.
+        score: What to measure.
+        recalibration: Training images for batch normalisation, or ``None``.
+        validation: Images and labels to score on.
+        seed: Of the search; the noise is a function of it and the candidate.
+    """
+    example, _ = next(iter(validation))
+    number = candidate_seed(seed, paths.search_space.to_json(candidate))
+    generator = torch.Generator(example.device).manual_seed(number)
+    with paths.open(candidate, example) as (model, names):
+        return score(
+            model,
+            validation,
+            recalibration=recalibration,
+            angle=lambda: paths.angle(candidate, names),
+            generator=generator,
+            parameters=names,
+        )
+
+
+def _collect(loader: Any, images: int | None, device: torch.device, purpose: str) -> list[tuple[Tensor, Tensor]]:
+    """The first ``images`` of a loader, on the device, in its batches."""
+    batches: list[tuple[Tensor, Tensor]] = []
+    missing = images
+    for batch in itertools.chain(loader or ()):
+        inputs, labels = (part.to(device) for part in batch[:2])
+        if missing is not None:
+            inputs, labels = inputs[:missing], labels[:missing]
+            missing -= len(labels)
+        batches.append((inputs, labels))
+        if missing == 0:
+            break
+    if missing or not batches:
+        raise ValueError(
+            f"GeNAS needs {images or 'some'} images for {purpose}, the evaluator's loader gives "
+            f"{sum(len(labels) for _, labels in batches)}; lower {purpose}_images or bring more data."
+        )
+    return batches

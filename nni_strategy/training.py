@@ -1,0 +1,268 @@
+"""The official supernet recipe as a Lightning module, and a loader that keeps its images on the device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from nni.nas.evaluator.pytorch import Lightning, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader, Dataset
+
+from genas_plugins.datasets import ImageTensors, SearchData
+
+__all__ = ["SupernetModule", "TrainBatches", "supernet_evaluator"]
+
+
+class SupernetModule(LightningModule):
+    """Classification with the supernet recipe of the official code (clovaai/GeNAS@fd3cba8).
+
+    SGD with momentum 0.9 and a cosine learning rate, one step of the schedule per epoch.
+
+    Args:
+        epochs: Length of the schedule.
+        learning_rate: At the start.
+        final_learning_rate: At the end.
+        momentum: Of SGD.
+        weight_decay: 3e-4 for the DARTS space, 5e-4 for NAS-Bench-201.
+        decay_unsampled: Weight decay and momentum also move the paths that were not sampled, as in the
+            official run, whose torch wrote zeros into gradients instead of dropping them.
+    """
+
+    def __init__(
+        self,
+        epochs: int,
+        *,
+        learning_rate: float = 0.025,
+        final_learning_rate: float = 0.001,
+        momentum: float = 0.9,
+        weight_decay: float = 3e-4,
+        decay_unsampled: bool = True,
+    ) -> None:
+        super().__init__()
+        self.epochs = epochs
+        self.learning_rate = learning_rate
+        self.final_learning_rate = final_learning_rate
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.decay_unsampled = decay_unsampled
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``."""
+        return self.model(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Mean cross-entropy in nats of one batch."""
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(labels))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Loss and accuracy of one batch, along whichever path is fixed."""
+        images, labels = batch
+        logits = self(images)
+        self.log("val_loss", F.cross_entropy(logits, labels), prog_bar=True, batch_size=len(labels))
+        hits = (logits.argmax(1) == labels).float().mean()
+        self.log("val_top1", hits, prog_bar=True, batch_size=len(labels))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """SGD over all parameters of the supernet."""
+        optimizer = SGD(
+            self.parameters(), self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+        schedule = CosineAnnealingLR(optimizer, self.epochs, self.final_learning_rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Write zeros, or drop the gradients, as ``decay_unsampled`` says."""
+        optimizer.zero_grad(set_to_none=not self.decay_unsampled)
+
+    def on_train_start(self) -> None:
+        """Give parameters that took part before a resume the zero gradient that they had then."""
+        if not self.decay_unsampled:
+            return
+        for parameter, state in self.trainer.optimizers[0].state.items():
+            if state.get("momentum_buffer") is not None and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+
+class TrainBatches:
+    """Shuffled and augmented training batches, cropped, flipped and normalised on the device.
+
+    Order and augmentation are functions of the seed and the epoch alone, so that a resumed run sees what an
+    uninterrupted one would have seen. In a distributed run every process takes its share.
+
+    Args:
+        data: Images and labels in memory, or a data set of pairs of a uint8 tensor ``(3, H, W)`` and a label.
+        batch_size: Images a batch and process; the last batch is smaller.
+        mean: Of each channel, images scaled to [0, 1].
+        std: The same.
+        flip: Mirror half of the images.
+        crop_padding: Pixels of black around the image before a random crop of its size.
+        seed: Of order and augmentation.
+        num_workers: Processes that decode images, where they are not in memory.
+    """
+
+    def __init__(
+        self,
+        data: ImageTensors | Dataset,
+        batch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        flip: bool = True,
+        crop_padding: int = 4,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        self.data = data
+        self.batch_size = batch_size
+        self.flip = flip
+        self.crop_padding = crop_padding
+        self.seed = seed
+        self.num_workers = num_workers
+        self.epoch = 0
+        self._scale = torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1)
+        self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1)
+
+    @property
+    def sampler(self) -> TrainBatches:
+        """Where Lightning looks for ``set_epoch``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and augmentation of the next iteration."""
+        self.epoch = epoch
+
+    def to(self, device: torch.device) -> TrainBatches:
+        """Put the images on a device, where they are in memory."""
+        if isinstance(self.data, ImageTensors):
+            self.data = copy.copy(self.data)
+            for name in ("images", "labels"):
+                object.__setattr__(self.data, name, getattr(self.data, name).to(device))
+        self._scale, self._shift = self._scale.to(device), self._shift.to(device)
+        return self
+
+    def __len__(self) -> int:
+        rank, world = _rank_and_world()
+        share = len(self.data) // world if world > 1 else len(self.data)
+        return -(-share // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        rank, world = _rank_and_world()
+        order = torch.randperm(len(self.data), generator=generator)
+        share = order[rank : len(order) - len(order) % world : world]
+        # Every process draws its own augmentation.
+        generator.manual_seed((self.seed * 1_000_003 + self.epoch) * 1_009 + rank + 1)
+        for images, labels in self._raw(share):
+            yield self._augment(images, generator), labels
+
+    def _raw(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        if isinstance(self.data, ImageTensors):
+            device = self.data.labels.device
+            for chosen in order.to(device).split(self.batch_size):
+                yield self.data.images[chosen], self.data.labels[chosen]
+            return
+        loader = DataLoader(
+            self.data, self.batch_size, sampler=order.tolist(), num_workers=self.num_workers, pin_memory=True
+        )
+        for images, labels in loader:
+            yield images.to(self._scale.device, non_blocking=True), labels.to(self._scale.device)
+
+    def _augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        count, _, height, width = images.shape
+        device = images.device
+        if self.crop_padding:
+            corners = torch.randint(2 * self.crop_padding + 1, (2, count), generator=generator).to(device)
+            padded = F.pad(images, (self.crop_padding,) * 4)
+            rows = corners[0][:, None] + torch.arange(height, device=device)
+            columns = corners[1][:, None] + torch.arange(width, device=device)
+            picture = torch.arange(count, device=device)[:, None, None]
+            images = padded.permute(0, 2, 3, 1)[picture, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        if self.flip:
+            mirrored = (torch.rand(count, generator=generator) < 0.5).to(device)
+            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        images = images.float().mul_(self._scale).add_(self._shift)
+        return images.contiguous(memory_format=torch.channels_last)
+
+
+def supernet_evaluator(
+    data: SearchData,
+    epochs: int,
+    *,
+    batch_size: int = 64,
+    learning_rate: float = 0.025,
+    final_learning_rate: float = 0.001,
+    momentum: float = 0.9,
+    weight_decay: float = 3e-4,
+    gradient_clip: float = 5.0,
+    decay_unsampled: bool = True,
+    flip: bool = True,
+    crop_padding: int = 4,
+    num_workers: int = 0,
+    seed: int = 0,
+    fit_kwargs: dict[str, Any] | None = None,
+    **trainer: Any,
+) -> Lightning:
+    """The official supernet recipe as an NNI evaluator (see :class:`SupernetModule`, :class:`TrainBatches`).
+
+    Args:
+        data: Search data; the validation half is not looked at during training.
+        epochs: Training epochs.
+        gradient_clip: Largest norm of the gradient.
+        fit_kwargs: For ``Trainer.fit``, for instance ``ckpt_path``.
+        trainer: Further arguments of Lightning's ``Trainer``: ``accelerator``, ``devices``, ``precision``,
+            ``callbacks``, ``logger`` and so on. For several devices, the ``strategy`` is one of the
+            ``ddp_find_unused_parameters_true`` family, since a step uses one path only.
+    """
+    module = SupernetModule(
+        epochs,
+        learning_rate=learning_rate,
+        final_learning_rate=final_learning_rate,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        decay_unsampled=decay_unsampled,
+    )
+    train = TrainBatches(
+        data.train,
+        batch_size,
+        data.mean,
+        data.std,
+        flip=flip,
+        crop_padding=crop_padding,
+        seed=seed,
+        num_workers=num_workers,
+    )
+    validation = TrainBatches(
+        data.validation, batch_size, data.mean, data.std, flip=False, crop_padding=0, seed=seed
+    )
+    trainer.setdefault("callbacks", [])
+    arguments = {"limit_val_batches": 0, "num_sanity_val_steps": 0, **trainer}
+    return Lightning(
+        module,
+        Trainer(
+            max_epochs=epochs,
+            gradient_clip_val=gradient_clip or None,
+            use_distributed_sampler=False,
+            **arguments,
+        ),
+        train_dataloaders=train,
+        val_dataloaders=validation,
+        fit_kwargs=fit_kwargs,
+    )
+
+
+def _rank_and_world() -> tuple[int, int]:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1

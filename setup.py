@@ -1,0 +1,91 @@
+"""Packaging of genas-plugins: the core, one package per host framework, and the configurations."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+README = ROOT / "README.md"
+
+# Only these: the checkout also holds tests, benchmarks and documentation, which are not for users' machines.
+TOP_LEVEL = ["genas_plugins", "nni_strategy", "timm_models", "detectron2_backbones", "mmseg_backbones"]
+
+EXTRAS: dict[str, list[str]] = {
+    "nni": [
+        "nni>=3.0,<3.1",
+        "pytorch-lightning>=2.3",
+        "torchvision",
+        "scikit-learn",
+        "pyyaml",
+        "tqdm",
+        "pillow",
+        # NNI 3.0's command line and trial runner import pkg_resources, which setuptools 82 dropped.
+        "setuptools<82",
+    ],
+    "timm": ["timm>=1.0.31"],
+    # mmcv-lite because no mmcv below 2.2, which mmsegmentation refuses, compiles against current torch.
+    # ftfy and regex are imported by mmsegmentation, which does not declare them.
+    "mmseg": [
+        "mmsegmentation>=1.2.2,<1.3",
+        "mmengine>=0.10.7",
+        "mmcv-lite>=2.0.0rc4,<2.2",
+        "ftfy",
+        "regex",
+    ],
+    # What RetinaNet needs besides Detectron2 itself, which is not on PyPI and so cannot be listed here.
+    "detectron2": [
+        "yacs",
+        "fvcore",
+        "iopath",
+        "omegaconf",
+        "hydra-core",
+        "pycocotools",
+        "cloudpickle",
+        "tabulate",
+        "termcolor",
+        "tensorboard",
+    ],
+    "plots": ["matplotlib"],
+}
+EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+EXTRAS["test"] = ["pytest>=8", "ruff", "psutil"]
+
+setup(
+    name="genas-plugins",
+    version=runpy.run_path(str(ROOT / "genas_plugins" / "_version.py"))["__version__"],
+    description="GeNAS, architecture search by flat minima, for NNI, timm, Detectron2 and MMSegmentation",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    author="The genas-plugins authors",
+    license="MIT",
+    license_files=["LICENSE"],
+    keywords=["neural architecture search", "flat minima", "NNI", "timm", "Detectron2", "MMSegmentation"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.10",
+    # The checkout keeps the configurations at its top level, where the hosts' users look for them; an
+    # installation gets the same tree as genas_plugins/configs, because it must not claim the name "configs".
+    packages=[
+        *find_packages(include=[pattern for name in TOP_LEVEL for pattern in (name, f"{name}.*")]),
+        "genas_plugins.configs",
+    ],
+    package_dir={"genas_plugins.configs": "configs"},
+    package_data={"": ["py.typed", "*.json", "*.csv"], "genas_plugins.configs": ["**/*"]},
+    exclude_package_data={"": ["**/__pycache__/*", "*.py[cod]"]},
+    include_package_data=False,
+    entry_points={"console_scripts": ["genas = genas_plugins.cli:main"]},
+    install_requires=["torch>=2.4", "numpy", "scipy", "safetensors"],
+    extras_require=EXTRAS,
+    zip_safe=False,
+)

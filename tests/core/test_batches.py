@@ -1,0 +1,119 @@
+"""Device-resident batches: exact normalisation, every image once, limits that share memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from genas_plugins.datasets import ImageTensors
+from genas_plugins.scoring.data import TensorBatches
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+@pytest.fixture
+def data() -> ImageTensors:
+    """Images in which every channel takes each of the 256 values."""
+    rng = np.random.default_rng(0)
+    images = np.stack([rng.permutation(np.repeat(np.arange(256), 7)) for _ in range(3)]).astype(np.uint8)
+    images = images.reshape(3, 28, 8, 8).transpose(1, 0, 2, 3)
+    return ImageTensors(torch.from_numpy(images.copy()), torch.arange(28) % 5, tuple("abcde"))
+
+
+def normalised(data: ImageTensors) -> np.ndarray:
+    mean, std = (np.array(row).reshape(1, 3, 1, 1) for row in (MEAN, STD))
+    return (data.images.numpy().astype(np.float64) / 255 - mean) / std
+
+
+def joined(batches: TensorBatches) -> torch.Tensor:
+    return torch.cat([images for images, _ in batches])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        # Values reach 2.6 in size: a few units in the last place of float32 and float64.
+        (torch.float32, 5e-7),
+        (torch.float64, 1e-14),
+        # Half a unit in the last place of a value between 2 and 4.
+        (torch.float16, 2**-10 + 1e-6),
+        (torch.bfloat16, 2**-7 + 1e-6),
+    ],
+)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_normalisation_is_exact_to_the_dtype(data, dtype, tolerance, channels_last):
+    batches = TensorBatches(data, 10, MEAN, STD, dtype=dtype, channels_last=channels_last)
+    images = joined(batches)
+    assert images.dtype == dtype
+    np.testing.assert_allclose(images.double().numpy(), normalised(data), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"), [(10, [10, 10, 8]), (14, [14, 14]), (100, [28]), (1, [1] * 28)]
+)
+def test_every_image_comes_once_in_order_and_the_last_batch_may_be_smaller(data, batch_size, sizes):
+    batches = TensorBatches(data, batch_size, MEAN, STD)
+    assert len(batches) == len(sizes) and batches.num_images == 28
+    for _ in range(2):
+        seen = list(batches)
+        assert [len(images) for images, _ in seen] == sizes
+        assert torch.equal(torch.cat([labels for _, labels in seen]), data.labels)
+        assert all(labels.dtype == torch.int64 for _, labels in seen)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_memory_format_is_the_one_asked_for(data, channels_last):
+    images, _ = next(iter(TensorBatches(data, 4, MEAN, STD, channels_last=channels_last)))
+    assert images.shape == (4, 3, 8, 8)
+    assert images.is_contiguous(memory_format=torch.channels_last) is channels_last
+
+
+def test_a_batch_that_is_changed_does_not_change_the_data(data):
+    batches = TensorBatches(data, 28, MEAN, STD)
+    before = joined(batches)
+    for images, _ in batches:
+        images.zero_()
+    assert torch.equal(joined(batches), before)
+
+
+def test_limit_is_a_view_of_the_first_images(data):
+    batches = TensorBatches(data, 10, MEAN, STD)
+    view = batches.limit(13)
+    assert (view.num_images, len(view), batches.num_images) == (13, 2, 28)
+    assert torch.equal(joined(view), joined(batches)[:13])
+    assert view._images.untyped_storage().data_ptr() == batches._images.untyped_storage().data_ptr()
+    assert view._labels.untyped_storage().data_ptr() == batches._labels.untyped_storage().data_ptr()
+    assert view.limit(5).num_images == 5
+
+
+@pytest.mark.parametrize(("wanted", "message"), [(29, "28.*29"), (0, "28.*0")])
+def test_a_limit_beyond_the_data_is_refused(data, wanted, message):
+    with pytest.raises(ValueError, match=message):
+        TensorBatches(data, 10, MEAN, STD).limit(wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"batch_size": 0}, ValueError, "batch_size.*0"),
+        ({"std": (0.2, 0.0, 0.2)}, ValueError, "std must be larger than 0"),
+        ({"std": (0.2, 0.2)}, ValueError, "std must be three"),
+        ({"mean": (0.5,)}, ValueError, "mean must be three"),
+        ({"mean": (0.5, float("nan"), 0.5)}, ValueError, "mean must be three finite"),
+        ({"dtype": torch.uint8}, ValueError, "floating dtype.*uint8"),
+        ({"data": [1, 2]}, TypeError, "ImageTensors.*list"),
+    ],
+)
+def test_bad_arguments_are_refused(data, change, error, message):
+    with pytest.raises(error, match=message):
+        TensorBatches(**{"data": data, "batch_size": 4, "mean": MEAN, "std": STD, **change})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_appear_on_the_device(data):
+    batches = TensorBatches(data, 10, MEAN, STD, device="cuda")
+    images, labels = next(iter(batches))
+    assert images.is_cuda and labels.is_cuda
+    np.testing.assert_allclose(joined(batches).double().cpu().numpy(), normalised(data), rtol=0, atol=5e-7)
