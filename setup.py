@@ -48,7 +48,7 @@ EXTRAS: dict[str, list[str]] = {
         "termcolor",
         "tensorboard",
     ],
-    "plots": ["matplotlib"],
+    "plots": ["matplotlib>=3.6"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 EXTRAS["test"] = ["pytest>=8", "ruff", "psutil"]
@@ -85,7 +85,7 @@ setup(
     exclude_package_data={"": ["**/__pycache__/*", "*.py[cod]"]},
     include_package_data=False,
     entry_points={"console_scripts": ["genas = genas_plugins.cli:main"]},
-    install_requires=["torch>=2.4", "numpy", "scipy", "safetensors"],
+    install_requires=["torch>=2.4", "numpy", "scipy>=1.12", "safetensors"],
     extras_require=EXTRAS,
     zip_safe=False,
 )

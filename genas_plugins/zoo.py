@@ -57,7 +57,7 @@ class ZooEntry:
             ValueError: ``num_classes`` is below 1.
         """
         return CellNetwork(
-            self.genotype, self.init_channels, IMAGENET_CELLS, num_classes, stem="imagenet", auxiliary=auxiliary
+            self.genotype, self.init_channels, IMAGENET_CELLS, num_classes, auxiliary=auxiliary
         )
 
 
@@ -83,8 +83,8 @@ def find_genotype(text: str | os.PathLike[str]) -> Genotype:
     close = get_close_matches(text.lower().replace("-", "_"), ZOO, n=1)
     suggestion = f"; did you mean {close[0]}?" if close else "."
     raise ValueError(
-        f"{text!r} is neither a published genotype, nor a genotype's JSON file, nor 28 operation numbers{suggestion} "
-        f"Published genotypes: {', '.join(ZOO)}."
+        f"{text!r} is neither a published genotype, nor a genotype's JSON file, nor 28 operation numbers"
+        f"{suggestion} Published genotypes: {', '.join(ZOO)}."
     )
 
 

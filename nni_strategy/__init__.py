@@ -1,13 +1,18 @@
 """GeNAS in NNI: model spaces, a one-shot strategy, evaluators and experiments written as YAML files."""
 
+import warnings
+
 from genas_plugins._optional import require
 
-for _package in ("nni", "pytorch_lightning"):
-    require(_package, extra="nni", purpose="nni_strategy")
+with warnings.catch_warnings():
+    # NNI wraps all that torch.nn exports, and warns of what is younger than NNI.
+    warnings.filterwarnings("ignore", message=".*found to be not a nn.Module", category=RuntimeWarning)
+    for _package in ("nni", "pytorch_lightning", "nni.nas.nn.pytorch"):
+        require(_package, extra="nni", purpose="nni_strategy")
 
-
+from nni_strategy.evaluators import CombinedEvaluator, FlatnessEvaluator  # noqa: E402
 from nni_strategy.space import DartsSpace  # noqa: E402
 from nni_strategy.strategy import GeNAS  # noqa: E402
 from nni_strategy.training import SupernetModule, supernet_evaluator  # noqa: E402
 
-__all__ = ["DartsSpace", "GeNAS", "SupernetModule", "supernet_evaluator"]
+__all__ = ["CombinedEvaluator", "DartsSpace", "FlatnessEvaluator", "GeNAS", "SupernetModule", "supernet_evaluator"]

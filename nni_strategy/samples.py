@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from nni.mutable import MutableDict
+from nni.mutable import MutableDict, MutableSymbol
 from nni.nas.nn.pytorch import ModelSpace
 from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
+from nni.nas.oneshot.pytorch.supermodule.operation import MixedBatchNorm2d
 from torch import Tensor, nn
 
 from genas_plugins.scoring import parameter_angle
@@ -33,10 +34,14 @@ class SampleSpace:
     """
 
     def __init__(self, space: ModelSpace) -> None:
-        self._mutables = dict(space.simplify())
+        simplified = space.simplify()
+        # What remains are constraints, which have a label but no value in a sample.
+        self._mutables = {
+            label: mutable for label, mutable in simplified.items() if isinstance(mutable, MutableSymbol)
+        }
         if not self._mutables:
             raise ValueError(f"{type(space).__name__} has no choices left to search; is it frozen?")
-        self._all = MutableDict(self._mutables)
+        self._all = MutableDict(simplified)
 
     def sample(self, rng: np.random.Generator) -> str:
         """Draw every label uniformly, until the space's constraints hold."""
@@ -128,7 +133,7 @@ class SupernetPaths:
         if self._own:
             yield self.space.subnet(candidate), None
             return
-        with preserve_batchnorm(self.space):
+        with preserve_batchnorm(self.space), _own_momentum(self.space):
             self.fix(candidate)
             yield self.space, active_parameters(self.space, example[:2])
 
@@ -174,3 +179,32 @@ def active_parameters(model: nn.Module, images: Tensor) -> frozenset[str]:
     if not used:
         raise ValueError(f"The output of {type(model).__name__} depends on none of its parameters.")
     return used
+
+
+@contextmanager
+def _own_momentum(space: nn.Module) -> Iterator[None]:
+    """Let batch normalisation with a choice of channels average as its attribute ``momentum`` says.
+
+    NNI's class reads the momentum that it was constructed with, and so takes no part in a recalibration.
+    """
+    norms = [
+        module
+        for module in space.modules()
+        if isinstance(module, MixedBatchNorm2d) and "momentum" not in module.mutable_arguments
+    ]
+    before = [norm.init_arguments["momentum"] for norm in norms]
+    hooks = [norm.register_forward_pre_hook(_update_momentum) for norm in norms]
+    try:
+        yield
+    finally:
+        for norm, momentum, hook in zip(norms, before, hooks, strict=True):
+            hook.remove()
+            norm.init_arguments["momentum"] = momentum
+
+
+def _update_momentum(norm: MixedBatchNorm2d, inputs: Any) -> None:
+    if not norm.training:
+        return
+    norm.num_batches_tracked.add_(1)
+    average = 1.0 / float(norm.num_batches_tracked)
+    norm.init_arguments["momentum"] = average if norm.momentum is None else norm.momentum

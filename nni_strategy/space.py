@@ -7,6 +7,9 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
+# NNI's one-shot module and its list of strategies import each other: entered through the former, the latter
+# comes without the one-shot strategies, for the whole process.
+import nni.nas.strategy  # noqa: F401
 from nni.mutable import Categorical, CategoricalMultiple, label_scope
 from nni.nas.nn.pytorch import ModelSpace
 from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule

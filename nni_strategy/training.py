@@ -84,7 +84,10 @@ class SupernetModule(LightningModule):
         optimizer.zero_grad(set_to_none=not self.decay_unsampled)
 
     def on_train_start(self) -> None:
-        """Give parameters that took part before a resume the zero gradient that they had then."""
+        """Put the images on the device; give parameters that took part before a resume their zero gradients."""
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, TrainBatches):
+            loader.to(self.trainer.strategy.root_device)
         if not self.decay_unsampled:
             return
         for parameter, state in self.trainer.optimizers[0].state.items():

@@ -23,14 +23,16 @@ class History:
 
     Args:
         path: The file; its folder must exist. An existing file is read.
+        read_only: Keep new records in memory, and leave the file alone: for all but one process of many.
 
     Raises:
         HistoryError: A line other than the last is not a JSON object.
         OSError: The file cannot be read or its cut-off line not be removed.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
         self.path = Path(path)
+        self.read_only = read_only
         self.records: list[dict[str, Any]] = []
         if self.path.exists():
             self._read()
@@ -43,6 +45,11 @@ class History:
             ValueError: The record holds a number that JSON has no word for (NaN or infinity).
         """
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        if not self.read_only:
+            self._write(line)
+        self.records.append(dict(record))
+
+    def _write(self, line: bytes) -> None:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             end = os.fstat(descriptor).st_size
@@ -56,12 +63,11 @@ class History:
                 raise
         finally:
             os.close(descriptor)
-        self.records.append(dict(record))
 
     def _read(self) -> None:
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
+        if len(whole) < len(data) and not self.read_only:
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
         for number, line in enumerate(whole.splitlines(), 1):

@@ -13,14 +13,14 @@ from genas_plugins.genotype import EDGES, OPERATIONS, edge_index, node_edges
 
 # Code and cells of two architectures as the official GeNAS repository publishes them.
 FLATNESS_C100 = (
-    [3, 5, 0, 4, 4, 0, 0, 4, 5, 0, 4, 0, 0, 7] + [6, 3, 2, 0, 5, 0, 5, 0, 7, 0, 1, 1, 0, 0],
+    [3, 5, 0, 4, 4, 0, 0, 4, 5, 0, 4, 0, 0, 7, 6, 3, 2, 0, 5, 0, 5, 0, 7, 0, 1, 1, 0, 0],
     "skip_connect 0, sep_conv_5x5 1, sep_conv_3x3 1, sep_conv_3x3 2, "
     "sep_conv_3x3 2, sep_conv_5x5 3, sep_conv_3x3 1, dil_conv_5x5 4",
     "dil_conv_3x3 0, skip_connect 1, avg_pool_3x3 0, sep_conv_5x5 2, "
     "sep_conv_5x5 1, dil_conv_5x5 3, max_pool_3x3 1, max_pool_3x3 2",
 )
 ANGLE_FLATNESS_C10 = (
-    [5, 4, 4, 4, 0, 4, 5, 0, 0, 4, 0, 0, 0, 4] + [7, 7, 2, 3, 0, 4, 1, 0, 0, 0, 0, 0, 5, 6],
+    [5, 4, 4, 4, 0, 4, 5, 0, 0, 4, 0, 0, 0, 4, 7, 7, 2, 3, 0, 4, 1, 0, 0, 0, 0, 0, 5, 6],
     "sep_conv_5x5 0, sep_conv_3x3 1, sep_conv_3x3 0, sep_conv_3x3 1, "
     "sep_conv_3x3 0, sep_conv_5x5 1, sep_conv_3x3 0, sep_conv_3x3 4",
     "dil_conv_5x5 0, dil_conv_5x5 1, avg_pool_3x3 0, skip_connect 1, "
@@ -75,7 +75,7 @@ def test_integers_of_any_kind_make_a_code(kind):
     ("code", "message"),
     [
         (CODE[:27], "28 operation numbers.*got 27"),
-        (CODE + [0], "28 operation numbers.*got 29"),
+        ([*CODE, 0], "28 operation numbers.*got 29"),
         (changed(1, 0), "Node 2 of the normal cell has 1 incoming"),
         (changed(2, 4), "Node 3 of the normal cell has 3 incoming"),
         (changed(27, 1), "Node 5 of the reduce cell has 3 incoming"),
@@ -115,7 +115,9 @@ def test_a_wrong_cell_is_refused(position, pair, error, message):
 
 
 def test_json_round_trip_keeps_cells_and_ignores_provenance(tmp_path):
-    genotype = Genotype(cell(FLATNESS_C100[1])[::-1][-2:] + cell(FLATNESS_C100[1])[2:], cell(FLATNESS_C100[2]))
+    genotype = Genotype(
+        cell(FLATNESS_C100[1])[::-1][-2:] + cell(FLATNESS_C100[1])[2:], cell(FLATNESS_C100[2])
+    )
     path = genotype.save(tmp_path / "genotype.json", score=0.5, seed=3)
     written = json.loads(path.read_text())
     assert (written["score"], written["seed"], written["code"]) == (0.5, 3, list(genotype.code))

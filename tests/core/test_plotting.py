@@ -11,26 +11,20 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from genas_plugins import plotting
-from genas_plugins.plotting import LossCurve, plot_cells, plot_loss_curves, plot_search
+from genas_plugins import ZOO, Genotype
+from genas_plugins.genotype import OPERATIONS
+from genas_plugins.plotting import LossCurve, cells, curves, plot_cells, plot_loss_curves, plot_search, search
+from genas_plugins.plotting._layout import LABEL_SIZE, NODE_SIZE, CellLayout, bends, cell_layout
+from genas_plugins.plotting._style import short_number
 
 matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra plots)")
 
-OPERATIONS = (
-    "max_pool_3x3",
-    "avg_pool_3x3",
-    "skip_connect",
-    "sep_conv_3x3",
-    "sep_conv_5x5",
-    "dil_conv_3x3",
-    "dil_conv_5x5",
-)
+NAMES = OPERATIONS[1:]
 CURVES = [
     LossCurve("first", (0.0, 1e-3, 3e-3), (1.0, 1.2, 1.9), 0.004),
     LossCurve("second", (0.0, 1e-3, 3e-3), (1.1, 1.15, 1.3), 0.007),
@@ -39,24 +33,21 @@ CURVES = [
 
 def random_cell(seed: int) -> list[tuple[str, int]]:
     rng = random.Random(seed)
-    return [(rng.choice(OPERATIONS), i) for node in range(2, 6) for i in rng.sample(range(node), 2)]
+    return [(rng.choice(NAMES), i) for node in range(2, 6) for i in rng.sample(range(node), 2)]
 
 
 def chain_cell() -> list[tuple[str, int]]:
     """The deepest cell: every node takes the two before it."""
-    return [(OPERATIONS[(2 * node + i) % 7], node - 2 + i) for node in range(2, 6) for i in (0, 1)]
+    return [(NAMES[(2 * node + i) % 7], node - 2 + i) for node in range(2, 6) for i in (0, 1)]
 
 
 def flat_cell() -> list[tuple[str, int]]:
     """The widest cell: every node takes the two inputs of the cell."""
-    return [(OPERATIONS[node + i], i) for node in range(2, 6) for i in (0, 1)]
+    return [(NAMES[node + i], i) for node in range(2, 6) for i in (0, 1)]
 
 
 CELLS = [chain_cell(), flat_cell(), *map(random_cell, range(12))]
-
-
-def genotype(normal: Any = None, reduce: Any = None) -> Any:
-    return SimpleNamespace(normal=normal or chain_cell(), reduce=reduce or flat_cell())
+GENOTYPE = Genotype(chain_cell(), flat_cell())
 
 
 def record(index: int, **changes: Any) -> dict[str, Any]:
@@ -72,7 +63,7 @@ def history() -> list[dict[str, Any]]:
 
 def draw_all(folder: Path, suffix: str) -> list[Path]:
     return [
-        plot_cells(genotype(), folder / f"cells{suffix}", title="Cells & $more"),
+        plot_cells(GENOTYPE, folder / f"cells{suffix}", title="Cells & $more"),
         plot_loss_curves(CURVES, folder / f"curves{suffix}", title="Curves < 2"),
         plot_search(history(), folder / f"search{suffix}", title="Search"),
     ]
@@ -95,9 +86,9 @@ def longest_paths(cell: list[tuple[str, int]]) -> dict[int, int]:
     return {node: longest(node) for node in range(6)}
 
 
-def boxes(layout: Any, pitch: float) -> dict[Any, tuple[float, float, float, float]]:
-    sized = [(node, at, plotting._NODE_SIZE) for node, at in layout.nodes.items()]
-    sized += [(f"label {edge}", at, plotting._LABEL_SIZE) for edge, at in enumerate(layout.labels)]
+def boxes(layout: CellLayout, pitch: float) -> dict[Any, tuple[float, float, float, float]]:
+    sized = [(node, at, NODE_SIZE) for node, at in layout.nodes.items()]
+    sized += [(f"label {edge}", at, LABEL_SIZE) for edge, at in enumerate(layout.labels)]
     return {
         name: (x * pitch - w / 2, x * pitch + w / 2, y - h / 2, y + h / 2) for name, (x, y), (w, h) in sized
     }
@@ -114,7 +105,7 @@ def bezier(control: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_columns_are_longest_paths_and_edges_go_forward(cell: list[tuple[str, int]]) -> None:
-    layout = plotting._cell_layout(cell)
+    layout = cell_layout(cell)
     expected = longest_paths(cell)
     assert {node: layout.nodes[node][0] for node in range(6)} == expected
     assert layout.nodes[6][0] > max(expected.values())
@@ -130,8 +121,8 @@ def test_columns_are_longest_paths_and_edges_go_forward(cell: list[tuple[str, in
 @pytest.mark.parametrize("cell", CELLS)
 def test_boxes_do_not_overlap_and_lines_avoid_them(cell: list[tuple[str, int]]) -> None:
     # The smallest distance of columns that plot_cells uses: five columns over the width of the figure.
-    pitch = (plotting._CELL_WIDTH - 2 * plotting._MARGIN - plotting._NODE_SIZE[0]) / 4.68
-    layout = plotting._cell_layout(cell)
+    pitch = (cells._WIDTH - 2 * cells._MARGIN - NODE_SIZE[0]) / 4.68
+    layout = cell_layout(cell)
     placed = boxes(layout, pitch)
     for (_, a), (_, b) in itertools.combinations(placed.items(), 2):
         assert a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] or b[3] <= a[2]
@@ -142,7 +133,7 @@ def test_boxes_do_not_overlap_and_lines_avoid_them(cell: list[tuple[str, int]]) 
     ]
     lines += [(points, {node, 6}) for node, points in layout.concat.items()]
     for points, own in lines:
-        x, y = bezier(plotting._bends(points, pitch, 0.0)).T
+        x, y = bezier(bends(points, pitch, 0.0)).T
         for name in placed.keys() - own:
             left, right, low, high = placed[name]
             assert not ((x > left) & (x < right) & (y > low) & (y < high)).any(), name
@@ -152,7 +143,7 @@ def test_boxes_do_not_overlap_and_lines_avoid_them(cell: list[tuple[str, int]]) 
 def test_first_input_is_above_the_second_and_everything_is_within_the_extent(
     cell: list[tuple[str, int]],
 ) -> None:
-    layout = plotting._cell_layout(cell)
+    layout = cell_layout(cell)
     assert layout.nodes[0][1] > layout.nodes[1][1]
     low, high = layout.extent
     assert min(box[2] for box in boxes(layout, 1.0).values()) >= low
@@ -166,7 +157,7 @@ def test_planar_cell_is_drawn_without_crossings() -> None:
         for node in range(2, 6)
         for name, source in (("sep_conv_3x3", 1), ("skip_connect", 0 if node == 2 else node - 1))
     ]
-    layout = plotting._cell_layout(cell)
+    layout = cell_layout(cell)
     at = {}
     for points in layout.edges:
         for (x, y), (x_next, y_next) in itertools.pairwise(points):
@@ -177,20 +168,20 @@ def test_planar_cell_is_drawn_without_crossings() -> None:
 
 def test_spread_keeps_order_clearance_and_range() -> None:
     wanted = [0.5, 0.5, 0.9, 0.02, 0.01]
-    places = plotting._spread(wanted, 0.1)
+    places = curves._spread(wanted, 0.1)
     assert sorted(range(5), key=places.__getitem__) == [4, 3, 0, 1, 2]
     # By hand: two equal wishes move apart evenly, the pair at the bottom stops at 0, the lone one stays.
     assert places == pytest.approx([0.45, 0.55, 0.9, 0.1, 0.0])
-    assert plotting._spread([1.0, 1.0, 1.0], 0.1) == pytest.approx([0.8, 0.9, 1.0])
+    assert curves._spread([1.0, 1.0, 1.0], 0.1) == pytest.approx([0.8, 0.9, 1.0])
 
 
 # Files
 
 
 def test_svg_is_xml_and_names_every_operation_and_node(tmp_path: Path) -> None:
-    drawn = genotype(random_cell(3), chain_cell())
+    drawn = Genotype(random_cell(3), chain_cell())
     texts = svg_texts(plot_cells(drawn, tmp_path / "cells.svg", title="Cells & <more> $x"))
-    for operation in OPERATIONS:
+    for operation in NAMES:
         count = sum(name == operation for name, _ in (*drawn.normal, *drawn.reduce))
         assert texts.count(operation) == count
     assert [texts.count(node) for node in "2345"] == [2, 2, 2, 2]
@@ -206,7 +197,7 @@ def test_two_writes_are_equal_and_leave_nothing_else(tmp_path: Path, suffix: str
     assert sorted((tmp_path / "a").iterdir()) == sorted(first)
 
 
-def test_png_has_the_size_of_the_figure(tmp_path: Path) -> None:
+def test_files_are_of_their_format_and_size(tmp_path: Path) -> None:
     widths = {}
     for path in draw_all(tmp_path, ".PNG"):
         data = path.read_bytes()
@@ -214,19 +205,16 @@ def test_png_has_the_size_of_the_figure(tmp_path: Path) -> None:
         widths[path.stem], height = struct.unpack(">II", data[16:24])
         assert 400 < height < 1600
     assert widths == {"cells": 11 * 160, "curves": 9 * 160, "search": 11 * 160}
-
-
-def test_pdf_and_svg_start_as_such(tmp_path: Path) -> None:
     assert all(path.read_bytes().startswith(b"%PDF-") for path in draw_all(tmp_path, ".pdf"))
     for path in draw_all(tmp_path, ".svg"):
         assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
 
 
 def test_the_callers_matplotlib_is_left_alone_and_does_not_matter(tmp_path: Path) -> None:
-    plain = plot_cells(genotype(), tmp_path / "plain.svg").read_bytes()
+    plain = plot_cells(GENOTYPE, tmp_path / "plain.svg").read_bytes()
     with matplotlib.rc_context({"font.size": 20.0, "axes.facecolor": "red", "lines.linewidth": 9.0}):
         before = dict(matplotlib.rcParams)
-        assert plot_cells(genotype(), tmp_path / "styled.svg").read_bytes() == plain
+        assert plot_cells(GENOTYPE, tmp_path / "styled.svg").read_bytes() == plain
         assert dict(matplotlib.rcParams) == before
 
 
@@ -245,7 +233,7 @@ def test_missing_matplotlib_names_the_extra(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [_Masked(), *sys.meta_path])
     with pytest.raises(ImportError, match=re.escape("pip install 'genas-plugins[plots]'")):
-        plot_cells(genotype(), tmp_path / "cells.svg")
+        plot_cells(GENOTYPE, tmp_path / "cells.svg")
     assert not list(tmp_path.iterdir())
 
 
@@ -310,7 +298,7 @@ def test_sigma_axis_scale(sigmas: tuple[float, ...], scale: str) -> None:
 
     axes = Figure().add_subplot()
     axes.plot(sigmas, sigmas)
-    plotting._sigma_axis(axes, sigmas)
+    curves._scale_sigmas(axes, sigmas)
     assert axes.get_xscale() == scale
     assert set(axes.get_xticks()) <= set(sigmas)
 
@@ -320,7 +308,7 @@ def test_sigma_axis_scale(sigmas: tuple[float, ...], scale: str) -> None:
     [(0.0, "0"), (0.003, "0.003"), (5e-5, "5e-5"), (-2.5e-4, "-2.5e-4"), (12.3456, "12.35")],
 )
 def test_short_numbers(value: float, text: str) -> None:
-    assert plotting._short(value) == text
+    assert short_number(value) == text
 
 
 def test_search_tells_the_best_with_its_shares(tmp_path: Path) -> None:
@@ -346,7 +334,7 @@ def test_search_draws_the_smallest_histories(tmp_path: Path, records: list[dict[
     ("seconds", "text"), [(0, "0 s"), (119, "119 s"), (120, "2.0 min"), (9000, "2.5 h"), (216000, "2.5 d")]
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert plotting._duration(seconds) == text
+    assert search._duration(seconds) == text
 
 
 # Guards
@@ -355,7 +343,7 @@ def test_durations(seconds: float, text: str) -> None:
 @pytest.mark.parametrize("name", ["cells", "cells.jpg", "cells.svg.gz"])
 def test_unknown_suffix(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"\.svg, \.png or \.pdf"):
-        plot_cells(genotype(), tmp_path / name)
+        plot_cells(GENOTYPE, tmp_path / name)
     with pytest.raises(ValueError, match=r"\.svg, \.png or \.pdf"):
         plot_loss_curves(CURVES, tmp_path / name)
     with pytest.raises(ValueError, match=r"\.svg, \.png or \.pdf"):
@@ -364,26 +352,17 @@ def test_unknown_suffix(tmp_path: Path, name: str) -> None:
 
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist: create it first"):
-        plot_cells(genotype(), tmp_path / "nowhere" / "cells.svg")
+        plot_cells(GENOTYPE, tmp_path / "nowhere" / "cells.svg")
+
+
+@pytest.mark.parametrize("drawn", [next(iter(ZOO.values())), "genas_flatness_c100", None])
+def test_what_is_not_a_genotype(tmp_path: Path, drawn: Any) -> None:
+    with pytest.raises(TypeError, match=f"Genotype, got {type(drawn).__name__}: .*find_genotype"):
+        plot_cells(drawn, tmp_path / "cells.svg")
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda cell: cell[:7], r"normal cell must have 8 .* got 7"),
-        (lambda cell: [("conv", 0), *cell[1:]], r"Unknown operation 'conv' .*sep_conv_3x3"),
-        (lambda cell: [("skip_connect", 2), *cell[1:]], r"Node 2 .* input 2: expected 0 to 1"),
-        (lambda cell: [*cell[:7], ("skip_connect", -1)], r"Node 5 .* input -1: expected 0 to 4"),
-        (lambda cell: [("skip_connect", 1), ("max_pool_3x3", 1), *cell[2:]], r"Node 2 .* input 1 twice"),
-    ],
-)
-def test_bad_cells(tmp_path: Path, change: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        plot_cells(genotype(change(chain_cell())), tmp_path / "cells.svg")
-
-
-@pytest.mark.parametrize(
-    ("curves", "message"),
+    ("drawn", "message"),
     [
         ([], "no loss curve"),
         ([LossCurve("a", (), ())], "0 sigmas and 0 losses"),
@@ -395,9 +374,9 @@ def test_bad_cells(tmp_path: Path, change: Any, message: str) -> None:
         ([LossCurve("a", (0.2, 0.2), (1.0, 1.0))], "increasing"),
     ],
 )
-def test_bad_curves(tmp_path: Path, curves: list[LossCurve], message: str) -> None:
+def test_bad_curves(tmp_path: Path, drawn: list[LossCurve], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plot_loss_curves(curves, tmp_path / "curves.svg")
+        plot_loss_curves(drawn, tmp_path / "curves.svg")
 
 
 @pytest.mark.parametrize(

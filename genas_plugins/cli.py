@@ -1,0 +1,248 @@
+"""The ``genas`` command: search, score, zoo, plot.
+
+The one place in the core that knows the hosts; each is imported only when its subcommand runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from genas_plugins._version import __version__
+
+if TYPE_CHECKING:
+    from nni_strategy.run import Outcome
+
+__all__ = ["main"]
+
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Command line without the program's name; ``None`` for the process's own.
+
+    Returns:
+        Exit status: 0, 1 with one line on standard error if something is wrong, 130 after Ctrl-C.
+    """
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return _INTERRUPTED
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        if options.debug:
+            raise
+        print(f"genas: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="genas", description="Flatness-based neural architecture search (GeNAS).")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    search = _command(
+        commands,
+        "search",
+        _search,
+        "train a supernet, search it, and write the best genotype",
+        "genas search --config quickstart_digits --output runs/digits",
+    )
+    search.add_argument("--config", metavar="FILE", help="a YAML file, or the name of one that comes with the package")
+    search.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="change a setting, for instance search.generations=5; may be repeated",
+    )
+    search.add_argument("--output", required=True, metavar="DIR", help="the run folder; must not hold a run")
+    search.add_argument("--resume", action="store_true", help="continue the run that the folder holds")
+    search.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    score = _command(
+        commands,
+        "score",
+        _score,
+        "score one genotype with the supernet of a run",
+        "genas score genas_flatness_c10 --run runs/cifar10 --metric accuracy",
+    )
+    score.add_argument("genotype", help="a name of the zoo, a JSON file, or 28 integers in quotes")
+    score.add_argument("--run", required=True, metavar="DIR", help="the folder of a search")
+    score.add_argument("--metric", help="another metric than the run's")
+    score.add_argument("--sigmas", nargs="+", type=float, metavar="SIGMA", help="other sigmas than the run's")
+    score.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+
+    zoo = _command(commands, "zoo", _zoo, "list the published genotypes", "genas zoo")
+    zoo.add_argument("--measure", action="store_true", help="build the networks and count, instead of the stored counts")
+
+    plot = _command(
+        commands,
+        "plot",
+        _plot,
+        "draw the cells of a genotype, or the progress and the loss curves of a search",
+        "genas plot cells genas_flatness_c100 cells.svg",
+    )
+    plot.add_argument("what", choices=("cells", "search", "losses"))
+    plot.add_argument("source", help="for cells: as in genas score; otherwise the folder of a search")
+    plot.add_argument("output", help="the picture: .svg, .png or .pdf")
+    plot.add_argument("--top", type=int, default=5, help="for losses: how many of the best")
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    function: Callable[[argparse.Namespace], int],
+    summary: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    parser.epilog = f"example: {example}"
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _search(options: argparse.Namespace) -> int:
+    from genas_plugins._optional import require
+
+    require("tqdm", extra="nni", purpose="the search's progress bars")
+    require("matplotlib", extra="plots", purpose="the search's pictures")
+    import nni_strategy  # noqa: F401  (a missing NNI is told before anything of it is needed)
+    from nni_strategy import config
+    from nni_strategy.progress import Bar
+    from nni_strategy.run import run_experiment
+
+    folder = Path(options.output)
+    if options.config is not None:
+        experiment = config.load(options.config, options.overrides)
+    elif options.resume and (folder / "config.yaml").exists():
+        experiment = config.load(folder / "config.yaml", options.overrides)
+    elif options.resume:
+        raise config.ConfigError(f"{folder} holds no run to resume (no config.yaml); start it with --config.")
+    else:
+        raise config.ConfigError(
+            f"--config is missing; experiments that come with the package: {', '.join(config.config_names())}."
+        )
+    try:
+        outcome = run_experiment(
+            experiment, folder, resume=options.resume, progress=None if options.quiet else Bar
+        )
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. Continue with: genas search --output {folder} --resume", file=sys.stderr)
+        return _INTERRUPTED
+    if outcome.best:
+        print("\n".join(_report(outcome)))
+    return 0
+
+
+def _report(outcome: Outcome) -> Iterable[str]:
+    failed = f", {outcome.failed} failed" if outcome.failed else ""
+    yield f"\nThe best {len(outcome.best)} of {outcome.scored} architectures{failed}:\n"
+    rows = [("", "score", "slope", "losses at the sigmas", "test top-1", "code")]
+    for rank, found in enumerate(outcome.best, 1):
+        record = found.record
+        slope = record["shares"].get("slope")
+        rows.append(
+            (
+                f"{rank}",
+                f"{record['score']:.6g}",
+                "-" if slope is None else f"{slope:.1%}",
+                " ".join(f"{loss:.4f}" for loss in record.get("losses", ())) or "-",
+                "-" if found.test_top1 is None else f"{found.test_top1:.1%}",
+                str(found.genotype),
+            )
+        )
+    yield from _table(rows)
+    yield "\nslope: share of the slope term in Eq. 4; test top-1: with the supernet's weights."
+    yield f"Genotype, history and pictures are in {outcome.folder}."
+
+
+def _score(options: argparse.Namespace) -> int:
+    import nni_strategy  # noqa: F401
+    from genas_plugins.zoo import find_genotype
+    from nni_strategy.trained import TrainedSupernet
+
+    genotype = find_genotype(options.genotype)
+    trained = TrainedSupernet.from_run(options.run, device=options.device)
+    changes = {name: getattr(options, name) for name in ("metric", "sigmas") if getattr(options, name) is not None}
+    score = dataclasses.replace(trained.score, **changes)
+    measured = trained.measure(genotype, score)
+    accuracy = trained.test_accuracy(genotype)
+    rows = [("metric", score.metric), ("score", f"{measured.score:.6g}")]
+    rows += [(f"share of {name}", f"{share:.1%}") for name, share in measured.shares.items()]
+    if measured.flatness is not None:
+        pairs = zip(measured.flatness.sigmas, measured.flatness.losses, strict=True)
+        rows += [(f"loss at sigma {sigma:g}", f"{loss:.6f}") for sigma, loss in pairs]
+    if measured.angle is not None:
+        rows.append(("angle / pi", f"{measured.angle:.6f}"))
+    if measured.accuracy is not None:
+        rows.append(("validation top-1", f"{measured.accuracy.top1:.2%}"))
+    if accuracy is not None:
+        rows.append(("test top-1", f"{accuracy.top1:.2%}"))
+    print("\n".join(_table(rows)))
+    return 0
+
+
+def _zoo(options: argparse.Namespace) -> int:
+    import torch
+
+    from genas_plugins.counting import count_macs, count_parameters
+    from genas_plugins.zoo import ZOO
+
+    rows = [("name", "searched on", "metric", "C", "params (M)", "MACs (M)", "top-1", "top-5")]
+    for entry in ZOO.values():
+        parameters, macs = entry.params, entry.macs_million
+        if options.measure:
+            with torch.device("meta"):
+                network = entry.network()
+            parameters, macs = count_parameters(network), count_macs(network) / 1e6
+        paper = [f"{entry.paper[key]:.2f}" if key in entry.paper else "-" for key in ("top1", "top5")]
+        counts = (f"{entry.init_channels}", f"{parameters / 1e6:.3f}", f"{macs:.1f}")
+        rows.append((entry.name, entry.search_dataset, entry.metric, *counts, *paper))
+    print("\n".join(_table(rows)))
+    print("\nImageNet networks of 14 cells at 224 pixels, without the auxiliary head; accuracies are the paper's.")
+    return 0
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from genas_plugins.plotting import LossCurve, plot_cells, plot_loss_curves, plot_search
+    from genas_plugins.search import History
+    from genas_plugins.zoo import find_genotype
+
+    if options.what == "cells":
+        print(plot_cells(find_genotype(options.source), options.output))
+        return 0
+    path = Path(options.source) / "history.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{options.source} is not the folder of a search: no history.jsonl.")
+    records = History(path, read_only=True).records
+    if options.what == "search":
+        print(plot_search(records, options.output))
+        return 0
+    scored = sorted((r for r in records if r.get("losses")), key=lambda record: -record["score"])[: options.top]
+    if not scored:
+        raise ValueError(f"{path} has no losses: its search did not measure flatness.")
+    curves = [
+        LossCurve(f"#{rank}", tuple(record["sigmas"]), tuple(record["losses"]), record["score"])
+        for rank, record in enumerate(scored, 1)
+    ]
+    print(plot_loss_curves(curves, options.output))
+    return 0
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

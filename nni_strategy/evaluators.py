@@ -1,0 +1,185 @@
+"""NNI evaluators that score a model with the weights of a trained supernet, for multi-trial strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nni
+from nni.nas.evaluator import Evaluator
+from nni.nas.nn.pytorch import ModelSpace
+from nni.nas.space import ExecutableModelSpace
+
+from genas_plugins.checkpoints import load_supernet
+from genas_plugins.datasets import load_search_data
+from genas_plugins.genotype import Genotype
+from genas_plugins.scoring import CombinedScore, Measurement
+from nni_strategy.samples import SampleSpace
+from nni_strategy.space import DartsSpace, sample_to_genotype
+from nni_strategy.strategy import GeNAS
+from nni_strategy.trained import TrainedSupernet, darts_space, load_space_weights
+
+__all__ = ["CombinedEvaluator", "FlatnessEvaluator"]
+
+
+@nni.trace
+class CombinedEvaluator(Evaluator):
+    """Score the model that a multi-trial strategy proposes, by any metric, with a trained supernet's weights.
+
+    Nothing is trained: a trial takes as long as scoring one candidate. The score is reported to NNI as the
+    final result; the noise of a candidate is a function of ``seed`` and the candidate, so that repeated
+    trials agree.
+
+    Args:
+        supernet: The run folder of ``genas search``, or a checkpoint: the official supernet's, one of this
+            package, or (with ``space``) the state dict of a mutated space.
+        metric: See :class:`genas_plugins.scoring.CombinedScore`; so are the following.
+        sigmas: Strictly increasing. ``None``: those of the run folder.
+        alpha: Weight of the depth term.
+        gamma: Weight of flatness in a combination.
+        gamma_accuracy: Weight of accuracy in ``"angle+accuracy"``.
+        noise: ``"cumulative"``, ``"independent"`` or ``"shared"``.
+        where: ``"all"`` or ``"cells"``.
+        recalibration_momentum: ``None`` for the cumulative average.
+        data: With a checkpoint: keyword arguments of
+            :func:`genas_plugins.datasets.load_search_data`. With a run folder, the run's data is used.
+        space: With a checkpoint of another space than :class:`DartsSpace`: the model space, unmutated.
+        initial: With a checkpoint: the weights before training, for metrics with the angle.
+        seed: Of the noise, with a checkpoint. With a run folder, the run's.
+        batch_size: Validation images a batch, with a checkpoint; ``None`` chooses by the device.
+        device: To score on; ``None`` for CUDA where there is one.
+
+    Raises:
+        ValueError: A wrong setting; ``data`` is missing with a checkpoint.
+        FileNotFoundError: ``supernet`` does not exist.
+    """
+
+    def __init__(
+        self,
+        supernet: str | Path,
+        metric: str = "angle+flatness",
+        *,
+        sigmas: Sequence[float] | None = None,
+        alpha: float = 1.0,
+        gamma: float = 16.0,
+        gamma_accuracy: float = 0.1,
+        noise: str = "cumulative",
+        where: str = "all",
+        recalibration_momentum: float | None = None,
+        data: Mapping[str, Any] | None = None,
+        space: ModelSpace | None = None,
+        initial: str | Path | None = None,
+        seed: int = 0,
+        batch_size: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        self.supernet = str(supernet)
+        self.settings: dict[str, Any] = {
+            "metric": metric,
+            "alpha": alpha,
+            "gamma": gamma,
+            "gamma_accuracy": gamma_accuracy,
+            "noise": noise,
+            "where": where,
+            "momentum": recalibration_momentum,
+        }
+        if sigmas is not None:
+            self.settings["sigmas"] = tuple(sigmas)
+        CombinedScore(**self.settings)
+        path = Path(supernet)
+        if not path.exists():
+            raise FileNotFoundError(f"There is no run folder or checkpoint {path}.")
+        if path.is_file() and data is None:
+            raise ValueError(f"With the checkpoint {path}, pass data= to say which images to score on.")
+        self._arguments = (data, space, initial, seed, batch_size, device)
+        self._trained: TrainedSupernet | None = None
+
+    def extra_repr(self) -> str:
+        return f"supernet={self.supernet!r}, " + ", ".join(f"{k}={v!r}" for k, v in self.settings.items())
+
+    @property
+    def trained(self) -> TrainedSupernet:
+        """The supernet with its data, loaded at first use and kept for the trials that follow."""
+        if self._trained is None:
+            self._trained = self._load()
+        return self._trained
+
+    def measure(self, model: Any) -> Measurement:
+        """Score a genotype, a network that has one, or an NNI sample.
+
+        Raises:
+            TypeError: The model does not tell its architecture.
+        """
+        trained = self.trained
+        if isinstance(model, Genotype):
+            return trained.measure(model)
+        if isinstance(model, Mapping):
+            if isinstance(trained.space, DartsSpace):
+                return trained.measure(sample_to_genotype(model))
+            search_space = trained.paths.search_space
+            assert isinstance(search_space, SampleSpace)
+            return trained.measure(search_space.from_json(dict(model)))
+        network = getattr(model, "network", model)
+        if isinstance(getattr(network, "genotype", None), Genotype):
+            return trained.measure(network.genotype)
+        raise TypeError(
+            f"{type(model).__name__} does not tell its architecture; expected a Genotype, a network with a "
+            "genotype, or an NNI sample."
+        )
+
+    def evaluate(self, model: Any) -> float:
+        """Score a model (see :meth:`measure`) and, inside an experiment, report it to NNI."""
+        score = self.measure(model).score
+        if nni.get_current_parameter() is not None:
+            nni.report_final_result(score)
+        return score
+
+    def _execute(self, model: ExecutableModelSpace) -> float:
+        # The sample says it all; building the proposed network would be lost time.
+        return self.evaluate(model.sample)
+
+    def _load(self) -> TrainedSupernet:
+        data, space, initial, seed, batch_size, device = self._arguments
+        path = Path(self.supernet)
+        if path.is_dir():
+            trained = TrainedSupernet.from_run(path, device=device)
+            sigmas = self.settings.get("sigmas", trained.score.sigmas)
+            trained.score = CombinedScore(**{**self.settings, "sigmas": sigmas})
+            return trained
+        if space is not None:
+            GeNAS().mutate_model(space)
+        before = None
+        if initial is not None:
+            before = {name: tensor.clone() for name, tensor in _opened(space, initial).named_parameters()}
+        space = _opened(space, path)
+        return TrainedSupernet(
+            space,
+            load_search_data(**(data or {})),
+            CombinedScore(**self.settings),
+            initial=before,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+        )
+
+
+def _opened(space: ModelSpace | None, path: str | Path) -> ModelSpace:
+    if space is None:
+        return darts_space(load_supernet(path))
+    load_space_weights(space, path)
+    return space
+
+
+@nni.trace
+class FlatnessEvaluator(CombinedEvaluator):
+    """Score the model that a multi-trial strategy proposes by its flatness (Eq. 4).
+
+    Args:
+        supernet: Run folder or checkpoint; see :class:`CombinedEvaluator`, as for all other arguments.
+    """
+
+    def __init__(self, supernet: str | Path, **settings: Any) -> None:
+        if "metric" in settings:
+            raise TypeError("FlatnessEvaluator always measures flatness; CombinedEvaluator takes a metric.")
+        super().__init__(supernet, "flatness", **settings)

@@ -1,0 +1,366 @@
+"""One search from an experiment file to a run folder, resumable after a kill at any moment."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nni
+import pytorch_lightning as pl
+import torch
+from nni.nas.experiment import NasExperiment
+from nni.nas.experiment.config import NasExperimentConfig
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+
+import genas_plugins
+from genas_plugins.checkpoints import load_supernet, save_supernet
+from genas_plugins.files import write_text
+from genas_plugins.genotype import Genotype
+from genas_plugins.plotting import LossCurve, plot_cells, plot_loss_curves, plot_search
+from genas_plugins.scoring import mean_loss, recalibrate_batchnorm
+from genas_plugins.search import History
+from nni_strategy import config
+from nni_strategy.space import DartsSpace
+from nni_strategy.strategy import GeNAS
+from nni_strategy.trained import (
+    CONFIG_FILE,
+    INITIAL_FILE,
+    SUPERNET_FILE,
+    TrainedSupernet,
+    batch_size_for,
+    load_data,
+)
+from nni_strategy.training import supernet_evaluator
+
+__all__ = ["Found", "Outcome", "run_experiment"]
+
+HISTORY_FILE = "history.jsonl"
+GENOTYPE_FILE = "genotype.json"
+_TOP = 5
+
+
+@dataclass(frozen=True)
+class Found:
+    """One of the best architectures of a search.
+
+    Attributes:
+        genotype: The architecture.
+        record: Its line of the history.
+        test_top1: Top-1 accuracy on the test images with the supernet's weights, as a fraction; ``None``
+            without test images.
+    """
+
+    genotype: Genotype
+    record: dict[str, Any]
+    test_top1: float | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished search hands over.
+
+    Attributes:
+        folder: The run folder.
+        best: The best architectures, best first.
+        scored: Number of candidates scored.
+        failed: Number of candidates without a finite score.
+    """
+
+    folder: Path
+    best: tuple[Found, ...]
+    scored: int
+    failed: int
+
+
+def run_experiment(
+    experiment: config.Experiment,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    progress: Callable[[str, int, int], Any] | None = None,
+) -> Outcome:
+    """Train, search and write the run folder.
+
+    The folder holds ``config.yaml`` (every setting), ``initial.safetensors``, ``supernet.ckpt``,
+    ``history.jsonl``, ``genotype.json``, ``cells.svg``, ``cells.png``, ``search.png`` and
+    ``loss_curves.png``; Lightning's figures lie under ``training`` and NNI's log under ``nni``. A killed run
+    continues with ``resume`` and ends as an uninterrupted one would have.
+
+    Args:
+        experiment: What to do.
+        folder: Where to; created if missing.
+        resume: Continue the run that the folder holds.
+        progress: Makes the progress displays, see :mod:`nni_strategy.progress`; ``None`` for none.
+
+    Raises:
+        ConfigError: The folder holds a run and ``resume`` is not set, holds another experiment or other files, or
+            holds nothing to resume.
+        KeyboardInterrupt: The user interrupted; the folder can be resumed.
+        SearchFailedError: No candidate had a finite score.
+    """
+    folder = Path(folder)
+    primary = _is_primary()
+    if primary:
+        _prepare(folder, experiment, resume)
+    torch.manual_seed(experiment.seed)
+    data = load_data(experiment)
+    settings = experiment.space
+    space = DartsSpace(data.num_classes, settings.init_channels, settings.num_cells, settings.stem)
+    _initial_weights(space, folder / INITIAL_FILE, primary)
+
+    history = History(folder / HISTORY_FILE, read_only=not primary)
+    training = experiment.training
+    checkpoint = folder / SUPERNET_FILE
+    shown = progress if primary else None
+    callbacks: list[Callback] = [
+        ModelCheckpoint(
+            folder,
+            Path(SUPERNET_FILE).stem,
+            every_n_epochs=training.checkpoint_every,
+            enable_version_counter=False,
+            save_on_train_epoch_end=True,
+        )
+    ]
+    if shown is not None:
+        callbacks.append(TrainingProgress(shown, training.epochs))
+    evaluator = supernet_evaluator(
+        data,
+        training.epochs,
+        batch_size=training.batch_size,
+        learning_rate=training.learning_rate,
+        final_learning_rate=training.final_learning_rate,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+        gradient_clip=training.gradient_clip,
+        decay_unsampled=training.decay_unsampled,
+        flip=experiment.data.flip,
+        crop_padding=experiment.data.crop_padding,
+        num_workers=training.num_workers,
+        seed=experiment.seed,
+        fit_kwargs={"ckpt_path": str(checkpoint), "weights_only": True} if checkpoint.exists() else None,
+        accelerator=training.accelerator,
+        devices=training.devices,
+        strategy="auto" if training.devices == 1 else "ddp_find_unused_parameters_true",
+        precision=training.precision,
+        deterministic=experiment.deterministic,
+        callbacks=callbacks,
+        logger=CSVLogger(folder, name="training"),
+        log_every_n_steps=50,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    device = evaluator.trainer.strategy.root_device
+    score = experiment.score
+    scorer = TrainedSupernet(
+        space,
+        data,
+        score.build(),
+        seed=experiment.seed,
+        recalibrate=score.recalibration_images > 0,
+        recalibration_batch_size=score.recalibration_batch_size,
+        batch_size=batch_size_for(device, score.batch_size),
+        device=device,
+    )
+    total = experiment.search.population * experiment.search.generations
+    strategy = GeNAS(
+        **_score_arguments(score),
+        recalibration_images=score.recalibration_images,
+        recalibration_batches=scorer.recalibration,
+        validation_batches=scorer.validation,
+        **vars(experiment.search),
+        seed=experiment.seed,
+        history=history,
+        on_record=None if shown is None else SearchProgress(shown, total),
+        device=device,
+    )
+    start = time.time()
+    _run_nni(space, evaluator, strategy, folder)
+    if not primary:
+        return Outcome(folder, (), 0, 0)
+    return _hand_over(folder, experiment, strategy, scorer, time.time() - start)
+
+
+class SearchFailedError(RuntimeError):
+    """Every candidate of a search failed."""
+
+
+class TrainingProgress(Callback):
+    """Shows epochs, the last loss and the time left."""
+
+    def __init__(self, progress: Callable[[str, int, int], Any], epochs: int) -> None:
+        self._progress = progress
+        self._epochs = epochs
+        self._display: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        steps = int(trainer.num_training_batches)
+        self._display = self._progress("training", self._epochs * steps, trainer.current_epoch * steps)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        done = trainer.global_step
+        loss = trainer.callback_metrics.get("train_loss")
+        # Reading a loss waits for the device; once in a while is enough for the eye.
+        shown = {} if loss is None or done % 10 else {"loss": f"{float(loss):.3f}", "epoch": trainer.current_epoch + 1}
+        self._display.step(shown)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._display.close()
+
+
+class SearchProgress:
+    """Shows candidates, the best score so far and the time left."""
+
+    def __init__(self, progress: Callable[[str, int, int], Any], total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._display: Any = None
+        self._best: float | None = None
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        if self._display is None:
+            self._display = self._progress("search", self._total, 0)
+        score = record["score"]
+        if score is not None and (self._best is None or score > self._best):
+            self._best = score
+        shown = {"generation": record["generation"] + 1}
+        if self._best is not None:
+            shown["best"] = f"{self._best:.6g}"
+        self._display.step(shown)
+        if record["index"] + 1 == self._total:
+            self._display.close()
+
+
+class _QuietExperiment(NasExperiment):
+    """An experiment that leaves no entry in the list of experiments in the user's home folder."""
+
+    def _start_without_nni_manager(self) -> None: ...
+
+    def _stop_without_nni_manager(self) -> None: ...
+
+
+def _is_primary() -> bool:
+    # Lightning starts the other processes of a distributed run as copies of this one, with these set.
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+
+
+def _prepare(folder: Path, experiment: config.Experiment, resume: bool) -> None:
+    written = folder / CONFIG_FILE
+    if written.exists():
+        if not resume:
+            raise config.ConfigError(
+                f"{folder} already holds a run: continue it with --resume, or choose another --output."
+            )
+        before = config.load(written)
+        if before != experiment:
+            raise config.ConfigError(
+                f"{folder} holds a run of another experiment ({_difference(before, experiment)}): resume it without "
+                "--config and --set, or choose another --output."
+            )
+        return
+    if resume:
+        raise config.ConfigError(f"{folder} holds no run to resume (no {CONFIG_FILE}); start it without --resume.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise config.ConfigError(f"{folder} is not an empty folder: choose another --output.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(written, config.dump(experiment))
+
+
+def _difference(before: config.Experiment, now: config.Experiment) -> str:
+    for section, old in vars(before).items():
+        new = getattr(now, section)
+        if old == new:
+            continue
+        if not hasattr(old, "__dict__"):
+            return f"{section} is {old}, not {new}"
+        key = next(key for key in vars(old) if getattr(old, key) != getattr(new, key))
+        return f"{section}.{key} is {getattr(old, key)}, not {getattr(new, key)}"
+    return "in its settings"
+
+
+def _initial_weights(space: DartsSpace, path: Path, primary: bool) -> None:
+    if path.exists():
+        space.supernet.load_state_dict(load_supernet(path).state_dict())
+    elif primary:
+        save_supernet(space.supernet, path)
+
+
+def _score_arguments(score: config.Score) -> dict[str, Any]:
+    names = ("metric", "sigmas", "alpha", "gamma", "gamma_accuracy", "noise", "where", "recalibration_momentum")
+    return {name: getattr(score, name) for name in names}
+
+
+def _run_nni(space: DartsSpace, evaluator: Any, strategy: GeNAS, folder: Path) -> None:
+    nni.silence_stdout()
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    settings = NasExperimentConfig.default(space, evaluator, strategy)
+    settings.experiment_working_directory = str(folder.resolve() / "nni")
+    experiment = _QuietExperiment(space, evaluator, strategy, settings)
+    try:
+        experiment.run()
+    except SystemExit as error:
+        # Lightning turns an interrupt into an exit.
+        if evaluator.trainer.interrupted:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        experiment.stop()
+
+
+def _hand_over(
+    folder: Path, experiment: config.Experiment, strategy: GeNAS, scorer: TrainedSupernet, seconds: float
+) -> Outcome:
+    records = strategy.records
+    by_code = {tuple(record["candidate"]): record for record in records}
+    best = []
+    curves = []
+    for rank, (genotype, _) in enumerate(strategy.evolution.best(_TOP), 1):
+        record = by_code[genotype.code]
+        accuracy = scorer.test_accuracy(genotype)
+        best.append(Found(genotype, record, None if accuracy is None else accuracy.top1))
+        if "losses" in record:
+            curves.append(_curve(scorer, genotype, record, f"#{rank}"))
+    failed = sum(record["status"] == "failed" for record in records)
+    if not best:
+        raise SearchFailedError(
+            f"None of the {len(records)} candidates has a finite score; the first failed because: {records[0]['reason']}"
+        )
+    plot_search(records, folder / "search.png", title=f"Search by {experiment.score.metric}")
+    plot_cells(best[0].genotype, folder / "cells.svg", title="Best architecture")
+    plot_cells(best[0].genotype, folder / "cells.png", title="Best architecture")
+    if curves:
+        plot_loss_curves(curves, folder / "loss_curves.png", title="Loss around the weights of the best five")
+    best[0].genotype.save(
+        folder / GENOTYPE_FILE,
+        record=best[0].record,
+        test_top1=best[0].test_top1,
+        top=[{"code": list(f.genotype.code), "score": f.record["score"], "test_top1": f.test_top1} for f in best],
+        provenance={
+            "genas_plugins": genas_plugins.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": str(scorer.device),
+            "data": experiment.data.name,
+            "metric": experiment.score.metric,
+            "seed": experiment.seed,
+            "candidates": len(records),
+            "failed": failed,
+            "seconds": round(seconds, 1),
+        },
+    )
+    return Outcome(folder, tuple(best), len(records), failed)
+
+
+def _curve(scorer: TrainedSupernet, genotype: Genotype, record: dict[str, Any], label: str) -> LossCurve:
+    example, _ = next(iter(scorer.validation))
+    with scorer.paths.open(genotype, example) as (model, _):
+        if scorer.recalibration is not None:
+            recalibrate_batchnorm(model, scorer.recalibration, scorer.score.momentum)
+        unperturbed = mean_loss(model, scorer.validation)
+    return LossCurve(label, (0.0, *record["sigmas"]), (unperturbed, *record["losses"]), record["score"])

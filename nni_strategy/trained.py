@@ -1,0 +1,172 @@
+"""A trained supernet with what it takes to score its paths: from a run folder, or from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from nni.nas.nn.pytorch import ModelSpace
+from torch import Tensor
+
+from genas_plugins.checkpoints import CheckpointError, load_supernet, read_state
+from genas_plugins.datasets import ImageTensors, SearchData, load_search_data
+from genas_plugins.scoring import Accuracy, CombinedScore, Measurement, accuracy, recalibrate_batchnorm
+from genas_plugins.scoring.data import TensorBatches
+from nni_strategy import config
+from nni_strategy.samples import SupernetPaths
+from nni_strategy.space import DartsSpace
+from nni_strategy.strategy import measure_candidate
+
+__all__ = ["TrainedSupernet", "batch_size_for", "darts_space", "load_data", "load_space_weights"]
+
+CONFIG_FILE = "config.yaml"
+INITIAL_FILE = "initial.safetensors"
+SUPERNET_FILE = "supernet.ckpt"
+_PREFIX = "network.supernet."
+
+
+def load_data(experiment: config.Experiment) -> SearchData:
+    """The images of an experiment.
+
+    Raises:
+        FileNotFoundError: They are not where the experiment says.
+        ValueError: They are not what it expects.
+    """
+    settings = experiment.data
+    return load_search_data(
+        settings.name,
+        root=settings.root,
+        download=settings.download,
+        image_size=settings.image_size,
+        storage=settings.storage,
+        train_images=settings.train_images,
+        validation_images=settings.validation_images,
+        test_images=settings.test_images,
+        random_labels=settings.random_labels,
+        recalibration_images=experiment.score.recalibration_images or None,
+        seed=experiment.seed,
+    )
+
+
+def batch_size_for(device: torch.device, wanted: int | None) -> int:
+    """Images a validation batch: what the user wants, else 64 on a CPU (larger ones fall out of its caches) or 512."""
+    return wanted or (64 if device.type == "cpu" else 512)
+
+
+class TrainedSupernet:
+    """Scores paths of a trained supernet.
+
+    Args:
+        space: The mutated space, with trained weights.
+        data: Images to recalibrate and score on.
+        score: The metric unless :meth:`measure` is given another.
+        initial: Weights before training, for the angle.
+        seed: Of the noise.
+        recalibration_batch_size: Images a batch.
+        batch_size: Validation images a batch; ``None`` chooses by the device.
+        device: To score on; ``None`` for CUDA where there is one.
+    """
+
+    def __init__(
+        self,
+        space: ModelSpace,
+        data: SearchData,
+        score: CombinedScore,
+        *,
+        initial: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+        recalibrate: bool = True,
+        recalibration_batch_size: int = 64,
+        batch_size: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.space = space.to(self.device)
+        self.data = data
+        self.score = score
+        self.seed = seed
+        self.paths = SupernetPaths(self.space, initial)
+        size = batch_size_for(self.device, batch_size)
+        self._batch_size = size
+        self.validation = self._batches(data.validation, size)
+        self.recalibration = self._batches(data.recalibration, recalibration_batch_size) if recalibrate else None
+
+    @classmethod
+    def from_run(
+        cls, folder: str | Path, *, score: CombinedScore | None = None, device: torch.device | str | None = None
+    ) -> TrainedSupernet:
+        """Open the run folder of ``genas search``.
+
+        Raises:
+            FileNotFoundError: The folder holds no finished supernet.
+            ConfigError: Its ``config.yaml`` cannot be read.
+            CheckpointError: Its supernet cannot be read.
+        """
+        folder = Path(folder)
+        for name in (CONFIG_FILE, SUPERNET_FILE):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} is not the folder of a search with a trained supernet: no {name}.")
+        experiment = config.load(folder / CONFIG_FILE)
+        space = darts_space(load_supernet(folder / SUPERNET_FILE))
+        initial = None
+        if (folder / INITIAL_FILE).is_file():
+            initial = {f"{_PREFIX}{name}": value for name, value in read_state(folder / INITIAL_FILE).items()}
+        return cls(
+            space,
+            load_data(experiment),
+            score or experiment.score.build(),
+            initial=initial,
+            seed=experiment.seed,
+            recalibrate=experiment.score.recalibration_images > 0,
+            recalibration_batch_size=experiment.score.recalibration_batch_size,
+            batch_size=experiment.score.batch_size,
+            device=device,
+        )
+
+    def measure(self, candidate: Any, score: CombinedScore | None = None) -> Measurement:
+        """Score one candidate of the space (a genotype, for :class:`DartsSpace`)."""
+        return measure_candidate(
+            self.paths, candidate, score or self.score, self.recalibration, self.validation, self.seed
+        )
+
+    def test_accuracy(self, candidate: Any) -> Accuracy | None:
+        """Accuracy of a path on the test images, which neither training nor search saw; ``None`` without any."""
+        if self.data.test is None:
+            return None
+        example, _ = next(iter(self.validation))
+        with self.paths.open(candidate, example) as (model, _):
+            if self.recalibration is not None:
+                recalibrate_batchnorm(model, self.recalibration, self.score.momentum)
+            return accuracy(model, self._batches(self.data.test, self._batch_size))
+
+    def _batches(self, images: ImageTensors, size: int) -> TensorBatches:
+        return TensorBatches(images, size, self.data.mean, self.data.std, device=self.device)
+
+
+def darts_space(supernet: Any) -> DartsSpace:
+    """A :class:`DartsSpace` around a trained :class:`~genas_plugins.SuperNet`."""
+    space = DartsSpace(**supernet.arguments)
+    space.supernet.load_state_dict(supernet.state_dict())
+    return space
+
+
+def load_space_weights(space: ModelSpace, path: str | Path) -> None:
+    """Load a checkpoint of a mutated space: its state dict, or Lightning's file of a one-shot training.
+
+    Raises:
+        CheckpointError: The names do not fit the space.
+    """
+    state = read_state(path)
+    wanted = space.state_dict()
+    first = next(iter(wanted))
+    prefix = next((name.removesuffix(first) for name in state if name.endswith(first)), "")
+    named = {name.removeprefix(prefix): value for name, value in state.items()}
+    missing, left_over = sorted(wanted.keys() - named.keys()), sorted(named.keys() - wanted.keys())
+    if missing or left_over:
+        raise CheckpointError(
+            f"{path} does not fit {type(space).__name__}: {len(missing)} tensors are missing "
+            f"({', '.join(missing[:3])}), {len(left_over)} left over ({', '.join(left_over[:3])})."
+        )
+    space.load_state_dict(named)

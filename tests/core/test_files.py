@@ -1,0 +1,78 @@
+"""Files appear whole or not at all, on a full disk too."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import genas_plugins
+from genas_plugins.files import atomic_path, write_text
+
+
+def test_text_is_written_as_utf8_and_replaced(tmp_path):
+    path = tmp_path / "result.json"
+    assert write_text(str(path), "alt\n") == path
+    assert write_text(path, "größer\n") == path
+    assert path.read_bytes() == b"gr\xc3\xb6\xc3\x9fer\n" and os.listdir(tmp_path) == ["result.json"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permission bits are POSIX")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_permissions_follow_the_umask(tmp_path, umask):
+    old = os.umask(umask)
+    try:
+        path = write_text(tmp_path / "result.txt", "x")
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(old)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = write_text(tmp_path / "cells.svg", "old")
+    with pytest.raises(error), atomic_path(path) as temporary:
+        assert temporary.suffix == ".svg" and temporary.parent == tmp_path
+        temporary.write_text("half of the n")
+        assert path.read_text() == "old"
+        raise error
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["cells.svg"]
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_text(tmp_path / "missing" / "result.txt", "x")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "result.txt", "\ud800")
+    assert os.listdir(tmp_path) == []
+
+
+FULL_DISK = """
+import resource, signal, sys
+from genas_plugins.files import write_text
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    write_text(sys.argv[1], "new" * 10_000)
+except OSError as error:
+    print(error.errno)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="resource limits are POSIX")
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = write_text(tmp_path / "result.txt", "old")
+    root = str(Path(genas_plugins.__file__).parents[1])
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
+    )
+    # 27 is EFBIG.
+    assert result.stdout == "27\n" and path.read_text() == "old" and os.listdir(tmp_path) == ["result.txt"]
