@@ -59,7 +59,9 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print columns, the first aligned left and the others right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
-        cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         print("  ".join(cells).rstrip(), flush=True)
 
 
@@ -104,7 +106,9 @@ def bare(network: nn.Module, recalibration: Batches, validation: Batches) -> Non
 
 
 @torch.no_grad()
-def naive(supernet: SuperNet, genotype: Genotype, loaders: tuple[DataLoader, DataLoader], device: torch.device) -> float:
+def naive(
+    supernet: SuperNet, genotype: Genotype, loaders: tuple[DataLoader, DataLoader], device: torch.device
+) -> float:
     """Score one candidate the way that needs the least thought."""
     network = copy.deepcopy(supernet)
     network.train()
@@ -246,13 +250,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         [
             ["ours / bare", spread(overhead), f"<= {MOST_OVERHEAD}"],
             ["naive / ours", spread(gain), f">= {least_gain}"],
-            ["peak memory [MB], 1 candidate -> all", f"{first:.0f} -> {last:.0f} ({growth:+.1%})", f"< {MOST_GROWTH:+.0%}"],
+            [
+                "peak memory [MB], 1 candidate -> all",
+                f"{first:.0f} -> {last:.0f} ({growth:+.1%})",
+                f"< {MOST_GROWTH:+.0%}",
+            ],
         ],
     )
     passed = (
-        statistics.median(overhead) <= MOST_OVERHEAD
-        and statistics.median(gain) >= least_gain
-        and growth < MOST_GROWTH
+        statistics.median(overhead) <= MOST_OVERHEAD and statistics.median(gain) >= least_gain and growth < MOST_GROWTH
     )
     print("All targets are met." if passed else "A target is missed.")
     return 1 if args.check and not passed else 0

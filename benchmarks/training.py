@@ -23,7 +23,6 @@ import logging
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -34,11 +33,11 @@ import torch
 import torch.nn.functional as F
 from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.space import RawFormatModelSpace
-from torch import nn
-from torch.optim import SGD
 
 # The neighbouring script: running this one puts their folder on the path.
 from scoring import CLASSES, CLOCKS, MEAN, STD, print_table, random_images, spread
+from torch import nn
+from torch.optim import SGD
 
 from genas_plugins.datasets import ImageTensors, SearchData
 from genas_plugins.spaces import DartsSearchSpace
@@ -153,7 +152,12 @@ def take_turns(args: argparse.Namespace, folder: str) -> tuple[TakeTurns, float]
     turns = TakeTurns(plain.steps(), CLOCKS[args.clock])
     # One candidate at the end, because a strategy searches what it trained; it is not timed.
     strategy = GeNAS(
-        population=1, generations=1, mutants=0, crossovers=0, recalibration_images=args.batch_size, seed=args.seed
+        population=1,
+        generations=1,
+        mutants=0,
+        crossovers=0,
+        recalibration_images=args.batch_size,
+        seed=args.seed,
     )
     with quiet():
         evaluator = supernet_evaluator(

@@ -68,9 +68,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} holds no tensors by name: save model.state_dict().")
     bad = [str(name) for name, value in state.items() if not isinstance(value, Tensor) or _is_hollow(value)]
     if bad:
-        raise CheckpointError(
-            f"{path} holds more than dense tensors ({_some(bad)}): save model.state_dict()."
-        )
+        raise CheckpointError(f"{path} holds more than dense tensors ({_some(bad)}): save model.state_dict().")
     return {str(name): value for name, value in state.items()}
 
 
@@ -230,9 +228,7 @@ def _network_state(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} holds {found}, expected one: save the network's state_dict alone.")
     prefix = prefixes[0]
     # Tensors outside of the prefix get names that fit nowhere: theirs may be those of the network without it.
-    return {
-        name.removeprefix(prefix) if name.startswith(prefix) else f"./{name}": state[name] for name in state
-    }
+    return {name.removeprefix(prefix) if name.startswith(prefix) else f"./{name}": state[name] for name in state}
 
 
 def _arguments(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
@@ -266,9 +262,7 @@ def _resolved_genotype(path: str | Path, genotype: Genotype | None) -> Genotype:
     return own
 
 
-def _filled(
-    build: Callable[[], _Model], state: Mapping[str, Tensor], path: str | Path, description: str
-) -> _Model:
+def _filled(build: Callable[[], _Model], state: Mapping[str, Tensor], path: str | Path, description: str) -> _Model:
     try:
         # On the meta device, since fresh weights would cost time and draw from the global generator.
         with torch.device("meta"):

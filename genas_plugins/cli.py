@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--device", help="cpu, cuda, cuda:1, ...")
 
     zoo = _command(commands, "zoo", _zoo, "list the published genotypes", "genas zoo")
-    zoo.add_argument("--measure", action="store_true", help="build the networks and count, instead of the stored counts")
+    zoo.add_argument(
+        "--measure", action="store_true", help="build the networks and count, instead of the stored counts"
+    )
 
     plot = _command(
         commands,
@@ -136,9 +138,7 @@ def _search(options: argparse.Namespace) -> int:
             f"--config is missing; experiments that come with the package: {', '.join(config.config_names())}."
         )
     try:
-        outcome = run_experiment(
-            experiment, folder, resume=options.resume, progress=None if options.quiet else Bar
-        )
+        outcome = run_experiment(experiment, folder, resume=options.resume, progress=None if options.quiet else Bar)
     except KeyboardInterrupt:
         print(f"\nInterrupted. Continue with: genas search --output {folder} --resume", file=sys.stderr)
         return _INTERRUPTED

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from genas_plugins.scoring.batchnorm import evaluation_mode
+
 __all__ = ["count_macs", "count_parameters"]
 
 
@@ -22,12 +24,7 @@ def count_macs(model: nn.Module, image_size: int = 224) -> int:
     """
     first = next(model.parameters())
     image = torch.empty((1, 3, image_size, image_size), device=first.device, dtype=first.dtype)
-    training = model.training
     counter = FlopCounterMode(display=False)
-    try:
-        model.eval()
-        with torch.no_grad(), counter:
-            model(image)
-    finally:
-        model.train(training)
+    with evaluation_mode(model), torch.no_grad(), counter:
+        model(image)
     return counter.get_total_flops() // 2

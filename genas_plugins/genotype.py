@@ -8,6 +8,7 @@ cell and then 14 of the reduction cell.
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,10 @@ class Genotype:
             ValueError: Not 28 integers, a number outside 0..7, or a node without exactly two incoming edges.
         """
         numbers = _checked_code(code)
-        return cls(_cell_from_code(numbers[:EDGES_PER_CELL], "normal"), _cell_from_code(numbers[EDGES_PER_CELL:], "reduce"))
+        return cls(
+            _cell_from_code(numbers[:EDGES_PER_CELL], "normal"),
+            _cell_from_code(numbers[EDGES_PER_CELL:], "reduce"),
+        )
 
     @property
     def code(self) -> tuple[int, ...]:
@@ -124,13 +128,16 @@ class Genotype:
         if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
             raise ValueError(
-                f"Expected a genotype with \"format\": \"{_FORMAT}\", got {found!r}; "
+                f'Expected a genotype with "format": "{_FORMAT}", got {found!r}; '
                 "genas search writes such a file as genotype.json."
             )
         for key in ("normal", "reduce"):
             if not isinstance(data.get(key), Sequence) or isinstance(data[key], str):
-                raise ValueError(f"The genotype has no list \"{key}\" of eight [operation, input] pairs.")
-        genotype = cls(data["normal"], data["reduce"])
+                raise ValueError(f'The genotype has no list "{key}" of eight [operation, input] pairs.')
+        try:
+            genotype = cls(data["normal"], data["reduce"])
+        except TypeError as error:
+            raise ValueError(str(error)) from error
         if "code" in data and list(genotype.code) != data["code"]:
             raise ValueError(
                 f"The genotype's code {data['code']} does not describe its cells, whose code is {list(genotype.code)}."
@@ -161,7 +168,7 @@ class Genotype:
             raise ValueError(f"{path} is not a JSON file: {error}.") from error
         try:
             return cls.from_dict(data)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
     def __eq__(self, other: object) -> bool:
@@ -192,9 +199,10 @@ def _checked_cell(cell: Any, name: str) -> CellGene:
         for operation, source in inputs:
             if operation not in OPERATIONS[1:]:
                 raise ValueError(
-                    f"Unknown operation {operation!r} in the {name} cell; valid operations: {', '.join(OPERATIONS[1:])}."
+                    f"Unknown operation {operation!r} in the {name} cell; "
+                    f"valid operations: {', '.join(OPERATIONS[1:])}."
                 )
-            if type(source) is not int or not 0 <= source < node:
+            if _integer(source) not in range(node):
                 raise ValueError(
                     f"Node {node} of the {name} cell cannot take input {source!r}; valid inputs: 0 to {node - 1}."
                 )
@@ -202,7 +210,7 @@ def _checked_cell(cell: Any, name: str) -> CellGene:
             raise ValueError(
                 f"Node {node} of the {name} cell takes input {inputs[0][1]} twice; its two inputs must differ."
             )
-    return tuple(pairs)
+    return tuple((operation, int(source)) for operation, source in pairs)
 
 
 def _checked_code(code: Iterable[int]) -> tuple[int, ...]:
@@ -212,9 +220,16 @@ def _checked_code(code: Iterable[int]) -> tuple[int, ...]:
             f"A code has {2 * EDGES_PER_CELL} operation numbers ({EDGES_PER_CELL} a cell), got {len(numbers)}."
         )
     for number in numbers:
-        if isinstance(number, bool) or not hasattr(number, "__index__") or not 0 <= int(number) < len(OPERATIONS):
+        if _integer(number) not in range(len(OPERATIONS)):
             raise ValueError(f"An operation number must be an integer from 0 to {len(OPERATIONS) - 1}, got {number!r}.")
     return tuple(int(number) for number in numbers)
+
+
+def _integer(value: Any) -> int | None:
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except (TypeError, RuntimeError):
+        return None
 
 
 def _cell_from_code(numbers: Sequence[int], name: str) -> CellGene:

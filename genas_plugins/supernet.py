@@ -141,8 +141,10 @@ def share_parameters(module: nn.Module) -> nn.Module:
     # copy.deepcopy with the parameters in its memo gives the same, several times slower; a search does this
     # for every candidate.
     copy = module.__new__(type(module))
-    copy.__dict__ = module.__dict__.copy()
-    copy._parameters = module._parameters.copy()
+    # Copies of the dictionaries too: a hook on the copy is not one on the original.
+    copy.__dict__ = {k: v.copy() if isinstance(v, dict | set) else v for k, v in module.__dict__.items()}
     copy._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
-    copy._modules = {name: child and share_parameters(child) for name, child in module._modules.items()}
+    copy._modules = {
+        name: None if child is None else share_parameters(child) for name, child in module._modules.items()
+    }
     return copy

@@ -56,9 +56,7 @@ class ZooEntry:
         Raises:
             ValueError: ``num_classes`` is below 1.
         """
-        return CellNetwork(
-            self.genotype, self.init_channels, IMAGENET_CELLS, num_classes, auxiliary=auxiliary
-        )
+        return CellNetwork(self.genotype, self.init_channels, IMAGENET_CELLS, num_classes, auxiliary=auxiliary)
 
 
 def find_genotype(text: str | os.PathLike[str]) -> Genotype:

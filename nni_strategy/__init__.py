@@ -10,9 +10,16 @@ with warnings.catch_warnings():
     for _package in ("nni", "pytorch_lightning", "nni.nas.nn.pytorch"):
         require(_package, extra="nni", purpose="nni_strategy")
 
-from nni_strategy.evaluators import CombinedEvaluator, FlatnessEvaluator  # noqa: E402
-from nni_strategy.space import DartsSpace  # noqa: E402
-from nni_strategy.strategy import GeNAS  # noqa: E402
-from nni_strategy.training import SupernetModule, supernet_evaluator  # noqa: E402
+from nni_strategy.evaluators import CombinedEvaluator, FlatnessEvaluator
+from nni_strategy.space import DartsSpace
+from nni_strategy.strategy import GeNAS
+from nni_strategy.training import SupernetModule, supernet_evaluator
 
-__all__ = ["CombinedEvaluator", "DartsSpace", "FlatnessEvaluator", "GeNAS", "SupernetModule", "supernet_evaluator"]
+__all__ = [
+    "CombinedEvaluator",
+    "DartsSpace",
+    "FlatnessEvaluator",
+    "GeNAS",
+    "SupernetModule",
+    "supernet_evaluator",
+]

@@ -230,7 +230,8 @@ def _build(kind: type, data: Any, where: str) -> Any:
     for key, value in data.items():
         if key not in fields:
             raise ConfigError(
-                f"unknown key {where}{key}{_suggestion(str(key), fields)}; valid keys of {section}: {', '.join(fields)}."
+                f"unknown key {where}{key}{_suggestion(str(key), fields)}; "
+                f"valid keys of {section}: {', '.join(fields)}."
             )
         wanted = types_of[key]
         nested = dataclasses.is_dataclass(wanted)

@@ -109,6 +109,9 @@ def run_experiment(
     primary = _is_primary()
     if primary:
         _prepare(folder, experiment, resume)
+    # Both hosts tell much that is of no use to who runs this command.
+    nni.silence_stdout()
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     torch.manual_seed(experiment.seed)
     data = load_data(experiment)
     settings = experiment.space
@@ -292,13 +295,20 @@ def _initial_weights(space: DartsSpace, path: Path, primary: bool) -> None:
 
 
 def _score_arguments(score: config.Score) -> dict[str, Any]:
-    names = ("metric", "sigmas", "alpha", "gamma", "gamma_accuracy", "noise", "where", "recalibration_momentum")
+    names = (
+        "metric",
+        "sigmas",
+        "alpha",
+        "gamma",
+        "gamma_accuracy",
+        "noise",
+        "where",
+        "recalibration_momentum",
+    )
     return {name: getattr(score, name) for name in names}
 
 
 def _run_nni(space: DartsSpace, evaluator: Any, strategy: GeNAS, folder: Path) -> None:
-    nni.silence_stdout()
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     settings = NasExperimentConfig.default(space, evaluator, strategy)
     settings.experiment_working_directory = str(folder.resolve() / "nni")
     experiment = _QuietExperiment(space, evaluator, strategy, settings)
@@ -329,7 +339,8 @@ def _hand_over(
     failed = sum(record["status"] == "failed" for record in records)
     if not best:
         raise SearchFailedError(
-            f"None of the {len(records)} candidates has a finite score; the first failed because: {records[0]['reason']}"
+            f"None of the {len(records)} candidates has a finite score; "
+            f"the first failed because: {records[0]['reason']}"
         )
     plot_search(records, folder / "search.png", title=f"Search by {experiment.score.metric}")
     plot_cells(best[0].genotype, folder / "cells.svg", title="Best architecture")

@@ -36,9 +36,7 @@ class SampleSpace:
     def __init__(self, space: ModelSpace) -> None:
         simplified = space.simplify()
         # What remains are constraints, which have a label but no value in a sample.
-        self._mutables = {
-            label: mutable for label, mutable in simplified.items() if isinstance(mutable, MutableSymbol)
-        }
+        self._mutables = {label: mutable for label, mutable in simplified.items() if isinstance(mutable, MutableSymbol)}
         if not self._mutables:
             raise ValueError(f"{type(space).__name__} has no choices left to search; is it frozen?")
         self._all = MutableDict(simplified)
@@ -58,9 +56,7 @@ class SampleSpace:
     def crossover(self, first: str, second: str, rng: np.random.Generator) -> str:
         """Take each label from either parent with equal chance."""
         parents = self.to_sample(first), self.to_sample(second)
-        return self._valid(
-            lambda state: {label: parents[state.randint(2)][label] for label in self._mutables}, rng
-        )
+        return self._valid(lambda state: {label: parents[state.randint(2)][label] for label in self._mutables}, rng)
 
     def to_json(self, candidate: str) -> dict[str, Any]:
         """The sample as plain data."""

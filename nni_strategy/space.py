@@ -10,6 +10,7 @@ from typing import Any
 # NNI's one-shot module and its list of strategies import each other: entered through the former, the latter
 # comes without the one-shot strategies, for the whole process.
 import nni.nas.strategy  # noqa: F401
+import torch
 from nni.mutable import Categorical, CategoricalMultiple, label_scope
 from nni.nas.nn.pytorch import ModelSpace
 from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
@@ -120,6 +121,7 @@ class DartsSpace(ModelSpace):
         else:
             genotype = sample_to_genotype(sample)
             self.network = CellNetwork(genotype, init_channels, num_cells, num_classes, stem)
+        self._before: tuple[Mapping[str, Tensor], torch.device, SuperNet] | None = None
 
     @property
     def supernet(self) -> SuperNet:
@@ -148,13 +150,34 @@ class DartsSpace(ModelSpace):
         return self.supernet.subnet(candidate)
 
     def angle(self, initial: Mapping[str, Tensor], candidate: Genotype) -> float:
-        """Angle to the initial weights as a fraction of pi; ``initial`` is an earlier ``state_dict()``."""
-        before = SuperNet(**self.supernet.arguments)
+        """Angle to the initial weights as a fraction of pi.
+
+        Args:
+            initial: The parameters before training by name; an earlier ``state_dict()`` will do.
+            candidate: The architecture.
+
+        Raises:
+            ValueError: ``initial`` lacks a parameter.
+        """
+        device = next(self.parameters()).device
+        # Building a supernet takes longer than the angle, and a search asks for a thousand.
+        if self._before is None or self._before[0] is not initial or self._before[1] != device:
+            self._before = (initial, device, self._supernet_with(initial, device))
+        return angle(self._before[2], self.supernet, candidate, normalize=True)
+
+    def _supernet_with(self, values: Mapping[str, Tensor], device: torch.device) -> SuperNet:
+        # On the meta device nothing is drawn from the global generator. Statistics stay there: nobody reads them.
+        with torch.device("meta"):
+            supernet = SuperNet(**self.supernet.arguments)
         prefix = "network.supernet."
-        before.load_state_dict(
-            {name.removeprefix(prefix): value for name, value in initial.items() if name.startswith(prefix)}
-        )
-        return angle(before.to(next(self.parameters()).device), self.supernet, candidate, normalize=True)
+        own = {name: values.get(prefix + name) for name, _ in supernet.named_parameters()}
+        missing = [name for name, value in own.items() if value is None]
+        if missing:
+            raise ValueError(
+                f"The initial weights lack {len(missing)} of {len(own)} parameters, for instance {prefix}{missing[0]}."
+            )
+        supernet.load_state_dict({name: value.to(device) for name, value in own.items()}, strict=False, assign=True)
+        return supernet
 
     def freeze(self, sample: dict[str, Any]) -> nn.Module:
         """One path with a copy of the supernet's trained weights."""

@@ -107,7 +107,10 @@ class GeNAS(RandomOneShot):
             where=where,
             momentum=recalibration_momentum,
         )
-        for name, count in (("recalibration_images", recalibration_images), ("validation_images", validation_images)):
+        for name, count in (
+            ("recalibration_images", recalibration_images),
+            ("validation_images", validation_images),
+        ):
             if count is not None and count < 0:
                 raise ValueError(f"{name} must not be negative, got {count}.")
         self.recalibration_images = recalibration_images

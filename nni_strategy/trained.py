@@ -95,7 +95,11 @@ class TrainedSupernet:
 
     @classmethod
     def from_run(
-        cls, folder: str | Path, *, score: CombinedScore | None = None, device: torch.device | str | None = None
+        cls,
+        folder: str | Path,
+        *,
+        score: CombinedScore | None = None,
+        device: torch.device | str | None = None,
     ) -> TrainedSupernet:
         """Open the run folder of ``genas search``.
 

@@ -73,9 +73,7 @@ class SupernetModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """SGD over all parameters of the supernet."""
-        optimizer = SGD(
-            self.parameters(), self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
-        )
+        optimizer = SGD(self.parameters(), self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay)
         schedule = CosineAnnealingLR(optimizer, self.epochs, self.final_learning_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
 
@@ -155,7 +153,7 @@ class TrainBatches:
         return self
 
     def __len__(self) -> int:
-        rank, world = _rank_and_world()
+        _, world = _rank_and_world()
         share = len(self.data) // world if world > 1 else len(self.data)
         return -(-share // self.batch_size)
 
@@ -245,9 +243,7 @@ def supernet_evaluator(
         seed=seed,
         num_workers=num_workers,
     )
-    validation = TrainBatches(
-        data.validation, batch_size, data.mean, data.std, flip=False, crop_padding=0, seed=seed
-    )
+    validation = TrainBatches(data.validation, batch_size, data.mean, data.std, flip=False, crop_padding=0, seed=seed)
     trainer.setdefault("callbacks", [])
     arguments = {"limit_val_batches": 0, "num_sanity_val_steps": 0, **trainer}
     return Lightning(

@@ -38,9 +38,7 @@ def _open(path: str) -> Any:
             rgb = image.convert("RGB")
     # Pillow reports broken PNG chunks as SyntaxError and some broken headers as ValueError.
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
-        raise ValueError(
-            f"Cannot read the image {path} ({error}): repair it or remove it from the folder."
-        ) from error
+        raise ValueError(f"Cannot read the image {path} ({error}): repair it or remove it from the folder.") from error
     # Pillow would clip these to 255, which turns most 16-bit images white without a word.
     if mode.startswith(("I", "F")):
         raise ValueError(
@@ -72,9 +70,7 @@ class ImageReader:
             return cls(image_size, resize=True)
         width, height = _open(path).size
         if width != height:
-            raise ValueError(
-                f"{path} is {width}x{height} pixels, not square: set data.image_size to resize and crop."
-            )
+            raise ValueError(f"{path} is {width}x{height} pixels, not square: set data.image_size to resize and crop.")
         return cls(width, resize=False)
 
     def read(self, path: str) -> np.ndarray:
@@ -112,9 +108,7 @@ class DiskImages(Dataset[tuple[Tensor, int]]):
         ValueError: There is no sample.
     """
 
-    def __init__(
-        self, samples: Sequence[tuple[str, int]], class_names: tuple[str, ...], reader: ImageReader
-    ) -> None:
+    def __init__(self, samples: Sequence[tuple[str, int]], class_names: tuple[str, ...], reader: ImageReader) -> None:
         if not samples:
             raise ValueError("DiskImages needs at least one (path, label) sample, but got none.")
         self.samples = tuple(samples)
@@ -179,9 +173,7 @@ def _image_files(folder: Path) -> list[str]:
             entry.path
             for entry in entries
             # Names with a leading dot are leftovers such as the "._" files of macOS archives.
-            if not entry.name.startswith(".")
-            and entry.name.lower().endswith(IMAGE_EXTENSIONS)
-            and entry.is_file()
+            if not entry.name.startswith(".") and entry.name.lower().endswith(IMAGE_EXTENSIONS) and entry.is_file()
         )
 
 
@@ -199,9 +191,7 @@ def _scan(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     """List the classes and the (path, label) samples of one folder of class folders."""
     classes = _class_folders(folder)
     if not classes:
-        raise ValueError(
-            f"{folder} has no class folders: expected {folder}/<class>/<image>, one folder a class."
-        )
+        raise ValueError(f"{folder} has no class folders: expected {folder}/<class>/<image>, one folder a class.")
     samples = []
     for label, entry in enumerate(classes):
         files = _image_files(entry)
@@ -214,9 +204,7 @@ def _scan(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     return tuple(entry.name for entry in classes), samples
 
 
-def open_image_folder(
-    root: str | Path, image_size: int | None, seed: int
-) -> tuple[DiskImages, DiskImages | None]:
+def open_image_folder(root: str | Path, image_size: int | None, seed: int) -> tuple[DiskImages, DiskImages | None]:
     """List an image folder without decoding it.
 
     With ``root/train`` the test images are those of ``root/test``, or else ``root/val``, or else there are

@@ -95,9 +95,7 @@ def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     data, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
     pixels = 3 * _SIZE * _SIZE
     if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != pixels:
-        raise ValueError(
-            f"'data' in {path} must be uint8 of shape (n, {pixels}), but is {data.dtype} of {data.shape}."
-        )
+        raise ValueError(f"'data' in {path} must be uint8 of shape (n, {pixels}), but is {data.dtype} of {data.shape}.")
     if labels.shape != data.shape[:1] or labels.dtype.kind not in "iu" or (labels < 1).any():
         raise ValueError(
             f"'labels' in {path} must be {len(data)} whole numbers counting from 1, but are {labels.dtype} "
@@ -111,9 +109,7 @@ def _read_part(root: Path, names: tuple[str, ...]) -> ImageTensors:
     images, labels = zip(*(_read_batch(root / name) for name in names), strict=True)
     # The files carry no names; the published numbers count from 1.
     class_names = tuple(str(number) for number in range(1, NUM_CLASSES + 1))
-    return ImageTensors(
-        torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels)), class_names
-    )
+    return ImageTensors(torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels)), class_names)
 
 
 def load_imagenet16(root: str | Path) -> tuple[ImageTensors, ImageTensors]:

@@ -22,17 +22,13 @@ RECALIBRATION_IMAGES = 850
 _Images = ImageTensors | DiskImages
 
 
-def _check_options(
-    name: str, root: str | Path | None, download: bool, image_size: int | None, storage: str
-) -> None:
+def _check_options(name: str, root: str | Path | None, download: bool, image_size: int | None, storage: str) -> None:
     if name not in DATASETS:
         raise ValueError(f"Unknown data set {name!r}: choose one of {', '.join(DATASETS)}.")
     if storage not in ("memory", "disk"):
         raise ValueError(f"storage must be 'memory' or 'disk', but got {storage!r}.")
     if storage == "disk" and name != "image_folder":
-        raise ValueError(
-            f"storage='disk' works for name='image_folder' only, but name is {name!r}: use 'memory'."
-        )
+        raise ValueError(f"storage='disk' works for name='image_folder' only, but name is {name!r}: use 'memory'.")
     if root is None and name != "digits":
         raise ValueError(f"{name} needs root, the folder with its files (config `data.root`), but got None.")
     if download and name in ("imagenet16-120", "image_folder"):

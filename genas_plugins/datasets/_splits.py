@@ -78,6 +78,5 @@ def check_count(option: str, wanted: int, available: int, part: str) -> None:
         raise ValueError(f"{option} must be at least 1, but got {wanted}.")
     if wanted > available:
         raise ValueError(
-            f"{option}={wanted} asks for more images than {part} has ({available}): lower it to {available} "
-            "or less."
+            f"{option}={wanted} asks for more images than {part} has ({available}): lower it to {available} or less."
         )

@@ -55,8 +55,7 @@ class ImageTensors:
             raise ValueError(f"labels must have shape {shape[:1]}, but got {tuple(self.labels.shape)}.")
         if self.labels.device != self.images.device:
             raise ValueError(
-                f"images and labels must be on one device, but got {self.images.device} and "
-                f"{self.labels.device}."
+                f"images and labels must be on one device, but got {self.images.device} and {self.labels.device}."
             )
         low, high = int(self.labels.min()), int(self.labels.max())
         if low < 0 or high >= len(self.class_names):

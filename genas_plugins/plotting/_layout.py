@@ -86,7 +86,8 @@ def cell_layout(cell: CellGene) -> CellLayout:
         return NODE_SIZE[1] if item[0] == "node" else LABEL_SIZE[1] if item in labels else _LANE
 
     candidates = (_heights(orders, segments, size) for orders in _fewest_crossings(segments))
-    heights, _ = min(candidates, key=lambda result: result[1])
+    # Rounded, so that ties do not fall to the noise of floating point, which differs between machines.
+    heights, _ = min(candidates, key=lambda result: round(result[1], 6))
     # A mirror image is as good: the one with c_{k-2} on top is the custom.
     sign = 1.0 if heights["node", 0, 0] > heights["node", 1, 0] else -1.0
 
@@ -198,8 +199,6 @@ def _heights(
         weight = (1.0, 2.0, 50.0)[(a[0] != "node") + (b[0] != "node")]
         rows.append(weight * (to_y[row[a]] - to_y[row[b]])[None])
         targets.append(np.array([-weight * (offset[row[a]] - offset[row[b]])]))
-    solution = lsq_linear(
-        np.concatenate(rows), np.concatenate(targets), bounds=(lower, np.inf), method="bvls"
-    )
+    solution = lsq_linear(np.concatenate(rows), np.concatenate(targets), bounds=(lower, np.inf), method="bvls")
     heights = to_y @ solution.x + offset
     return {item: float(heights[i]) for item, i in row.items()}, float(solution.cost)

@@ -70,9 +70,7 @@ def figure_file(path: str | os.PathLike[str], width: float, height: float) -> It
             f"{target.suffix!r}: choose one of these suffixes."
         )
     if not target.parent.is_dir():
-        raise FileNotFoundError(
-            f"The folder {str(target.parent)!r} for the figure does not exist: create it first."
-        )
+        raise FileNotFoundError(f"The folder {str(target.parent)!r} for the figure does not exist: create it first.")
     style, figures = matplotlib_module("style"), matplotlib_module("figure")
     with style.context(["default", _STYLE]):
         figure = figures.Figure(figsize=(width, height), dpi=_DPI)

@@ -38,9 +38,7 @@ class LossCurve:
     score: float | None = None
 
 
-def plot_loss_curves(
-    curves: Sequence[LossCurve], path: str | os.PathLike[str], *, title: str | None = None
-) -> Path:
+def plot_loss_curves(curves: Sequence[LossCurve], path: str | os.PathLike[str], *, title: str | None = None) -> Path:
     """Draw the validation loss of architectures against the size of the weight perturbation.
 
     Each line ends in its label and score; the highest score is emphasised. With more than 8 curves only the
@@ -61,9 +59,7 @@ def plot_loss_curves(
         ImportError: matplotlib is not installed.
     """
     _check_curves(curves)
-    ranking = sorted(
-        range(len(curves)), key=lambda i: math.inf if (score := curves[i].score) is None else -score
-    )
+    ranking = sorted(range(len(curves)), key=lambda i: math.inf if (score := curves[i].score) is None else -score)
     colours = dict(zip(sorted(ranking[: len(PALETTE)]), PALETTE, strict=False))
     best = None if curves[ranking[0]].score is None else ranking[0]
     with figure_file(path, 9.0, 5.0) as figure:
@@ -94,9 +90,7 @@ def _check_curves(curves: Sequence[LossCurve]) -> None:
                 "expected the same number of both, at least one."
             )
         if not all(map(math.isfinite, (*curve.sigmas, *curve.losses, curve.score or 0.0))):
-            raise ValueError(
-                f"Curve {curve.label!r} has a value that is not finite: leave that architecture out."
-            )
+            raise ValueError(f"Curve {curve.label!r} has a value that is not finite: leave that architecture out.")
         if curve.sigmas[0] < 0 or any(b <= a for a, b in itertools.pairwise(curve.sigmas)):
             raise ValueError(
                 f"Curve {curve.label!r} has sigmas {curve.sigmas}: expected increasing values, none below 0."
@@ -120,9 +114,7 @@ def _scale_sigmas(axes: Axes, sigmas: Sequence[float]) -> None:
     axes.minorticks_off()
 
 
-def _label_ends(
-    axes: Axes, curves: Sequence[LossCurve], colours: Mapping[int, str], best: int | None
-) -> None:
+def _label_ends(axes: Axes, curves: Sequence[LossCurve], colours: Mapping[int, str], best: int | None) -> None:
     """Name each coloured line beside its end, moved apart where ends are close, with a thin leader."""
     to_axes = axes.transData + axes.transAxes.inverted()
     ends = [to_axes.transform((curves[i].sigmas[-1], curves[i].losses[-1])) for i in colours]

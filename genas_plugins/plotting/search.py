@@ -75,13 +75,9 @@ def _check_records(records: Records) -> None:
         for key, choices in (("origin", _ORIGINS), ("status", _STATUSES)):
             if record[key] not in choices:
                 valid = ", ".join(choices)
-                raise ValueError(
-                    f"Candidate {record['index']} has {key} {record[key]!r}: choose from {valid}."
-                )
+                raise ValueError(f"Candidate {record['index']} has {key} {record[key]!r}: choose from {valid}.")
         if record["status"] == "ok" and (record["score"] is None or not math.isfinite(record["score"])):
-            raise ValueError(
-                f"Candidate {record['index']} is ok but has score {record['score']}: expected a number."
-            )
+            raise ValueError(f"Candidate {record['index']} is ok but has score {record['score']}: expected a number.")
 
 
 def _summary(history: Records, scored: Records) -> str:
@@ -92,7 +88,8 @@ def _summary(history: Records, scored: Records) -> str:
         best = max(scored, key=lambda record: record["score"])
         text += f"; best: candidate {best['index']}, score {short_number(best['score'])}"
         for name, share in (best.get("shares") or {}).items():
-            text += f", {100 * share:.0f} % {name}"
+            # The slope's share is one of Eq. 4, the others are shares of the score.
+            text += f", slope {100 * share:.1f} % of Eq. 4" if name == "slope" else f", {100 * share:.0f} % {name}"
     return text
 
 

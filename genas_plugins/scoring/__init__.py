@@ -4,7 +4,13 @@ from genas_plugins.scoring.accuracy import Accuracy, accuracy
 from genas_plugins.scoring.angle import angle, parameter_angle
 from genas_plugins.scoring.batchnorm import recalibrate_batchnorm
 from genas_plugins.scoring.combined import METRICS, CombinedScore, Measurement
-from genas_plugins.scoring.flatness import Flatness, MeasurementError, flatness, flatness_from_losses, mean_loss
+from genas_plugins.scoring.flatness import (
+    Flatness,
+    MeasurementError,
+    flatness,
+    flatness_from_losses,
+    mean_loss,
+)
 
 __all__ = [
     "METRICS",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from genas_plugins.genotype import NODES, CellGene, Genotype, cell_edges
 from genas_plugins.operations import Identity
+from genas_plugins.scoring.flatness import MeasurementError
 from genas_plugins.supernet import SuperNet
 
 __all__ = ["angle", "parameter_angle", "path_counts"]
@@ -41,6 +42,7 @@ def angle(initial: SuperNet, trained: SuperNet, genotype: Genotype, normalize: b
 
     Raises:
         ValueError: The supernets differ in shape.
+        MeasurementError: Weights are not finite, or all zero.
     """
     if dict(initial.arguments) != dict(trained.arguments):
         raise ValueError(
@@ -58,7 +60,10 @@ def angle(initial: SuperNet, trained: SuperNet, genotype: Genotype, normalize: b
 
 
 def parameter_angle(
-    initial: Mapping[str, Tensor], model: nn.Module, names: Collection[str] | None = None, normalize: bool = False
+    initial: Mapping[str, Tensor],
+    model: nn.Module,
+    names: Collection[str] | None = None,
+    normalize: bool = False,
 ) -> float:
     """Angle between initial and present parameters, each counted once: the measure for any other network.
 
@@ -70,6 +75,7 @@ def parameter_angle(
 
     Raises:
         ValueError: A name is missing from ``initial``.
+        MeasurementError: Weights are not finite, or all zero.
     """
     dot = squared_initial = squared_trained = torch.zeros((), dtype=torch.float64)
     for name, parameter in model.named_parameters():
@@ -86,9 +92,7 @@ def parameter_angle(
 
 
 def path_counts(gene: CellGene) -> tuple[int, ...]:
-    """For each of a cell's eight edges, how many of its input-to-node paths run through it.
-
-    """
+    """For each of a cell's eight edges, how many of its input-to-node paths run through it."""
     arriving = {0: 1, 1: 1}
     for node in NODES:
         arriving[node] = sum(arriving[source] for target, _, source in cell_edges(gene) if target == node)
@@ -113,13 +117,19 @@ def _vector_pieces(supernet: SuperNet, genotype: Genotype) -> Iterator[tuple[Ten
             if isinstance(operation, Identity):
                 yield torch.eye(shape.channels, device=first.device), count
             elif name.endswith("pool_3x3"):
-                yield torch.full((shape.channels, 3, 3), 1 / 9, dtype=torch.float64, device=first.device), count
+                yield (
+                    torch.full((shape.channels, 3, 3), 1 / 9, dtype=torch.float64, device=first.device),
+                    count,
+                )
             yield from ((parameter, count) for parameter in operation.parameters())
     yield supernet.classifier.weight, 1
 
 
 def _angle(dot: Tensor, squared_a: Tensor, squared_b: Tensor, normalize: bool) -> float:
-    cosine = float(dot) / math.sqrt(float(squared_a) * float(squared_b))
+    norms = math.sqrt(float(squared_a) * float(squared_b))
+    if not math.isfinite(norms) or norms == 0.0 or not math.isfinite(float(dot)):
+        raise MeasurementError(f"The angle is not defined: the weights' norms have the product {norms}.")
+    cosine = float(dot) / norms
     # Rounding can push the cosine of equal vectors past 1.
     radians = math.acos(max(-1.0, min(1.0, cosine)))
     return radians / math.pi if normalize else radians

@@ -103,9 +103,7 @@ def flatness_from_losses(losses: Sequence[float], sigmas: Sequence[float], alpha
     for sigma, loss in zip(sigmas, losses, strict=True):
         if not math.isfinite(loss):
             raise MeasurementError(f"The validation loss at sigma {sigma:g} is {loss}.")
-    slope = sum(
-        abs(losses[i + 1] - losses[i]) / (sigmas[i + 1] - sigmas[i]) for i in range(len(sigmas) - 1)
-    )
+    slope = sum(abs(losses[i + 1] - losses[i]) / (sigmas[i + 1] - sigmas[i]) for i in range(len(sigmas) - 1))
     depth = abs(losses[0] / sigmas[0])
     return Flatness(1.0 / (slope + alpha * depth + _EPSILON), losses, sigmas, slope, depth, alpha)
 
@@ -148,10 +146,7 @@ def flatness(
     """
     sigmas = check_sigmas(sigmas)
     names = _perturbed_names(model, where, parameters)
-    losses = [
-        _perturbed_loss(model, noisy, batches)
-        for noisy in perturbations(model, names, sigmas, noise, generator)
-    ]
+    losses = [_perturbed_loss(model, noisy, batches) for noisy in perturbations(model, names, sigmas, noise, generator)]
     return flatness_from_losses(torch.stack(losses).tolist(), sigmas, alpha)
 
 
@@ -228,9 +223,7 @@ class _MeanLoss(nn.Module):
         return total / count
 
 
-def _perturbed_loss(
-    model: nn.Module, noisy: dict[str, Tensor], batches: Iterable[tuple[Tensor, Tensor]]
-) -> Tensor:
+def _perturbed_loss(model: nn.Module, noisy: dict[str, Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     replaced = {f"model.{name}": tensor for name, tensor in noisy.items()}
     with evaluation_mode(model), torch.no_grad():
         return functional_call(_MeanLoss(model), replaced, (batches,))

@@ -6,6 +6,7 @@ calls the measurement itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -75,7 +76,12 @@ class Evolution(Generic[Candidate]):
         max_tries: int = 200,
         seed: int = 0,
     ) -> None:
-        counts = {"population": population, "generations": generations, "parents": parents, "max_tries": max_tries}
+        counts = {
+            "population": population,
+            "generations": generations,
+            "parents": parents,
+            "max_tries": max_tries,
+        }
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}.")
@@ -124,14 +130,16 @@ class Evolution(Generic[Candidate]):
             scores: Higher is better; ``None`` for a candidate that failed, which is never a parent nor the best.
 
         Raises:
-            ValueError: Nothing was asked, or another number of scores.
+            ValueError: Nothing was asked, another number of scores, or NaN.
         """
         if self._pending is None or len(scores) != len(self._pending):
-            expected = "no generation was asked for" if self._pending is None else f"expected {len(self._pending)}"
+            expected = "but no generation was asked for" if self._pending is None else f"expected {len(self._pending)}"
             raise ValueError(f"tell() got {len(scores)} scores, {expected}.")
+        if any(score is not None and math.isnan(score) for score in scores):
+            raise ValueError("tell() got NaN; pass None for a candidate that failed.")
         self._scored += [(proposal.candidate, score) for proposal, score in zip(self._pending, scores, strict=True)]
         self._pending = None
-        self.generation += 1
+        self.generation += bool(scores)
 
     def best(self, count: int | None = None) -> list[tuple[Candidate, float]]:
         """The best candidates so far with their scores, best first; of equals, the earlier first."""

@@ -68,7 +68,10 @@ def run_search(
             candidate = evolution.space.to_json(proposal.candidate)
             if index < len(known):
                 record = known[index]
-                if record.get("candidate") != candidate or record.get("index") != index:
+                if (record.get("index"), record.get("candidate")) != (
+                    index,
+                    candidate,
+                ) or "score" not in record:
                     raise HistoryError(
                         f"Record {index} of {history.path if history else 'the history'} is not the candidate that "
                         "this search proposes there: the history belongs to other settings or another seed."

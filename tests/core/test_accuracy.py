@@ -30,9 +30,7 @@ def test_top1_and_top5_by_sorting(classes):
     ranks = (logits > logits[np.arange(50), labels][:, None]).sum(1)
     # Unequal batches: every image counts the same.
     parts = np.split(np.arange(50), [32, 49])
-    result = accuracy(
-        Lookup(torch.tensor(logits)), [(torch.tensor(p), torch.tensor(labels[p])) for p in parts]
-    )
+    result = accuracy(Lookup(torch.tensor(logits)), [(torch.tensor(p), torch.tensor(labels[p])) for p in parts])
     assert result == Accuracy((ranks < 1).mean(), (ranks < 5).mean())
 
 
@@ -53,9 +51,7 @@ def test_no_traces(fails):
             accuracy(model, loader())
     else:
         assert accuracy(model, loader()) == Accuracy(1.0, 1.0)
-    assert [module.training for module in model.modules()] == modes and torch.equal(
-        torch.get_rng_state(), rng
-    )
+    assert [module.training for module in model.modules()] == modes and torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert model.table.grad is None
 

@@ -36,15 +36,6 @@ CELLS = 3
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On busy cores, threads that wait for each other make tiny tensors a hundred times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_supernet(stem: str, seed: int, around: SuperNet | None = None) -> SuperNet:
     """A supernet without any initial value left, so that no weight or bias goes unnoticed."""
     net = SuperNet(5, init_channels=4, num_cells=CELLS, stem=stem)
@@ -94,9 +85,7 @@ def test_angle_by_brute_force(stem):
         a, b = vector(initial, genotype.code), vector(trained, genotype.code)
         expected = math.acos(a @ b / math.sqrt((a @ a) * (b @ b)))
         assert angle(initial, trained, genotype) == pytest.approx(expected, rel=1e-10)
-        assert angle(initial, trained, genotype, normalize=True) == pytest.approx(
-            expected / math.pi, rel=1e-10
-        )
+        assert angle(initial, trained, genotype, normalize=True) == pytest.approx(expected / math.pi, rel=1e-10)
         seen.add(expected)
     assert len(seen) == 8 and 0.1 < min(seen) < max(seen) < 1.5
 

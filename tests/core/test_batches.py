@@ -49,9 +49,7 @@ def test_normalisation_is_exact_to_the_dtype(data, dtype, tolerance, channels_la
     np.testing.assert_allclose(images.double().numpy(), normalised(data), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "sizes"), [(10, [10, 10, 8]), (14, [14, 14]), (100, [28]), (1, [1] * 28)]
-)
+@pytest.mark.parametrize(("batch_size", "sizes"), [(10, [10, 10, 8]), (14, [14, 14]), (100, [28]), (1, [1] * 28)])
 def test_every_image_comes_once_in_order_and_the_last_batch_may_be_smaller(data, batch_size, sizes):
     batches = TensorBatches(data, batch_size, MEAN, STD)
     assert len(batches) == len(sizes) and batches.num_images == 28

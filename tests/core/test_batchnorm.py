@@ -16,10 +16,7 @@ from genas_plugins.scoring.batchnorm import evaluation_mode, preserve_batchnorm
 
 def batches(count: int = 14, size: int = 5) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    return [
-        (torch.randn(size, 3, 4, 4, generator=generator) * (1 + i) + i, torch.zeros(size))
-        for i in range(count)
-    ]
+    return [(torch.randn(size, 3, 4, 4, generator=generator) * (1 + i) + i, torch.zeros(size)) for i in range(count)]
 
 
 def network() -> nn.Sequential:
@@ -85,9 +82,7 @@ def test_official_momentum_keeps_a_quarter_of_the_initial_values():
     recalibrate_batchnorm(norm, [(images, torch.zeros(5))] * 14, momentum=0.1)
     kept = 0.9**14
     array = images.double().numpy()
-    np.testing.assert_allclose(
-        norm.running_mean.numpy(), (1 - kept) * array.mean((0, 2, 3)), rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(norm.running_mean.numpy(), (1 - kept) * array.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
     variance = kept + (1 - kept) * array.var((0, 2, 3), ddof=1)
     np.testing.assert_allclose(norm.running_var.numpy(), variance, rtol=1e-5)
 
@@ -108,9 +103,7 @@ def test_only_statistics_change_and_dropout_stays_off(momentum):
     recalibrate_batchnorm(net, batches(), momentum)
     after = snapshot(net)
     assert_same(before, after, statistics=False)
-    changed = [
-        name for name, value in before["state"].items() if not torch.equal(value, after["state"][name])
-    ]
+    changed = [name for name, value in before["state"].items() if not torch.equal(value, after["state"][name])]
     assert changed == [name for name in before["state"] if is_statistic(name)] and len(changed) == 6
     # Two calls agree because nothing random ran; a dropout would have drawn.
     recalibrate_batchnorm(net, batches(), momentum)

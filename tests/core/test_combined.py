@@ -28,15 +28,6 @@ TOP = Accuracy(0.4, 0.8)
 EQ5 = 1e3 / 1000.00001
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On busy cores, threads that wait for each other make tiny tensors a hundred times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize(
     ("settings", "parts", "terms"),
     [
@@ -88,8 +79,7 @@ def parts():
         net = SuperNet(4, init_channels=4, num_cells=3)
     generator = torch.Generator().manual_seed(0)
     data = [
-        (torch.randn(6, 3, 8, 8, generator=generator), torch.randint(4, (6,), generator=generator))
-        for _ in range(2)
+        (torch.randn(6, 3, 8, 8, generator=generator), torch.randint(4, (6,), generator=generator)) for _ in range(2)
     ]
     return net, DartsSearchSpace().sample(np.random.default_rng(0)), data[:1], data[1:]
 
@@ -98,9 +88,7 @@ def parts():
 def test_a_call_measures_what_the_metric_names(parts, metric):
     net, genotype, train, valid = parts
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    score = CombinedScore(
-        metric=metric, sigmas=SIGMAS, alpha=0.5, noise="shared", where="cells", momentum=0.1
-    )
+    score = CombinedScore(metric=metric, sigmas=SIGMAS, alpha=0.5, noise="shared", where="cells", momentum=0.1)
     result = score(
         net.subnet(genotype),
         valid,

@@ -21,19 +21,8 @@ from genas_plugins.scoring import (
 )
 
 SIGMAS = (0.01, 0.03, 0.06)
-GENOTYPE = Genotype.from_code(
-    [3, 5, 0, 4, 4, 0, 0, 4, 5, 0, 4, 0, 0, 7, 6, 3, 2, 0, 5, 0, 5, 0, 7, 0, 1, 1, 0, 0]
-)
+GENOTYPE = Genotype.from_code([3, 5, 0, 4, 4, 0, 0, 4, 5, 0, 4, 0, 0, 7, 6, 3, 2, 0, 5, 0, 5, 0, 7, 0, 1, 1, 0, 0])
 NOISES = ("cumulative", "independent", "shared")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On busy cores, threads that wait for each other make tiny tensors a hundred times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Quadratic(nn.Module):
@@ -174,9 +163,7 @@ def test_equation_4_by_hand():
 def test_flatness_is_equation_4_of_its_losses():
     result = flatness(small_network(), batches(), SIGMAS, alpha=2.0)
     a, b, c = result.losses
-    assert result.score == pytest.approx(
-        1 / (abs(b - a) / 0.02 + abs(c - b) / 0.03 + 2 * a / 0.01 + 1e-5), rel=1e-12
-    )
+    assert result.score == pytest.approx(1 / (abs(b - a) / 0.02 + abs(c - b) / 0.03 + 2 * a / 0.01 + 1e-5), rel=1e-12)
 
 
 def snapshot(model: nn.Module) -> list[object]:

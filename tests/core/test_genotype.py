@@ -115,9 +115,7 @@ def test_a_wrong_cell_is_refused(position, pair, error, message):
 
 
 def test_json_round_trip_keeps_cells_and_ignores_provenance(tmp_path):
-    genotype = Genotype(
-        cell(FLATNESS_C100[1])[::-1][-2:] + cell(FLATNESS_C100[1])[2:], cell(FLATNESS_C100[2])
-    )
+    genotype = Genotype(cell(FLATNESS_C100[1])[::-1][-2:] + cell(FLATNESS_C100[1])[2:], cell(FLATNESS_C100[2]))
     path = genotype.save(tmp_path / "genotype.json", score=0.5, seed=3)
     written = json.loads(path.read_text())
     assert (written["score"], written["seed"], written["code"]) == (0.5, 3, list(genotype.code))

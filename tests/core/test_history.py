@@ -13,9 +13,7 @@ import pytest
 import genas_plugins
 from genas_plugins.search import History, HistoryError
 
-RECORDS = [
-    {"index": i, "score": 1 / (i + 3), "candidate": [i, 2], "reason": "zu groß\u2028\n"} for i in range(4)
-]
+RECORDS = [{"index": i, "score": 1 / (i + 3), "candidate": [i, 2], "reason": "zu groß\u2028\n"} for i in range(4)]
 
 
 @pytest.fixture

@@ -82,9 +82,9 @@ def test_other_sizes_are_resized_and_cropped_as_torchvision_does(width, height, 
     data = load_search_data("image_folder", root=tmp_path, image_size=12)
     transforms = torchvision.transforms
     with Image.open(tmp_path / "train" / "ant" / "0.png") as image:
-        expected = transforms.Compose(
-            [transforms.Resize(12), transforms.CenterCrop(12), transforms.PILToTensor()]
-        )(image)
+        expected = transforms.Compose([transforms.Resize(12), transforms.CenterCrop(12), transforms.PILToTensor()])(
+            image
+        )
     assert torch.equal(data.train.images[0], expected)
 
 

@@ -29,9 +29,7 @@ def test_subset_keeps_the_order_that_was_asked_for():
 
 
 def test_random_labels_are_uniform_seeded_and_leave_the_images_alone():
-    data = ImageTensors(
-        torch.zeros(6000, 3, 1, 1, dtype=torch.uint8), torch.zeros(6000).long(), ("a", "b", "c")
-    )
+    data = ImageTensors(torch.zeros(6000, 3, 1, 1, dtype=torch.uint8), torch.zeros(6000).long(), ("a", "b", "c"))
     before = torch.random.get_rng_state()
     first, again, other = data.random_labels(1), data.random_labels(1), data.random_labels(2)
     assert torch.equal(torch.random.get_rng_state(), before)

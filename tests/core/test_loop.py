@@ -19,15 +19,6 @@ from genas_plugins.spaces import DartsSearchSpace
 SPACE = DartsSearchSpace()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On busy cores, threads that wait for each other make tiny tensors a hundred times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def evolution(seed: int = 0, **settings) -> Evolution:
     defaults = {"population": 8, "generations": 4, "parents": 3, "mutants": 3, "crossovers": 3}
     return Evolution(SPACE, seed=seed, **{**defaults, **settings})

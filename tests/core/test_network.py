@@ -9,9 +9,7 @@ from genas_plugins import CellNetwork, Genotype
 from genas_plugins.counting import count_macs, count_parameters
 from genas_plugins.network import AuxiliaryHead, cell_shapes
 
-FLATNESS_C100 = Genotype.from_code(
-    [3, 5, 0, 4, 4, 0, 0, 4, 5, 0, 4, 0, 0, 7, 6, 3, 2, 0, 5, 0, 5, 0, 7, 0, 1, 1, 0, 0]
-)
+FLATNESS_C100 = Genotype.from_code([3, 5, 0, 4, 4, 0, 0, 4, 5, 0, 4, 0, 0, 7, 6, 3, 2, 0, 5, 0, 5, 0, 7, 0, 1, 1, 0, 0])
 ANGLE_FLATNESS_C100 = Genotype.from_code(
     [3, 5, 1, 4, 0, 0, 4, 0, 4, 0, 4, 0, 0, 5, 6, 4, 0, 7, 2, 1, 3, 0, 0, 0, 4, 0, 0, 7]
 )
@@ -23,15 +21,6 @@ DARTS_V2 = Genotype(
     + [("skip_connect", 2)] * 2
     + [("max_pool_3x3", 1)],
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On busy cores, threads that wait for each other make tiny tensors a hundred times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +87,7 @@ def test_the_auxiliary_head_is_for_training_only(stem, extra):
     logits, auxiliary = network(x)
     assert logits.shape == auxiliary.shape == (2, 7)
     auxiliary.sum().backward()
-    assert (
-        network.classifier.weight.grad is None and network.cells[2].preprocess1.op[1].weight.grad is not None
-    )
+    assert network.classifier.weight.grad is None and network.cells[2].preprocess1.op[1].weight.grad is not None
     assert isinstance(network.eval()(x), torch.Tensor)
     weights = {k: v for k, v in network.state_dict().items() if not k.startswith("auxiliary_head")}
     plain.load_state_dict(weights)

@@ -24,9 +24,7 @@ PARAMETERS = {
 
 
 def images(height: int, width: int, channels: int = C) -> torch.Tensor:
-    return torch.randn(
-        2, channels, height, width, generator=torch.Generator().manual_seed(height), dtype=torch.float64
-    )
+    return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(height), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -47,9 +45,7 @@ def test_pooling_by_hand(stride):
     positions = range(0, 6, stride)
 
     def windows(values):
-        return torch.stack(
-            [torch.stack([values[:, :, i : i + 3, j : j + 3] for j in positions]) for i in positions]
-        )
+        return torch.stack([torch.stack([values[:, :, i : i + 3, j : j + 3] for j in positions]) for i in positions])
 
     largest = windows(padded["max"]).amax((-2, -1)).permute(2, 3, 0, 1)
     # The average is over the pixels inside the image only.

@@ -83,9 +83,7 @@ print(json.dumps(messages))
 def test_without_any_optional_package_the_core_works_and_the_missing_one_is_a_sentence():
     messages = run(MASKED, " ".join(OPTIONAL), " ".join(MODULES))
     for name in OPTIONAL:
-        sentence = (
-            f"{name} is needed for drawing figures but is not installed: pip install 'genas-plugins[plots]'."
-        )
+        sentence = f"{name} is needed for drawing figures but is not installed: pip install 'genas-plugins[plots]'."
         assert messages[name] == messages[f"{name}.inner"] == [sentence, name]
 
 

@@ -89,9 +89,7 @@ def longest_paths(cell: list[tuple[str, int]]) -> dict[int, int]:
 def boxes(layout: CellLayout, pitch: float) -> dict[Any, tuple[float, float, float, float]]:
     sized = [(node, at, NODE_SIZE) for node, at in layout.nodes.items()]
     sized += [(f"label {edge}", at, LABEL_SIZE) for edge, at in enumerate(layout.labels)]
-    return {
-        name: (x * pitch - w / 2, x * pitch + w / 2, y - h / 2, y + h / 2) for name, (x, y), (w, h) in sized
-    }
+    return {name: (x * pitch - w / 2, x * pitch + w / 2, y - h / 2, y + h / 2) for name, (x, y), (w, h) in sized}
 
 
 def bezier(control: np.ndarray) -> np.ndarray:
@@ -127,9 +125,7 @@ def test_boxes_do_not_overlap_and_lines_avoid_them(cell: list[tuple[str, int]]) 
     for (_, a), (_, b) in itertools.combinations(placed.items(), 2):
         assert a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] or b[3] <= a[2]
     lines = [
-        (points, {source, 2 + e // 2, f"label {e}"})
-        for e, points in enumerate(layout.edges)
-        for source in [cell[e][1]]
+        (points, {source, 2 + e // 2, f"label {e}"}) for e, points in enumerate(layout.edges) for source in [cell[e][1]]
     ]
     lines += [(points, {node, 6}) for node, points in layout.concat.items()]
     for points, own in lines:
@@ -315,7 +311,7 @@ def test_search_tells_the_best_with_its_shares(tmp_path: Path) -> None:
     texts = svg_texts(plot_search(list(reversed(history())), tmp_path / "search.svg", title="Search"))
     # Candidate 3 is the first of those that score 0.3; 15 candidates of 1.5 s.
     assert (
-        "15 candidates, 1 failed, 22 s of scoring; best: candidate 3, score 0.3, 5 % slope, 95 % depth"
+        "15 candidates, 1 failed, 22 s of scoring; best: candidate 3, score 0.3, slope 5.0 % of Eq. 4, 95 % depth"
         in texts
     )
     assert {"Search", "random", "mutation", "crossover", "best so far", "failed"} <= set(texts)

@@ -86,9 +86,7 @@ def test_mutants_are_valid_and_both_cells_change(probability):
         assert is_valid(mutant)
         redrawn.append([a != b for a, b in zip(parent.code, space.raw, strict=True)])
         for half in (0, 1):
-            changed[half] += (
-                mutant.code[14 * half : 14 * half + 14] != parent.code[14 * half : 14 * half + 14]
-            )
+            changed[half] += mutant.code[14 * half : 14 * half + 14] != parent.code[14 * half : 14 * half + 14]
     # A redrawn edge keeps its operation with chance 1/8; four standard errors over 400 x 28 edges.
     chance = probability * 7 / 8
     assert abs(np.mean(redrawn) - chance) < 4 * math.sqrt(chance * (1 - chance) / (400 * 28))
@@ -127,11 +125,7 @@ def test_repair_is_uniform_and_changes_no_more_than_needed():
     for _ in range(1500):
         code = SPACE.repair([*rest, 1, 2, 3, 4, 5], rng).code
         kept = [op for op in code[23:] if op]
-        assert (
-            list(code[:23]) == rest
-            and len(kept) == 2
-            and all(op in (0, i + 1) for i, op in enumerate(code[23:]))
-        )
+        assert list(code[:23]) == rest and len(kept) == 2 and all(op in (0, i + 1) for i, op in enumerate(code[23:]))
         dropped[tuple(kept)] += 1
         code = SPACE.repair([*rest, 0, 6, 0, 0, 0], rng).code
         assert code[24] == 6 and list(code[:23]) == rest

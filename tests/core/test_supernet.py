@@ -15,15 +15,6 @@ from genas_plugins.spaces import DartsSearchSpace
 OFFSETS = {2: 0, 3: 2, 4: 5, 5: 9}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On busy cores, threads that wait for each other make tiny tensors a hundred times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def genotypes(count: int, seed: int = 0) -> list[Genotype]:
     rng = np.random.default_rng(seed)
     return [DartsSearchSpace().sample(rng) for _ in range(count)]
@@ -35,9 +26,7 @@ def supernet(stem: str = "cifar", cells: int = 3, classes: int = 6) -> SuperNet:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter.copy_(
-                torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4 + 0.2
-            )
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4 + 0.2)
         for name, buffer in net.named_buffers():
             if name.endswith(("running_mean", "running_var")):
                 buffer.copy_(torch.rand(buffer.shape, generator=generator, dtype=torch.float64) + 0.5)
@@ -53,8 +42,7 @@ def restated(state: dict[str, Tensor], x: Tensor, code: tuple[int, ...], stem: s
 
     def bn(x: Tensor, key: str) -> Tensor:
         mean, var, weight, bias = (
-            state[f"{key}.{name}"][:, None, None]
-            for name in ("running_mean", "running_var", "weight", "bias")
+            state[f"{key}.{name}"][:, None, None] for name in ("running_mean", "running_var", "weight", "bias")
         )
         return (x - mean) / (var + 1e-5).sqrt() * weight + bias
 
@@ -94,9 +82,7 @@ def restated(state: dict[str, Tensor], x: Tensor, code: tuple[int, ...], stem: s
         reduction = k in (cells // 3, 2 * cells // 3)
         half = code[14:] if reduction else code[:14]
         first = f"cells.{k}.preprocess0"
-        states = [
-            reduce(s0, first) if before_reduced else bn(conv(s0.relu(), f"{first}.op.1"), f"{first}.op.2")
-        ]
+        states = [reduce(s0, first) if before_reduced else bn(conv(s0.relu(), f"{first}.op.1"), f"{first}.op.2")]
         states.append(bn(conv(s1.relu(), f"cells.{k}.preprocess1.op.1"), f"cells.{k}.preprocess1.op.2"))
         for node, offset in OFFSETS.items():
             total = torch.zeros(())
@@ -104,9 +90,7 @@ def restated(state: dict[str, Tensor], x: Tensor, code: tuple[int, ...], stem: s
                 number, edge = half[offset + source], offset + source
                 if number:
                     key = f"cells.{k}._ops.{edge}._ops.{number}"
-                    total = total + operation(
-                        states[source], number, key, 2 if reduction and source < 2 else 1
-                    )
+                    total = total + operation(states[source], number, key, 2 if reduction and source < 2 else 1)
             states.append(total)
         s0, s1, before_reduced = s1, torch.cat(states[2:], 1), reduction
     return s1.mean((2, 3)) @ state["classifier.weight"].T + state["classifier.bias"]
@@ -144,9 +128,7 @@ def test_official_parameter_names():
         "classifier.bias",
     ):
         assert name in state
-    assert {"stem0.0.weight", "stem0.4.bias", "stem1.1.weight"} <= set(
-        SuperNet(10, 4, 3, "imagenet").state_dict()
-    )
+    assert {"stem0.0.weight", "stem0.4.bias", "stem1.1.weight"} <= set(SuperNet(10, 4, 3, "imagenet").state_dict())
 
 
 @pytest.mark.parametrize(("channels", "cells", "classes"), [(4, 3, 6), (16, 8, 10)])

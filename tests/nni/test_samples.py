@@ -83,9 +83,7 @@ def test_samples_are_uniform() -> None:
 
 def test_same_seed_same_samples() -> None:
     space = SampleSpace(NasBench201(4, 1, 10))
-    first, second = (
-        [space.sample(rng) for _ in range(5)] for rng in map(np.random.default_rng, (3, 3))
-    )
+    first, second = ([space.sample(rng) for _ in range(5)] for rng in map(np.random.default_rng, (3, 3)))
     assert first == second
     assert len(set(first)) > 1
 
@@ -236,9 +234,7 @@ def moved_by(model: nn.Module, images: Tensor, names: Collection[str] | None = N
     return found
 
 
-def test_active_parameters_of_nasbench201(
-    supernet: ModelSpace, batches: list[tuple[Tensor, Tensor]]
-) -> None:
+def test_active_parameters_of_nasbench201(supernet: ModelSpace, batches: list[tuple[Tensor, Tensor]]) -> None:
     images = batches[0][0]
     for operations in (["conv_3x3", "skip_connect", "avg_pool_3x3"] * 2, ["conv_1x1", "conv_3x3"] * 3):
         fix_path(supernet, nasbench_sample(*operations))
@@ -371,8 +367,7 @@ def test_fixing_a_path_of_layer_choices_runs_the_chosen_layers() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.choices = nn.ModuleList(
-                LayerChoice({str(k): nn.Conv2d(1, 1, 1, bias=False) for k in (2, 3, 5)}, label=label)
-                for label in "ab"
+                LayerChoice({str(k): nn.Conv2d(1, 1, 1, bias=False) for k in (2, 3, 5)}, label=label) for label in "ab"
             )
             for choice in self.choices:
                 for name, layer in choice.named_children():

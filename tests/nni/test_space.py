@@ -97,7 +97,7 @@ def test_nni_samples_become_genotypes_and_come_back(space: DartsSpace) -> None:
             for position, node in enumerate(NODES):
                 first, second = (source for _, source in cell[2 * position : 2 * position + 2])
                 assert first != second
-                assert 0 <= min(first, second) and max(first, second) < node
+                assert min(first, second) >= 0 and max(first, second) < node
         assert genotype_to_sample(genotype) == sample
 
 
@@ -123,9 +123,7 @@ def test_nni_random_gives_a_working_network(space: DartsSpace, images: torch.Ten
     assert network(images).shape == (4, 10)
 
 
-def test_freeze_keeps_the_weights(
-    space: DartsSpace, images: torch.Tensor, genotypes: list[Genotype]
-) -> None:
+def test_freeze_keeps_the_weights(space: DartsSpace, images: torch.Tensor, genotypes: list[Genotype]) -> None:
     with torch.no_grad():
         # Statistics other than mean 0 and variance 1, so that a lost buffer would show.
         for genotype in genotypes[:5]:
@@ -254,9 +252,7 @@ def share_of_convolutions(model: DartsSpace) -> None:
     nni.report_final_result(sum("conv" in name for name in operations) / len(operations))
 
 
-def test_multi_trial_random_in_one_process(
-    space: DartsSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_multi_trial_random_in_one_process(space: DartsSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # NNI lists every experiment in the home folder, wherever the experiment itself is told to live.
     monkeypatch.setattr("nni.nas.experiment.experiment.Experiments", partial(Experiments, str(tmp_path)))
     config = NasExperimentConfig(
