@@ -7,11 +7,12 @@ two of them: loading and augmenting the batch, the step itself, logging, the pro
 
 At the end the weights of both arms are compared; they must be equal bit for bit on a CPU.
 
-Run it from the checkout (two to four minutes on two CPU cores)::
+Run it from a checkout that is installed (two to four minutes on two CPU cores)::
 
     python benchmarks/training.py --check
 
-Images are random, which changes the loss and not the time that a step takes.
+A machine that others use as well is too noisy for the clock on the wall: ``--threads 1 --clock cpu`` counts the
+work of this process only. Images are random, which changes the loss and not the time that a step takes.
 """
 
 from __future__ import annotations

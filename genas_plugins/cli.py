@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _INTERRUPTED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return _INTERRUPTED
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, ArithmeticError) as error:
         if options.debug:
             raise
         print(f"genas: {' '.join(str(error).split())}", file=sys.stderr)
@@ -137,11 +140,16 @@ def _search(options: argparse.Namespace) -> int:
         raise config.ConfigError(
             f"--config is missing; experiments that come with the package: {', '.join(config.config_names())}."
         )
+    again = f"Continue with: genas search --output {shlex.quote(str(folder))} --resume"
     try:
         outcome = run_experiment(experiment, folder, resume=options.resume, progress=None if options.quiet else Bar)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. Continue with: genas search --output {folder} --resume", file=sys.stderr)
+        print(f"\nInterrupted. {again}", file=sys.stderr)
         return _INTERRUPTED
+    except OSError as error:
+        if error.errno not in _FULL or not (folder / "config.yaml").exists():
+            raise
+        raise OSError(f"{folder} cannot be written to: {error.strerror}. Make room. {again}") from error
     if outcome.best:
         print("\n".join(_report(outcome)))
     return 0
@@ -224,6 +232,8 @@ def _plot(options: argparse.Namespace) -> int:
     if options.what == "cells":
         print(plot_cells(find_genotype(options.source), options.output))
         return 0
+    if options.top < 1:
+        raise ValueError(f"--top must be at least 1, got {options.top}.")
     path = Path(options.source) / "history.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{options.source} is not the folder of a search: no history.jsonl.")

@@ -77,6 +77,11 @@ class Training:
         for name in ("epochs", "batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.epochs % self.checkpoint_every:
+            raise ValueError(
+                f"checkpoint_every must divide epochs ({self.epochs}), so that the last epoch is saved, "
+                f"got {self.checkpoint_every}."
+            )
         if not 0 < self.final_learning_rate <= self.learning_rate:
             raise ValueError(
                 f"final_learning_rate must be positive and at most learning_rate ({self.learning_rate}), "

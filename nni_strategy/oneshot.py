@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 from nni.nas.oneshot.pytorch.base_lightning import BaseOneShotLightningModule
 from torch.optim import Optimizer
 
@@ -55,6 +57,20 @@ class UniformPathModule(BaseOneShotLightningModule):
 
     # NNI's base class hands these hooks of the user's module to nobody.
 
+    def configure_callbacks(self) -> Any:
+        return self.training_module.configure_callbacks()
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        self.training_module.optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        self.training_module.configure_gradient_clipping(optimizer, *args, **kwargs)
+
+    def on_before_zero_grad(self, optimizer: Optimizer) -> None:
+        self.training_module.on_before_zero_grad(optimizer)
+
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         self.training_module.optimizer_zero_grad(epoch, batch_idx, optimizer)
 
@@ -63,6 +79,24 @@ class UniformPathModule(BaseOneShotLightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self.training_module.on_before_optimizer_step(optimizer)
+
+    def on_validation_epoch_start(self) -> None:
+        self.training_module.on_validation_epoch_start()
+
+    def on_validation_epoch_end(self) -> None:
+        self.training_module.on_validation_epoch_end()
+
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self.training_module.on_validation_batch_start(*args, **kwargs)
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.training_module.on_validation_batch_end(*args, **kwargs)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self.training_module.on_before_batch_transfer(batch, dataloader_idx)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return self.training_module.transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return self.training_module.on_after_batch_transfer(batch, dataloader_idx)

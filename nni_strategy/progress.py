@@ -1,13 +1,15 @@
-"""Progress bars for the command line."""
+"""What a run shows of its progress, and the bars for the command line."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
 from tqdm import tqdm
 
-__all__ = ["Bar"]
+__all__ = ["Bar", "SearchProgress", "TrainingProgress"]
 
 
 class Bar:
@@ -31,3 +33,49 @@ class Bar:
     def close(self) -> None:
         """Leave the bar as it is."""
         self._bar.close()
+
+
+class TrainingProgress(Callback):
+    """Shows epochs, the last loss and the time left."""
+
+    def __init__(self, progress: Callable[[str, int, int], Any], epochs: int) -> None:
+        self._progress = progress
+        self._epochs = epochs
+        self._display: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        steps = int(trainer.num_training_batches)
+        self._display = self._progress("training", self._epochs * steps, trainer.current_epoch * steps)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        done = trainer.global_step
+        loss = trainer.callback_metrics.get("train_loss")
+        # Reading a loss waits for the device; once in a while is enough for the eye.
+        shown = {} if loss is None or done % 10 else {"loss": f"{float(loss):.3f}", "epoch": trainer.current_epoch + 1}
+        self._display.step(shown)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._display.close()
+
+
+class SearchProgress:
+    """Shows candidates, the best score so far and the time left."""
+
+    def __init__(self, progress: Callable[[str, int, int], Any], total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._display: Any = None
+        self._best: float | None = None
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        if self._display is None:
+            self._display = self._progress("search", self._total, 0)
+        score = record["score"]
+        if score is not None and (self._best is None or score > self._best):
+            self._best = score
+        shown = {"generation": record["generation"] + 1}
+        if self._best is not None:
+            shown["best"] = f"{self._best:.6g}"
+        self._display.step(shown)
+        if record["index"] + 1 == self._total:
+            self._display.close()

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import io
 import logging
-import os
 import platform
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nni
-import pytorch_lightning as pl
 import torch
+from nni.nas.evaluator.pytorch import Lightning
 from nni.nas.experiment import NasExperiment
 from nni.nas.experiment.config import NasExperimentConfig
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.plugins import TorchCheckpointIO
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 import genas_plugins
-from genas_plugins.checkpoints import load_supernet, save_supernet
-from genas_plugins.files import write_text
+from genas_plugins.checkpoints import CheckpointError, load_supernet, read_state, save_supernet
+from genas_plugins.datasets import SearchData
+from genas_plugins.files import atomic_path, write_text
 from genas_plugins.genotype import Genotype
 from genas_plugins.plotting import LossCurve, plot_cells, plot_loss_curves, plot_search
 from genas_plugins.scoring import mean_loss, recalibrate_batchnorm
 from genas_plugins.search import History
 from nni_strategy import config
+from nni_strategy.progress import SearchProgress, TrainingProgress
 from nni_strategy.space import DartsSpace
 from nni_strategy.strategy import GeNAS
 from nni_strategy.trained import (
@@ -34,7 +40,6 @@ from nni_strategy.trained import (
     INITIAL_FILE,
     SUPERNET_FILE,
     TrainedSupernet,
-    batch_size_for,
     load_data,
 )
 from nni_strategy.training import supernet_evaluator
@@ -101,64 +106,31 @@ def run_experiment(
 
     Raises:
         ConfigError: The folder holds a run and ``resume`` is not set, holds another experiment or other files, or
-            holds nothing to resume.
+            holds nothing to resume; or Lightning cannot train with these settings on this machine.
+        FileNotFoundError: The images are not where the experiment says.
+        ValueError: They are not what it expects.
+        CheckpointError: The folder's supernet cannot be read.
+        OSError: The folder cannot be written to; what is in it stays readable, and can be resumed.
         KeyboardInterrupt: The user interrupted; the folder can be resumed.
         SearchFailedError: No candidate had a finite score.
     """
     folder = Path(folder)
-    primary = _is_primary()
+    # Lightning starts the other processes of a distributed run as copies of this one.
+    primary = rank_zero_only.rank == 0
     if primary:
-        _prepare(folder, experiment, resume)
+        _check_folder(folder, experiment, resume)
     # Both hosts tell much that is of no use to who runs this command.
     nni.silence_stdout()
+    logging.getLogger("nni").addHandler(logging.NullHandler())
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"pytorch_lightning\.")
     torch.manual_seed(experiment.seed)
     data = load_data(experiment)
     settings = experiment.space
     space = DartsSpace(data.num_classes, settings.init_channels, settings.num_cells, settings.stem)
-    _initial_weights(space, folder / INITIAL_FILE, primary)
-
     history = History(folder / HISTORY_FILE, read_only=not primary)
-    training = experiment.training
-    checkpoint = folder / SUPERNET_FILE
     shown = progress if primary else None
-    callbacks: list[Callback] = [
-        ModelCheckpoint(
-            folder,
-            Path(SUPERNET_FILE).stem,
-            every_n_epochs=training.checkpoint_every,
-            enable_version_counter=False,
-            save_on_train_epoch_end=True,
-        )
-    ]
-    if shown is not None:
-        callbacks.append(TrainingProgress(shown, training.epochs))
-    evaluator = supernet_evaluator(
-        data,
-        training.epochs,
-        batch_size=training.batch_size,
-        learning_rate=training.learning_rate,
-        final_learning_rate=training.final_learning_rate,
-        momentum=training.momentum,
-        weight_decay=training.weight_decay,
-        gradient_clip=training.gradient_clip,
-        decay_unsampled=training.decay_unsampled,
-        flip=experiment.data.flip,
-        crop_padding=experiment.data.crop_padding,
-        num_workers=training.num_workers,
-        seed=experiment.seed,
-        fit_kwargs={"ckpt_path": str(checkpoint), "weights_only": True} if checkpoint.exists() else None,
-        accelerator=training.accelerator,
-        devices=training.devices,
-        strategy="auto" if training.devices == 1 else "ddp_find_unused_parameters_true",
-        precision=training.precision,
-        deterministic=experiment.deterministic,
-        callbacks=callbacks,
-        logger=CSVLogger(folder, name="training"),
-        log_every_n_steps=50,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    evaluator = _evaluator(experiment, data, folder, shown)
     device = evaluator.trainer.strategy.root_device
     score = experiment.score
     scorer = TrainedSupernet(
@@ -168,7 +140,7 @@ def run_experiment(
         seed=experiment.seed,
         recalibrate=score.recalibration_images > 0,
         recalibration_batch_size=score.recalibration_batch_size,
-        batch_size=batch_size_for(device, score.batch_size),
+        batch_size=score.batch_size,
         device=device,
     )
     total = experiment.search.population * experiment.search.generations
@@ -183,6 +155,11 @@ def run_experiment(
         on_record=None if shown is None else SearchProgress(shown, total),
         device=device,
     )
+    # Only now: a run that cannot start leaves nothing behind that would have to be resumed or removed.
+    if primary and not resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / CONFIG_FILE, config.dump(experiment))
+    _initial_weights(space, folder / INITIAL_FILE, primary)
     start = time.time()
     _run_nni(space, evaluator, strategy, folder)
     if not primary:
@@ -194,66 +171,49 @@ class SearchFailedError(RuntimeError):
     """Every candidate of a search failed."""
 
 
-class TrainingProgress(Callback):
-    """Shows epochs, the last loss and the time left."""
+class _WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that appear whole or not at all, and that are data when they are read.
 
-    def __init__(self, progress: Callable[[str, int, int], Any], epochs: int) -> None:
-        self._progress = progress
-        self._epochs = epochs
-        self._display: Any = None
+    Lightning writes to the system's folder of temporary files and moves the result, which between two file
+    systems is a copy that a kill tears.
+    """
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        steps = int(trainer.num_training_batches)
-        self._display = self._progress("training", self._epochs * steps, trainer.current_epoch * steps)
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        done = trainer.global_step
-        loss = trainer.callback_metrics.get("train_loss")
-        # Reading a loss waits for the device; once in a while is enough for the eye.
-        shown = {} if loss is None or done % 10 else {"loss": f"{float(loss):.3f}", "epoch": trainer.current_epoch + 1}
-        self._display.step(shown)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._display.close()
-
-
-class SearchProgress:
-    """Shows candidates, the best score so far and the time left."""
-
-    def __init__(self, progress: Callable[[str, int, int], Any], total: int) -> None:
-        self._progress = progress
-        self._total = total
-        self._display: Any = None
-        self._best: float | None = None
-
-    def __call__(self, record: dict[str, Any]) -> None:
-        if self._display is None:
-            self._display = self._progress("search", self._total, 0)
-        score = record["score"]
-        if score is not None and (self._best is None or score > self._best):
-            self._best = score
-        shown = {"generation": record["generation"] + 1}
-        if self._best is not None:
-            shown["best"] = f"{self._best:.6g}"
-        self._display.step(shown)
-        if record["index"] + 1 == self._total:
-            self._display.close()
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", **options: Any) -> dict[str, Any]:
+        # Says in a sentence what is wrong with a file that is damaged or could execute code.
+        read_state(path)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        missing = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in checkpoint]
+        if missing:
+            raise CheckpointError(f"{path} holds no training to continue (no {missing[0]}): it is not this run's own.")
+        return checkpoint
 
 
 class _QuietExperiment(NasExperiment):
-    """An experiment that leaves no entry in the list of experiments in the user's home folder."""
+    """An experiment that leaves no entry in the list of experiments in the user's home folder.
+
+    Nor does it save a state of its own: the run folder has one already, and NNI's saving swallows interrupts.
+    """
+
+    def _start_logging(self, debug: bool) -> None:
+        super()._start_logging(debug)
+        for handler in logging.getLogger("nni").handlers:
+            # A disk that is full is told once, by what needs it.
+            handler.handleError = lambda record: None  # type: ignore[method-assign]
 
     def _start_without_nni_manager(self) -> None: ...
 
     def _stop_without_nni_manager(self) -> None: ...
 
-
-def _is_primary() -> bool:
-    # Lightning starts the other processes of a distributed run as copies of this one, with these set.
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+    def save_checkpoint(self) -> None: ...
 
 
-def _prepare(folder: Path, experiment: config.Experiment, resume: bool) -> None:
+def _check_folder(folder: Path, experiment: config.Experiment, resume: bool) -> None:
     written = folder / CONFIG_FILE
     if written.exists():
         if not resume:
@@ -269,10 +229,9 @@ def _prepare(folder: Path, experiment: config.Experiment, resume: bool) -> None:
         return
     if resume:
         raise config.ConfigError(f"{folder} holds no run to resume (no {CONFIG_FILE}); start it without --resume.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    # A kill while the first file is written leaves a hidden one.
+    if folder.exists() and (not folder.is_dir() or any(not item.name.startswith(".") for item in folder.iterdir())):
         raise config.ConfigError(f"{folder} is not an empty folder: choose another --output.")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(written, config.dump(experiment))
 
 
 def _difference(before: config.Experiment, now: config.Experiment) -> str:
@@ -308,12 +267,59 @@ def _score_arguments(score: config.Score) -> dict[str, Any]:
     return {name: getattr(score, name) for name in names}
 
 
+def _evaluator(
+    experiment: config.Experiment,
+    data: SearchData,
+    folder: Path,
+    progress: Callable[[str, int, int], Any] | None,
+) -> Lightning:
+    training = experiment.training
+    checkpoint = folder / SUPERNET_FILE
+    callbacks: list[Callback] = [
+        ModelCheckpoint(
+            folder,
+            checkpoint.stem,
+            every_n_epochs=training.checkpoint_every,
+            enable_version_counter=False,
+            save_on_train_epoch_end=True,
+        )
+    ]
+    if progress is not None:
+        callbacks.append(TrainingProgress(progress, training.epochs))
+    recipe = ("batch_size", "learning_rate", "final_learning_rate", "momentum", "weight_decay", "gradient_clip")
+    recipe += ("decay_unsampled", "num_workers")
+    try:
+        return supernet_evaluator(
+            data,
+            training.epochs,
+            **{name: getattr(training, name) for name in recipe},
+            flip=experiment.data.flip,
+            crop_padding=experiment.data.crop_padding,
+            seed=experiment.seed,
+            fit_kwargs={"ckpt_path": str(checkpoint)} if checkpoint.exists() else None,
+            accelerator=training.accelerator,
+            devices=training.devices,
+            strategy="auto" if training.devices == 1 else "ddp_find_unused_parameters_true",
+            precision=training.precision,
+            deterministic=experiment.deterministic,
+            callbacks=callbacks,
+            plugins=[_WholeCheckpoints()],
+            logger=CSVLogger(folder, name="training"),
+            # Lightning warns where an epoch is shorter.
+            log_every_n_steps=max(1, min(50, len(data.train) // training.batch_size)),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except MisconfigurationException as error:
+        raise config.ConfigError(f"training: {error}") from error
+
+
 def _run_nni(space: DartsSpace, evaluator: Any, strategy: GeNAS, folder: Path) -> None:
-    settings = NasExperimentConfig.default(space, evaluator, strategy)
-    settings.experiment_working_directory = str(folder.resolve() / "nni")
+    settings = NasExperimentConfig("sequential", "raw", experiment_working_directory=str(folder.resolve() / "nni"))
     experiment = _QuietExperiment(space, evaluator, strategy, settings)
     try:
-        experiment.run()
+        # Not run(), which swallows an interrupt: what was found until then would pass for the result.
+        experiment.start()
     except SystemExit as error:
         # Lightning turns an interrupt into an exit.
         if evaluator.trainer.interrupted:

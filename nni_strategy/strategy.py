@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from nni.nas.evaluator.pytorch import Lightning, LightningModule
-from nni.nas.oneshot.pytorch.strategy import MutationHook, RandomOneShot
+from nni.nas.oneshot.pytorch.strategy import MutationHook, RandomOneShot, is_supernet
 from nni.nas.space import ExecutableModelSpace, RawFormatModelSpace, SimplifiedModelSpace
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from genas_plugins.search import Evolution, History, candidate_seed, run_search
 from genas_plugins.spaces import DartsSearchSpace
 from nni_strategy.oneshot import UniformPathModule
 from nni_strategy.samples import SupernetPaths
+from nni_strategy.training import TrainBatches
 
 __all__ = ["GeNAS", "measure_candidate"]
 
@@ -113,6 +113,8 @@ class GeNAS(RandomOneShot):
         ):
             if count is not None and count < 0:
                 raise ValueError(f"{name} must not be negative, got {count}.")
+        if validation_images == 0:
+            raise ValueError("validation_images must be at least 1, or None for all, got 0.")
         self.recalibration_images = recalibration_images
         self.validation_images = validation_images
         self.seed = seed
@@ -165,7 +167,8 @@ class GeNAS(RandomOneShot):
             TypeError: NNI cannot turn this space into a supernet.
         """
         try:
-            model = super().mutate_model(model)
+            # A supernet that another one-shot strategy has trained is searched as it is.
+            model = model if is_supernet(model) else super().mutate_model(model)
         except TypeError as error:
             raise TypeError(
                 f"{type(model).__name__} cannot be turned into a weight-sharing supernet, so GeNAS cannot search it: "
@@ -197,16 +200,23 @@ class GeNAS(RandomOneShot):
         try:
             supernet.to(device)
             recalibration, validation = self._batches(evaluator, device)
-            self.records = run_search(
+            # A generation that was cut off is measured anew.
+            del self.records[self._evolution.scored :]
+            run_search(
                 self._evolution,
                 lambda candidate: measure_candidate(
                     self.paths, candidate, self.score, recalibration, validation, self.seed
                 ),
                 history=self.history,
-                on_record=self.on_record,
+                on_record=self._remember,
             )
         finally:
             supernet.to(home)
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        if self.on_record is not None:
+            self.on_record(record)
 
     def list_models(self, sort: bool = True, limit: int | None = None) -> Iterator[ExecutableModelSpace]:
         """The best architectures, best first, with their scores as metric.
@@ -238,7 +248,7 @@ class GeNAS(RandomOneShot):
 
     def state_dict(self) -> dict[str, Any]:
         """Population, random state and records, beside the checkpoint that NNI remembers."""
-        state = {**super().state_dict(), "evolution": self._evolution.state_dict(), "records": self.records}
+        state = {**super().state_dict(), "evolution": self._evolution.state_dict(), "records": list(self.records)}
         if self._paths is not None and "angle" in self.score.metrics:
             state["initial"] = self._paths.initial
         return state
@@ -299,7 +309,9 @@ def _collect(loader: Any, images: int | None, device: torch.device, purpose: str
     """The first ``images`` of a loader, on the device, in its batches."""
     batches: list[tuple[Tensor, Tensor]] = []
     missing = images
-    for batch in itertools.chain(loader or ()):
+    if isinstance(loader, TrainBatches):
+        loader = loader.whole()
+    for batch in () if loader is None else loader:
         inputs, labels = (part.to(device) for part in batch[:2])
         if missing is not None:
             inputs, labels = inputs[:missing], labels[:missing]

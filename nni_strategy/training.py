@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, Dataset
 
 from genas_plugins.datasets import ImageTensors, SearchData
+from genas_plugins.scoring.data import TensorBatches
 
 __all__ = ["SupernetModule", "TrainBatches", "supernet_evaluator"]
 
@@ -124,6 +125,8 @@ class TrainBatches:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if len(mean) != 3 or len(std) != 3:
+            raise ValueError(f"mean and std must be three numbers each, one a channel, got {mean} and {std}.")
         self.data = data
         self.batch_size = batch_size
         self.flip = flip
@@ -131,6 +134,7 @@ class TrainBatches:
         self.seed = seed
         self.num_workers = num_workers
         self.epoch = 0
+        self._shared = True
         self._scale = torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1)
         self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1)
 
@@ -152,20 +156,33 @@ class TrainBatches:
         self._scale, self._shift = self._scale.to(device), self._shift.to(device)
         return self
 
+    def whole(self) -> TrainBatches:
+        """The batches of the first epoch, all of them in every process: for measurements that must agree."""
+        view = copy.copy(self)
+        view.epoch = 0
+        view._shared = False
+        return view
+
     def __len__(self) -> int:
-        _, world = _rank_and_world()
+        _, world = self._rank_and_world()
         share = len(self.data) // world if world > 1 else len(self.data)
         return -(-share // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        rank, world = _rank_and_world()
+        rank, world = self._rank_and_world()
         order = torch.randperm(len(self.data), generator=generator)
         share = order[rank : len(order) - len(order) % world : world]
         # Every process draws its own augmentation.
         generator.manual_seed((self.seed * 1_000_003 + self.epoch) * 1_009 + rank + 1)
         for images, labels in self._raw(share):
             yield self._augment(images, generator), labels
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        distributed = torch.distributed
+        if self._shared and distributed.is_available() and distributed.is_initialized():
+            return distributed.get_rank(), distributed.get_world_size()
+        return 0, 1
 
     def _raw(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         if isinstance(self.data, ImageTensors):
@@ -174,7 +191,13 @@ class TrainBatches:
                 yield self.data.images[chosen], self.data.labels[chosen]
             return
         loader = DataLoader(
-            self.data, self.batch_size, sampler=order.tolist(), num_workers=self.num_workers, pin_memory=True
+            self.data,
+            self.batch_size,
+            sampler=order.tolist(),
+            num_workers=self.num_workers,
+            pin_memory=self._scale.is_cuda,
+            # Without one, the loader seeds its workers from the global generator.
+            generator=torch.Generator().manual_seed(self.seed),
         )
         for images, labels in loader:
             yield images.to(self._scale.device, non_blocking=True), labels.to(self._scale.device)
@@ -243,7 +266,7 @@ def supernet_evaluator(
         seed=seed,
         num_workers=num_workers,
     )
-    validation = TrainBatches(data.validation, batch_size, data.mean, data.std, flip=False, crop_padding=0, seed=seed)
+    validation = TensorBatches(data.validation, batch_size, data.mean, data.std)
     trainer.setdefault("callbacks", [])
     arguments = {"limit_val_batches": 0, "num_sanity_val_steps": 0, **trainer}
     return Lightning(
@@ -258,10 +281,3 @@ def supernet_evaluator(
         val_dataloaders=validation,
         fit_kwargs=fit_kwargs,
     )
-
-
-def _rank_and_world() -> tuple[int, int]:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1

@@ -112,6 +112,11 @@ class Evolution(Generic[Candidate]):
         """All generations are told, or the space has no new candidate left."""
         return self.generation >= self.generations or self._exhausted
 
+    @property
+    def scored(self) -> int:
+        """Number of candidates that were told, failed ones included."""
+        return len(self._scored)
+
     def ask(self) -> list[Proposal[Candidate]]:
         """Propose the next generation; the same one until it is told.
 

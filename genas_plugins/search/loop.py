@@ -61,7 +61,7 @@ def run_search(
     """
     records: list[dict[str, Any]] = []
     known = [] if history is None else list(history.records)
-    index = sum(1 for _ in evolution.state_dict()["scored"])
+    index = evolution.scored
     while not evolution.finished:
         scores: list[float | None] = []
         for proposal in evolution.ask():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 
@@ -265,8 +263,8 @@ def test_active_parameters_of_shufflenet() -> None:
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     paths.fix(paths.search_space.sample(np.random.default_rng(0)))
     names = [name for name, _ in space.named_parameters()]
-    # All 1,003 would take half a minute; every twentieth meets all stages and choices.
-    some = names[::20]
+    # All 1,003 would take half a minute; every fortieth meets all stages and choices.
+    some = names[::40]
     first = next(space.parameters()).requires_grad_(False)
     active = active_parameters(space, images)
     assert moved_by(space, images, some) == active.intersection(some)
@@ -383,13 +381,3 @@ def test_fixing_a_path_of_layer_choices_runs_the_chosen_layers() -> None:
         for second in "235":
             fix_path(space, {"a": first, "b": second})
             assert space(torch.ones(1, 1, 1, 1)).item() == int(first) * int(second)
-
-
-def test_importing_the_package_leaves_nni_whole() -> None:
-    # Imported in another order, NNI's own one-shot strategies are stand-ins that only raise.
-    code = (
-        "import nni_strategy, nni.nas.strategy, nni.nas.oneshot.pytorch.strategy as real;"
-        "raise SystemExit(nni.nas.strategy.RandomOneShot is not real.RandomOneShot)"
-    )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr

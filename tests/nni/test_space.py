@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -24,6 +26,7 @@ from torch.utils.data import TensorDataset
 
 from genas_plugins.genotype import NODES, OPERATIONS, Genotype
 from genas_plugins.network import CellNetwork
+from genas_plugins.scoring import angle
 from genas_plugins.spaces import DartsSearchSpace
 from nni_strategy.space import DartsSpace, genotype_to_sample, sample_to_genotype
 
@@ -171,8 +174,7 @@ def test_a_sample_with_an_unknown_operation_is_refused(genotypes: list[Genotype]
 
 def pooling_followed_by_normalisation(module: nn.Module) -> bool:
     for child in module.modules():
-        parts = list(child.children())
-        for first, second in zip(parts, parts[1:], strict=False):
+        for first, second in itertools.pairwise(child.children()):
             pools = isinstance(first, nn.MaxPool2d | nn.AvgPool2d)
             if pools and isinstance(second, nn.BatchNorm2d):
                 return True
@@ -207,6 +209,30 @@ def test_frozen_factory_gives_fresh_weights(genotypes: list[Genotype], images: t
     network = DartsSpace.frozen_factory(genotype_to_sample(genotypes[0]))(10, 4, 3)
     assert isinstance(network.network, CellNetwork)
     assert network(images).shape == (4, 10)
+
+
+def test_angle_to_earlier_weights(space: DartsSpace, genotypes: list[Genotype]) -> None:
+    earlier = copy.deepcopy(space)
+    untrained, states = earlier.supernet, [dict(earlier.named_parameters()), earlier.state_dict()]
+    with torch.no_grad():
+        for parameter in space.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape)
+    state = torch.get_rng_state()
+    for initial in states:
+        for genotype in genotypes[:3]:
+            expected = angle(untrained, space.supernet, genotype) / math.pi
+            assert expected > 0
+            assert space.angle(initial, genotype) == pytest.approx(expected, abs=1e-12)
+    # Of other weights, another angle: nothing is remembered too long.
+    assert space.angle(space.state_dict(), genotypes[0]) == pytest.approx(0.0, abs=1e-7)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_angle_to_incomplete_weights(space: DartsSpace, genotypes: list[Genotype]) -> None:
+    initial = space.state_dict()
+    del initial["network.supernet.classifier.weight"]
+    with pytest.raises(ValueError, match=r"lack 1 of \d+ parameters, for instance .*classifier.weight"):
+        space.angle(initial, genotypes[0])
 
 
 def test_wrong_sizes_are_refused() -> None:

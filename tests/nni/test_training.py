@@ -478,6 +478,15 @@ def test_processes_share_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({label for share in shares for label in share}) == 39
     assert [label for three in zip(*shares, strict=True) for label in three] == alone[:39].tolist()
     assert not torch.equal(augmented[0], augmented[1])
+    # What is measured must not depend on the process, nor on how long was trained.
+    batches = batches_of(data)
+    batches.set_epoch(5)
+    images, labels = (torch.cat(parts) for parts in zip(*batches.whole(), strict=True))
+    monkeypatch.undo()
+    expected, numbers = collected(batches_of(data), 0)
+    assert torch.equal(labels, numbers)
+    assert torch.equal(images, expected)
+    assert len(collected(batches, 5)[1]) == 41
 
 
 def test_moving_to_a_device_leaves_the_data_alone() -> None:
@@ -493,8 +502,8 @@ def test_a_batch_has_at_least_one_image() -> None:
         TrainBatches(labelled(4), 0, MEAN, STD)
 
 
-def test_mean_and_std_have_the_same_length() -> None:
-    with pytest.raises(ValueError):
+def test_mean_and_std_have_three_channels() -> None:
+    with pytest.raises(ValueError, match="three numbers each"):
         TrainBatches(labelled(4), 2, MEAN, STD[:2])
 
 

@@ -1,0 +1,96 @@
+"""The speed benchmarks run and print their tables; their figures are for a quiet machine, not for a test."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NETWORK = ["--init-channels", "2", "--num-cells", "2", "--image-size", "8", "--device", "cpu", "--threads", "1"]
+NEEDS_NNI = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("nni", "pytorch_lightning")),
+    reason="NNI and Lightning are not installed",
+)
+
+
+def run_benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *NETWORK, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+    """Imports a benchmark as Python does when it runs one: from a path that holds their folder."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield importlib.import_module
+    for name in ("scoring", "training"):
+        sys.modules.pop(name, None)
+
+
+def test_scoring_prints_a_row_per_candidate_and_the_targets() -> None:
+    done = run_benchmark("scoring", "--candidates", "2", "--images", "4", "--recalibration-images", "4")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(\d)((?: +[\d.]+){5})$", done.stdout, re.MULTILINE)
+    assert [index for index, _ in rows] == ["0", "1"]
+    for _, row in rows:
+        ours, bare, naive, overhead, gain = map(float, row.split())
+        # The printed seconds have three decimals.
+        slack = 0.0006 / min(ours, bare)
+        assert overhead == pytest.approx(ours / bare, rel=2 * slack + 0.001)
+        assert gain == pytest.approx(naive / ours, rel=2 * slack + 0.01)
+    assert re.search(r"^ours / bare .* <= 1\.15$", done.stdout, re.MULTILINE)
+    assert re.search(r"^naive / ours .* >= 3\.0$", done.stdout, re.MULTILINE)
+    assert re.search(r"^peak memory \[MB\].* \d+ -> \d+ \([+-][\d.]+%\) +< \+5%$", done.stdout, re.MULTILINE)
+
+
+@NEEDS_NNI
+def test_training_does_the_steps_of_the_plain_loop_bit_for_bit() -> None:
+    done = run_benchmark("training", "--steps", "4", "--batch-size", "2")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(\d)\.\.(\d)(?: +[\d.]+){3}$", done.stdout, re.MULTILINE)
+    assert rows == [("1", "1"), ("2", "2"), ("3", "3")]
+    assert re.search(r"^ratio of steps .* <= 1\.1$", done.stdout, re.MULTILINE)
+    assert re.search(r"^largest difference of the weights +0 +0 on a CPU$", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "expected"),
+    [
+        ("scoring", "--candidates", "--candidates must be at least 1"),
+        ("scoring", "--images", "--images must be at least 1"),
+        ("scoring", "--recalibration-images", "--recalibration-images must be at least 1"),
+        pytest.param("training", "--steps", "--steps must be at least 2", marks=NEEDS_NNI),
+    ],
+)
+def test_a_run_of_nothing_is_refused(
+    load: Callable[[str], Any], capsys: pytest.CaptureFixture[str], name: str, option: str, expected: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        load(name).main([option, "0"])
+    assert stopped.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("target", "value"),
+    [("MOST_OVERHEAD", 0.0), ("LEAST_GAIN", {"cpu": float("inf")}), ("MOST_GROWTH", -1.0), (None, None)],
+)
+def test_check_fails_on_every_missed_target(
+    load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, target: str | None, value: Any
+) -> None:
+    scoring = load("scoring")
+    for name, easy in (("MOST_OVERHEAD", 1e9), ("LEAST_GAIN", {"cpu": 0.0}), ("MOST_GROWTH", 1e9)):
+        monkeypatch.setattr(scoring, name, value if name == target else easy)
+    # Not --threads, which would outlast this test.
+    arguments = [*NETWORK[:-2], "--candidates", "1", "--images", "2", "--recalibration-images", "2"]
+    assert scoring.main([*arguments, "--check"]) == (0 if target is None else 1)
