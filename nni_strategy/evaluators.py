@@ -44,7 +44,8 @@ class CombinedEvaluator(Evaluator):
         recalibration_momentum: ``None`` for the cumulative average.
         data: With a checkpoint: keyword arguments of
             :func:`genas_plugins.datasets.load_search_data`. With a run folder, the run's data is used.
-        space: With a checkpoint of another space than :class:`DartsSpace`: the model space, unmutated.
+        space: With a checkpoint of another space than :class:`DartsSpace`: the model space, unmutated. It is
+            left as it is.
         initial: With a checkpoint: the weights before training, for metrics with the angle.
         seed: Of the noise, with a checkpoint. With a run folder, the run's.
         batch_size: Validation images a batch, with a checkpoint; ``None`` chooses by the device.
@@ -52,6 +53,7 @@ class CombinedEvaluator(Evaluator):
 
     Raises:
         ValueError: A wrong setting; ``data`` is missing with a checkpoint.
+        TypeError: ``space`` is no model space.
         FileNotFoundError: ``supernet`` does not exist.
     """
 
@@ -92,7 +94,9 @@ class CombinedEvaluator(Evaluator):
             raise FileNotFoundError(f"There is no run folder or checkpoint {path}.")
         if path.is_file() and data is None:
             raise ValueError(f"With the checkpoint {path}, pass data= to say which images to score on.")
-        self._arguments = (data, space, initial, seed, batch_size, device)
+        if space is not None and not isinstance(space, ModelSpace):
+            raise TypeError(f"space must be an NNI ModelSpace, got {type(space).__name__}.")
+        self._arguments = (data, initial, seed, batch_size, device)
         self._trained: TrainedSupernet | None = None
 
     def extra_repr(self) -> str:
@@ -140,13 +144,16 @@ class CombinedEvaluator(Evaluator):
         return self.evaluate(model.sample)
 
     def _load(self) -> TrainedSupernet:
-        data, space, initial, seed, batch_size, device = self._arguments
+        data, initial, seed, batch_size, device = self._arguments
         path = Path(self.supernet)
         if path.is_dir():
             trained = TrainedSupernet.from_run(path, device=device)
             sigmas = self.settings.get("sigmas", trained.score.sigmas)
             trained.score = CombinedScore(**{**self.settings, "sigmas": sigmas})
             return trained
+        # In place of a space NNI gives a traced class its default model; the space stays in what is recorded.
+        recorded = self.trace_kwargs.get("space")  # type: ignore[attr-defined]
+        space = None if recorded is None else recorded.trace_copy().get()
         if space is not None:
             GeNAS().mutate_model(space)
         before = None

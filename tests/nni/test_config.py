@@ -1,0 +1,259 @@
+"""Experiment files: those that we ship hold what their names claim, and a wrong one is told in a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import genas_plugins
+from genas_plugins.scoring import CombinedScore
+from nni_strategy.config import ConfigError, Experiment, config_names, dump, find_config, load, parse
+
+SHIPPED = (
+    "darts_cifar100_angle_flatness",
+    "darts_cifar100_flatness",
+    "darts_cifar10_flatness",
+    "darts_cifar10_reduced",
+    "darts_imagenet_flatness",
+    "quickstart_digits",
+)
+# Section 4.1 of the paper, its Table 8 for gamma, and the official supernet for what the paper leaves out.
+PAPER_SIGMAS = {"cifar10": (1e-5, 5e-5, 1e-4), "cifar100": (1e-3, 3e-3, 6e-3)}
+
+
+def test_the_shipped_files_are_these() -> None:
+    assert tuple(config_names()) == SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_file_loads_and_its_name_is_true(name: str) -> None:
+    experiment = load(name)
+    parts = name.split("_")
+    if parts[0] == "darts":
+        data = {"imagenet": "image_folder"}.get(parts[1], parts[1])
+        assert experiment.data.name == ("image_folder" if "reduced" in parts else data)
+        assert parts[1] in (experiment.data.root or "")
+        metric = "+".join(part for part in parts[2:] if part != "reduced") or "flatness"
+        assert experiment.score.metric == metric
+        assert experiment.space.stem == ("imagenet" if parts[1] == "imagenet" else "cifar")
+    else:
+        assert experiment.data.name == parts[1]
+        assert experiment.data.root is None
+        # A mirrored digit is another sign.
+        assert not experiment.data.flip
+    assert experiment.score.build().metric == experiment.score.metric
+
+
+@pytest.mark.parametrize("name", ["darts_cifar10_flatness", "darts_cifar100_flatness", "darts_cifar100_angle_flatness"])
+def test_the_searches_of_the_paper_have_its_settings(name: str) -> None:
+    experiment = load(name)
+    assert dataclasses.asdict(experiment.space) == {"init_channels": 16, "num_cells": 8, "stem": "cifar"}
+    training = experiment.training
+    assert (training.epochs, training.batch_size) == (250, 64)
+    assert (training.learning_rate, training.final_learning_rate) == (0.025, 0.001)
+    assert (training.momentum, training.weight_decay, training.gradient_clip) == (0.9, 3e-4, 5.0)
+    assert training.decay_unsampled
+    assert training.precision == "32-true"
+    data = experiment.data
+    assert (data.flip, data.crop_padding, data.random_labels, data.image_size) == (True, 4, False, None)
+    # All of the 25,000 that half of the training images are.
+    assert (data.train_images, data.validation_images) == (None, None)
+    assert dataclasses.asdict(experiment.search) == {
+        "population": 50,
+        "generations": 20,
+        "parents": 10,
+        "mutants": 25,
+        "crossovers": 25,
+        "mutation_probability": 0.1,
+    }
+    score = experiment.score
+    assert score.sigmas == PAPER_SIGMAS[data.name]
+    assert (score.alpha, score.gamma, score.noise, score.where) == (1.0, 16.0, "cumulative", "all")
+    assert (score.recalibration_images, score.recalibration_batch_size) == (850, 64)
+
+
+def test_imagenet_and_small_searches_keep_the_protocol_of_the_paper_where_they_say_so() -> None:
+    imagenet = load("darts_imagenet_flatness")
+    assert imagenet.data.storage == "disk"
+    assert imagenet.data.validation_images == 25000
+    assert imagenet.search == load("darts_cifar100_flatness").search
+    assert imagenet.score.sigmas == PAPER_SIGMAS["cifar100"]
+    for name in ("darts_cifar10_reduced", "quickstart_digits"):
+        small = load(name)
+        # The paper's sigmas for NAS-Bench-201.
+        assert small.score.sigmas == (2e-3, 1e-2, 2e-2)
+        assert small.search.population * small.search.generations <= 160
+
+
+def test_defaults_are_those_of_the_classes_that_they_feed() -> None:
+    assert Experiment().score.build() == CombinedScore()
+
+
+def test_the_configs_are_found_in_a_checkout_and_in_an_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site" / "genas_plugins"
+    for folder, name in ((package.parent / "configs" / "nni", "stranger"), (package / "configs" / "nni", "installed")):
+        folder.mkdir(parents=True)
+        (folder / f"{name}.yaml").write_text("seed: 7\n")
+    monkeypatch.setattr(genas_plugins, "__file__", str(package / "__init__.py"))
+    assert list(config_names()) == ["installed"]
+    assert load("installed").seed == 7
+
+
+def test_a_path_goes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart_digits").write_text("seed: 5")
+    assert load("quickstart_digits").seed == 5
+    assert find_config("quickstart_digits") == Path("quickstart_digits")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_is_dumped_is_loaded_again(name: str, tmp_path: Path) -> None:
+    experiment = load(name)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(experiment))
+    assert load(path) == experiment
+    data = yaml.safe_load(path.read_text())
+    # Every setting is spelled out.
+    for section in dataclasses.fields(Experiment):
+        value = getattr(experiment, section.name)
+        if dataclasses.is_dataclass(value):
+            assert list(data[section.name]) == [field.name for field in dataclasses.fields(value)]
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1.0e-5", "0.00001", "'1e-5'"])
+def test_a_small_number_needs_no_dot(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(f"training: {{weight_decay: {text}}}\nscore: {{sigmas: [{text}, 5e-5, 1e-4]}}")
+    experiment = load(path)
+    assert experiment.training.weight_decay == 1e-5
+    assert experiment.score.sigmas == (1e-5, 5e-5, 1e-4)
+
+
+def test_overrides_come_on_top(tmp_path: Path) -> None:
+    experiment = load(
+        "quickstart_digits",
+        [
+            "seed=3",
+            "search.generations=2",
+            "score.sigmas=[1e-3, 2e-3]",
+            "data.root=null",
+            "training.devices=auto",
+            "score.metric=angle+flatness",
+        ],
+    )
+    assert (experiment.seed, experiment.search.generations) == (3, 2)
+    assert experiment.score.sigmas == (1e-3, 2e-3)
+    assert (experiment.data.root, experiment.training.devices) == (None, "auto")
+    assert experiment.score.metric == "angle+flatness"
+    assert dataclasses.replace(experiment.training, devices=1) == load("quickstart_digits").training
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("")
+    assert load(empty) == Experiment()
+    assert load(empty, ["search.population=60"]).search.population == 60
+
+
+def section(name: str, /, **values: Any) -> dict[str, Any]:
+    return {name: values}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"serch": {}}, ["unknown key serch", "did you mean search?", "seed, deterministic, space"]),
+        (section("search", popultion=1), ["unknown key search.popultion", "did you mean population?", "generations"]),
+        (section("score", zzz=1), ["unknown key score.zzz;", "metric, sigmas, alpha"]),
+        ({"seed": "one"}, ["seed must be a whole number, got 'one'"]),
+        ({"seed": 1.5}, ["seed must be a whole number"]),
+        ({"seed": True}, ["seed must be a whole number"]),
+        ({"deterministic": 1}, ["deterministic must be true or false, got 1"]),
+        ({"search": None}, ["search must hold keys and values, got None"]),
+        (section("data", name="svhn"), ["data.name must be one of digits, cifar10, cifar100", "'svhn'"]),
+        (section("data", root=3), ["data.root must be text or null, got 3"]),
+        (section("data", storage=[]), ["data.storage must be one of memory, disk"]),
+        (section("training", learning_rate="fast"), ["training.learning_rate must be a number, got 'fast'"]),
+        (section("training", devices="all"), ["training.devices must be a whole number or one of auto"]),
+        (section("training", precision="8"), ["training.precision must be one of 32-true"]),
+        (section("training", epochs=0), ["training: epochs must be at least 1, got 0"]),
+        (section("training", batch_size=0), ["batch_size must be at least 1"]),
+        (section("training", checkpoint_every=0), ["checkpoint_every must be at least 1"]),
+        (section("training", checkpoint_every=100), ["checkpoint_every must divide epochs (250)", "got 100"]),
+        (section("training", final_learning_rate=0.1), ["final_learning_rate must be positive and at most", "0.025"]),
+        (section("score", sigmas=0.1), ["score.sigmas must be a list of numbers, got 0.1"]),
+        (section("score", sigmas=[0.1, "x"]), ["score.sigmas[1] must be a number, got 'x'"]),
+        (section("score", sigmas=[0.2, 0.1]), ["score: sigmas must be", "strictly increasing", "[0.2, 0.1]"]),
+        (section("score", sigmas=[0.1]), ["at least two"]),
+        (section("score", metric="sharpness"), ["score: Unknown metric 'sharpness'", "angle+flatness"]),
+        (section("score", noise="none"), ["Unknown noise 'none'", "cumulative, independent, shared"]),
+        (section("score", where="stem"), ["Unknown where 'stem'", "all, cells"]),
+        (section("score", gamma=-1), ["gamma must be at least 0"]),
+        (section("score", recalibration_momentum=2), ["momentum must be None"]),
+        (section("score", recalibration_images=-1), ["recalibration_images must not be negative"]),
+        (section("score", recalibration_batch_size=1), ["recalibration_batch_size at least 2"]),
+        (section("search", population=10), ["search: mutants and crossovers", "population of 10", "25 and 25"]),
+        (section("search", mutation_probability=0), ["mutation_probability must be in (0, 1]"]),
+        (section("space", init_channels=3), ["space: init_channels must be a positive even number, got 3"]),
+        (section("space", stem="mnist"), ["space.stem must be one of cifar, imagenet"]),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_a_sentence(data: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse(data)
+    message = str(raised.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("search.generations", ["section.key=value", "'search.generations'"]),
+        ("=5", ["section.key=value"]),
+        ("search.generations=[1", ["the value is not YAML"]),
+        ("seed.deep=1", ["seed is not a section"]),
+        ("search.generation=5", ["unknown key search.generation", "did you mean generations?"]),
+        ("search=5", ["search must hold keys and values"]),
+        ("search.generations=many", ["search.generations must be a whole number, got 'many'"]),
+    ],
+)
+def test_a_wrong_override_is_refused(override: str, words: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("seed: 1\n")
+    with pytest.raises(ConfigError) as raised:
+        load(path, [override])
+    assert "\n" not in str(raised.value)
+    for word in words:
+        assert word in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: [1\nb: 2", "mine.yaml is not a YAML file: while parsing"),
+        (b"\xff\xfe\x00", "mine.yaml is not a YAML file"),
+        (b"- 1\n- 2", "mine.yaml must hold keys and values, got list"),
+        (b"!!python/object/apply:os.getcwd []", "mine.yaml is not a YAML file"),
+        (b"search: {population: 0}", "mine.yaml: search: population must be at least 1"),
+    ],
+)
+def test_a_file_that_is_no_experiment_is_named(content: bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as raised:
+        load(path)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unknown_name_lists_the_names() -> None:
+    with pytest.raises(ConfigError) as raised:
+        load("darts_cifar10_flat")
+    assert "did you mean darts_cifar10_flatness?" in str(raised.value)
+    for name in SHIPPED:
+        assert name in str(raised.value)

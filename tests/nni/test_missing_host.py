@@ -1,0 +1,87 @@
+"""Without a host, or without what draws and reads: one sentence that says what to install, and nothing done yet."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MASK = "import sys; sys.modules.update(dict.fromkeys({packages!r}))\n"
+
+
+def run(code: str, packages: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run code in a process in which the packages cannot be imported."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", MASK.format(packages=packages) + code],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+IMPORTS = """
+import genas_plugins, genas_plugins.cli
+try:
+    import nni_strategy
+except ImportError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("package", ["nni", "pytorch_lightning"])
+def test_the_core_goes_without_the_host_and_its_package_says_what_is_missing(package: str, tmp_path: Path) -> None:
+    done = run(IMPORTS, (package,), tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (
+        f"{package} is needed for nni_strategy but is not installed: pip install 'genas-plugins[nni]'.\n"
+    )
+
+
+SEARCH = """
+from genas_plugins.cli import main
+sys.exit(main(["search", "--config", "quickstart_digits", "--output", "run"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "message"),
+    [
+        ("matplotlib", "matplotlib is needed for the search's pictures but is not installed: pip install"
+         " 'genas-plugins[plots]'."),
+        ("nni", "nni is needed for nni_strategy but is not installed: pip install 'genas-plugins[nni]'."),
+        ("tqdm", "tqdm is needed for the search's progress bars but is not installed: pip install"
+         " 'genas-plugins[nni]'."),
+        ("sklearn", "pip install 'genas-plugins[nni]'."),
+    ],
+)  # fmt: skip
+def test_a_search_says_what_is_missing_before_it_starts(package: str, message: str, tmp_path: Path) -> None:
+    done = run(SEARCH, (package,), tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"genas: {package}" if package != "sklearn" else "genas: ")
+    assert line.endswith(message)
+    assert not list(tmp_path.iterdir())
+
+
+COMMANDS = """
+from genas_plugins.cli import main
+assert main(["zoo"]) == 0
+assert main(["score", "genas_flatness_c10", "--run", "nowhere"]) == 1
+assert main(["plot", "cells", "genas_flatness_c10", "cells.svg"]) == 1
+"""
+
+
+def test_the_other_commands_need_only_what_they_use(tmp_path: Path) -> None:
+    done = run(COMMANDS, ("nni", "pytorch_lightning", "matplotlib", "torchvision", "sklearn", "tqdm", "PIL"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "genas_flatness_c10" in done.stdout
+    assert done.stderr.splitlines() == [
+        "genas: nni is needed for nni_strategy but is not installed: pip install 'genas-plugins[nni]'.",
+        "genas: matplotlib is needed for drawing figures but is not installed: pip install 'genas-plugins[plots]'.",
+    ]
