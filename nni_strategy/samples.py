@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,6 +108,8 @@ class SupernetPaths:
         self.space = space
         self.initial = initial
         self._own = hasattr(space, "subnet")
+        # A training step does not have the time to look through thousands of modules.
+        self._choices = [module for module in space.modules() if isinstance(module, BaseSuperNetModule)]
         self.search_space: Any = space.search_space if self._own else SampleSpace(space)
 
     def to_sample(self, candidate: Any) -> dict[str, Any]:
@@ -116,7 +118,7 @@ class SupernetPaths:
 
     def fix(self, candidate: Any) -> None:
         """Make the supernet run the candidate's path from now on."""
-        fix_path(self.space, self.to_sample(candidate))
+        fix_path(self._choices, self.to_sample(candidate))
 
     @contextmanager
     def open(self, candidate: Any, example: Tensor) -> Iterator[tuple[nn.Module, frozenset[str] | None]]:
@@ -148,9 +150,9 @@ class SupernetPaths:
         return parameter_angle(self.initial, self.space, names, normalize=True)
 
 
-def fix_path(space: nn.Module, sample: dict[str, Any]) -> None:
-    """Make a mutated supernet run the path of ``sample``."""
-    for module in space.modules():
+def fix_path(modules: Iterable[nn.Module], sample: dict[str, Any]) -> None:
+    """Make a mutated supernet, given by its modules, run the path of ``sample``."""
+    for module in modules:
         if isinstance(module, BaseSuperNetModule):
             module.resample(memo=sample)
 

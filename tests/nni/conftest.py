@@ -165,6 +165,7 @@ class Genas:
         for name in ("home", "work", "temporary"):
             (folder / name).mkdir()
         self.environment |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "temporary")}
+        self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         self.strangers = [folder / "home", folder / "work", folder / "temporary"]
         self._folder = folder
         self._count = 0
@@ -208,7 +209,7 @@ class Genas:
         """Run a command in a process that starts from nothing."""
         done = subprocess.run(
             [sys.executable, "-m", "genas_plugins", *map(str, arguments)],
-            env={**self.environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=self.environment,
             cwd=self._folder / "work",
             capture_output=True,
             text=True,

@@ -235,7 +235,7 @@ def moved_by(model: nn.Module, images: Tensor, names: Collection[str] | None = N
 def test_active_parameters_of_nasbench201(supernet: ModelSpace, batches: list[tuple[Tensor, Tensor]]) -> None:
     images = batches[0][0]
     for operations in (["conv_3x3", "skip_connect", "avg_pool_3x3"] * 2, ["conv_1x1", "conv_3x3"] * 3):
-        fix_path(supernet, nasbench_sample(*operations))
+        fix_path(supernet.modules(), nasbench_sample(*operations))
         assert active_parameters(supernet, images) == moved_by(supernet, images)
 
 
@@ -244,7 +244,7 @@ def test_operations_without_effect_count_as_part_of_the_network(
 ) -> None:
     # Edges 0-1 and 0-3 carry the signal; 1-2 convolves, but 2-3 multiplies with zero.
     sample = nasbench_sample("conv_1x1", "none", "skip_connect", "conv_3x3", "none", "none")
-    fix_path(supernet, sample)
+    fix_path(supernet.modules(), sample)
     images = batches[0][0]
     active = active_parameters(supernet, images)
     moving = moved_by(supernet, images)
@@ -379,5 +379,5 @@ def test_fixing_a_path_of_layer_choices_runs_the_chosen_layers() -> None:
     space = mutated(Scales())
     for first in "235":
         for second in "235":
-            fix_path(space, {"a": first, "b": second})
+            fix_path(space.modules(), {"a": first, "b": second})
             assert space(torch.ones(1, 1, 1, 1)).item() == int(first) * int(second)
