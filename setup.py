@@ -16,7 +16,7 @@ TOP_LEVEL = ["genas_plugins", "nni_strategy", "timm_models", "detectron2_backbon
 EXTRAS: dict[str, list[str]] = {
     "nni": [
         "nni>=3.0,<3.1",
-        "pytorch-lightning>=2.3",
+        "pytorch-lightning>=2.4",
         "torchvision",
         "scikit-learn",
         "pyyaml",

@@ -7,6 +7,7 @@ Files are data: nothing in them is executed, whatever they hold. Tensors have th
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import re
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from genas_plugins.files import atomic_path
@@ -209,6 +210,11 @@ def _read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, Tenso
 def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        # What a seek beyond the start of a file that was cut off gives.
+        if error.errno != errno.EINVAL:
+            raise
+        raise _damaged(path) from error
     except _DAMAGE as error:
         refused = re.search(r"GLOBAL (\w+(?:\.\w+)+)", str(error))
         if refused is None:
@@ -304,7 +310,8 @@ def _save(model: _Model, expected: type, path: str | Path, kind: str, metadata: 
         entries["genotype"] = model.genotype.to_dict()
     header = {"format": kind, **{key: json.dumps(value) for key, value in entries.items()}}
     with atomic_path(path) as temporary:
-        save_file({name: _plain(value) for name, value in state.items()}, temporary, header)
+        # Not save_file, whose error on a full disk is none of the operating system's.
+        temporary.write_bytes(save({name: _plain(value) for name, value in state.items()}, header))
     return path
 
 

@@ -140,6 +140,7 @@ def _search(options: argparse.Namespace) -> int:
         raise config.ConfigError(
             f"--config is missing; experiments that come with the package: {', '.join(config.config_names())}."
         )
+    _quiet_hosts()
     again = f"Continue with: genas search --output {shlex.quote(str(folder))} --resume"
     try:
         outcome = run_experiment(experiment, folder, resume=options.resume, progress=None if options.quiet else Bar)
@@ -153,6 +154,19 @@ def _search(options: argparse.Namespace) -> int:
     if outcome.best:
         print("\n".join(_report(outcome)))
     return 0
+
+
+def _quiet_hosts() -> None:
+    """NNI and Lightning tell much that is of no use to who runs this command."""
+    import logging
+    import warnings
+
+    import nni
+
+    nni.silence_stdout()
+    logging.getLogger("nni").addHandler(logging.NullHandler())
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"pytorch_lightning\.")
 
 
 def _report(outcome: Outcome) -> Iterable[str]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import io
-import logging
 import platform
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nni
 import torch
 from nni.nas.evaluator.pytorch import Lightning
 from nni.nas.experiment import NasExperiment
@@ -37,6 +34,7 @@ from nni_strategy.space import DartsSpace
 from nni_strategy.strategy import GeNAS
 from nni_strategy.trained import (
     CONFIG_FILE,
+    HISTORY_FILE,
     INITIAL_FILE,
     SUPERNET_FILE,
     TrainedSupernet,
@@ -46,7 +44,6 @@ from nni_strategy.training import supernet_evaluator
 
 __all__ = ["Found", "Outcome", "run_experiment"]
 
-HISTORY_FILE = "history.jsonl"
 GENOTYPE_FILE = "genotype.json"
 _TOP = 5
 
@@ -95,8 +92,8 @@ def run_experiment(
 
     The folder holds ``config.yaml`` (every setting), ``initial.safetensors``, ``supernet.ckpt``,
     ``history.jsonl``, ``genotype.json``, ``cells.svg``, ``cells.png``, ``search.png`` and
-    ``loss_curves.png``; Lightning's figures lie under ``training`` and NNI's log under ``nni``. A killed run
-    continues with ``resume`` and ends as an uninterrupted one would have.
+    ``loss_curves.png``; Lightning's figures lie under ``training``. A killed run continues with ``resume`` and
+    ends as an uninterrupted one would have.
 
     Args:
         experiment: What to do.
@@ -119,11 +116,6 @@ def run_experiment(
     primary = rank_zero_only.rank == 0
     if primary:
         _check_folder(folder, experiment, resume)
-    # Both hosts tell much that is of no use to who runs this command.
-    nni.silence_stdout()
-    logging.getLogger("nni").addHandler(logging.NullHandler())
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"pytorch_lightning\.")
     torch.manual_seed(experiment.seed)
     data = load_data(experiment)
     settings = experiment.space
@@ -195,16 +187,14 @@ class _WholeCheckpoints(TorchCheckpointIO):
 
 
 class _QuietExperiment(NasExperiment):
-    """An experiment that leaves no entry in the list of experiments in the user's home folder.
+    """An experiment that writes nothing: no entry in a list in the user's home folder, no log, no state.
 
-    Nor does it save a state of its own: the run folder has one already, and NNI's saving swallows interrupts.
+    The run folder has all that is needed to resume, and NNI's saving swallows interrupts.
     """
 
-    def _start_logging(self, debug: bool) -> None:
-        super()._start_logging(debug)
-        for handler in logging.getLogger("nni").handlers:
-            # A disk that is full is told once, by what needs it.
-            handler.handleError = lambda record: None  # type: ignore[method-assign]
+    def _start_logging(self, debug: bool) -> None: ...
+
+    def _stop_logging(self) -> None: ...
 
     def _start_without_nni_manager(self) -> None: ...
 
@@ -315,7 +305,7 @@ def _evaluator(
 
 
 def _run_nni(space: DartsSpace, evaluator: Any, strategy: GeNAS, folder: Path) -> None:
-    settings = NasExperimentConfig("sequential", "raw", experiment_working_directory=str(folder.resolve() / "nni"))
+    settings = NasExperimentConfig("sequential", "raw", experiment_working_directory=str(folder.resolve()))
     experiment = _QuietExperiment(space, evaluator, strategy, settings)
     try:
         # Not run(), which swallows an interrupt: what was found until then would pass for the result.

@@ -24,6 +24,7 @@ __all__ = ["TrainedSupernet", "batch_size_for", "darts_space", "load_data", "loa
 CONFIG_FILE = "config.yaml"
 INITIAL_FILE = "initial.safetensors"
 SUPERNET_FILE = "supernet.ckpt"
+HISTORY_FILE = "history.jsonl"
 _PREFIX = "network.supernet."
 
 
@@ -109,7 +110,8 @@ class TrainedSupernet:
             CheckpointError: Its supernet cannot be read.
         """
         folder = Path(folder)
-        for name in (CONFIG_FILE, SUPERNET_FILE):
+        # The history begins when training has ended.
+        for name in (CONFIG_FILE, SUPERNET_FILE, HISTORY_FILE):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} is not the folder of a search with a trained supernet: no {name}.")
         experiment = config.load(folder / CONFIG_FILE)

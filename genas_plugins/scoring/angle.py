@@ -84,7 +84,7 @@ def parameter_angle(
         if name not in initial:
             raise ValueError(f"The initial weights have no parameter named {name}.")
         after = parameter.detach().double().flatten()
-        before = initial[name].to(after.device).double().flatten()
+        before = initial[name].detach().to(after.device).double().flatten()
         dot = dot + before @ after
         squared_initial = squared_initial + before @ before
         squared_trained = squared_trained + after @ after

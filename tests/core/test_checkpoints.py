@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import resource
 
 import pytest
 import torch
@@ -449,17 +450,17 @@ def test_saving_refuses_bad_input(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+def test_failed_save_leaves_the_old_file(tmp_path):
     path = save_supernet(SuperNet(2, init_channels=2, num_cells=2), tmp_path / "s.safetensors")
     before = path.read_bytes()
-
-    def full(tensors, filename, metadata):
-        filename.write_bytes(b"half of it")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("genas_plugins.checkpoints.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        save_supernet(SuperNet(3, init_channels=2, num_cells=2), path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # A real error of the operating system, as on a full disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            save_supernet(SuperNet(3, init_channels=2, num_cells=2), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

@@ -32,7 +32,7 @@ import time
 import nni_strategy.strategy, nni_strategy.training
 def slow(function):
     def slowed(*arguments, **keywords):
-        time.sleep(0.1)
+        time.sleep(0.15)
         return function(*arguments, **keywords)
     return slowed
 module = nni_strategy.training.SupernetModule
@@ -89,7 +89,7 @@ def test_the_first_search_of_a_process_is_quiet_and_tells_its_result(first_searc
 def test_nothing_is_written_outside_the_folder(genas: Any, finished: Any) -> None:
     assert [list(folder.iterdir()) for folder in genas.strangers] == [[], [], []]
     names = {path.name for path in finished.path.iterdir()}
-    assert names == STATE | RESULTS | {"training", "nni"}
+    assert names == STATE | RESULTS | {"training"}
 
 
 def test_config_is_the_experiment_with_every_setting(genas: Any, finished: Any) -> None:
