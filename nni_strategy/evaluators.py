@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,15 @@ class CombinedEvaluator(Evaluator):
     Args:
         supernet: The run folder of ``genas search``, or a checkpoint: the official supernet's, one of this
             package, or (with ``space``) the state dict of a mutated space.
-        metric: See :class:`genas_plugins.scoring.CombinedScore`; so are the following.
-        sigmas: Strictly increasing. ``None``: those of the run folder.
+        metric: See :class:`genas_plugins.scoring.CombinedScore`, as for the settings that follow. Where one is
+            ``None``, the run folder's is taken, or that class's default with a checkpoint.
+        sigmas: Strictly increasing.
         alpha: Weight of the depth term.
         gamma: Weight of flatness in a combination.
         gamma_accuracy: Weight of accuracy in ``"angle+accuracy"``.
         noise: ``"cumulative"``, ``"independent"`` or ``"shared"``.
         where: ``"all"`` or ``"cells"``.
-        recalibration_momentum: ``None`` for the cumulative average.
+        recalibration_momentum: Of the running average.
         data: With a checkpoint: keyword arguments of
             :func:`genas_plugins.datasets.load_search_data`. With a run folder, the run's data is used.
         space: With a checkpoint of another space than :class:`DartsSpace`: the model space, unmutated. It is
@@ -63,11 +65,11 @@ class CombinedEvaluator(Evaluator):
         metric: str = "angle+flatness",
         *,
         sigmas: Sequence[float] | None = None,
-        alpha: float = 1.0,
-        gamma: float = 16.0,
-        gamma_accuracy: float = 0.1,
-        noise: str = "cumulative",
-        where: str = "all",
+        alpha: float | None = None,
+        gamma: float | None = None,
+        gamma_accuracy: float | None = None,
+        noise: str | None = None,
+        where: str | None = None,
         recalibration_momentum: float | None = None,
         data: Mapping[str, Any] | None = None,
         space: ModelSpace | None = None,
@@ -77,8 +79,9 @@ class CombinedEvaluator(Evaluator):
         device: str | None = None,
     ) -> None:
         self.supernet = str(supernet)
-        self.settings: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "metric": metric,
+            "sigmas": None if sigmas is None else tuple(sigmas),
             "alpha": alpha,
             "gamma": gamma,
             "gamma_accuracy": gamma_accuracy,
@@ -86,8 +89,7 @@ class CombinedEvaluator(Evaluator):
             "where": where,
             "momentum": recalibration_momentum,
         }
-        if sigmas is not None:
-            self.settings["sigmas"] = tuple(sigmas)
+        self.settings = {name: value for name, value in settings.items() if value is not None}
         CombinedScore(**self.settings)
         path = Path(supernet)
         if not path.exists():
@@ -148,8 +150,7 @@ class CombinedEvaluator(Evaluator):
         path = Path(self.supernet)
         if path.is_dir():
             trained = TrainedSupernet.from_run(path, device=device)
-            sigmas = self.settings.get("sigmas", trained.score.sigmas)
-            trained.score = CombinedScore(**{**self.settings, "sigmas": sigmas})
+            trained.score = dataclasses.replace(trained.score, **self.settings)
             return trained
         # In place of a space NNI gives a traced class its default model; the space stays in what is recorded.
         recorded = self.trace_kwargs.get("space")  # type: ignore[attr-defined]

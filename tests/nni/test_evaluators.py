@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import nni
 import numpy as np
 import pytest
 import torch
+import yaml
 from nni.nas.experiment import NasExperiment
 from nni.nas.experiment.config import NasExperimentConfig, SequentialEngineConfig
 from nni.nas.hub.pytorch import NasBench201
@@ -129,6 +131,20 @@ def test_settings_beat_those_of_the_run(finished: Any, genotypes: list[Genotype]
     assert measured.score == pytest.approx(1 / (abs(second - first) / 0.1 + 0.5 * first / 0.1 + 1e-5), rel=1e-12)
     accuracy = CombinedEvaluator(finished.path, "accuracy", device="cpu").measure(genotypes[0])
     assert accuracy.score * 64 == pytest.approx(round(accuracy.score * 64))
+
+
+def test_settings_that_are_not_given_are_those_of_the_run(
+    finished: Any, tmp_path: Path, genotypes: list[Genotype]
+) -> None:
+    folder = shutil.copytree(finished.path, tmp_path / "run")
+    experiment = yaml.safe_load((folder / "config.yaml").read_text())
+    experiment["score"].update(alpha=0.25, sigmas=[0.1, 0.3])
+    (folder / "config.yaml").write_text(yaml.safe_dump(experiment))
+    measured = FlatnessEvaluator(folder, device="cpu").measure(genotypes[0])
+    assert measured.flatness is not None
+    first, second = measured.flatness.losses
+    # Eq. 4.
+    assert measured.score == pytest.approx(1 / (abs(second - first) / 0.2 + 0.25 * first / 0.1 + 1e-5), rel=1e-12)
 
 
 def test_a_checkpoint_of_the_official_format_scores_like_the_run_it_came_from(
