@@ -7,6 +7,8 @@ Files are data: nothing in them is executed, whatever they hold. Tensors have th
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import errno
 import json
 import pickle
@@ -25,12 +27,16 @@ from genas_plugins.files import atomic_path
 from genas_plugins.genotype import Genotype
 from genas_plugins.network import CellNetwork
 from genas_plugins.supernet import SuperNet
+from genas_plugins.zoo import ZOO
 
 __all__ = [
     "CheckpointError",
+    "convert_network",
+    "describe_mismatch",
     "load_official_network",
     "load_official_supernet",
     "load_supernet",
+    "network_state",
     "read_metadata",
     "read_state",
     "save_network",
@@ -56,7 +62,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: A ``.safetensors`` file, or one that ``torch.save`` wrote: tensors by name, or a dictionary that
-            holds them as ``"state_dict"`` (the official runs, Lightning).
+            holds them as ``"state_dict"`` (the official runs, Lightning, timm) or, which then counts, as
+            ``"state_dict_ema"`` (timm's averaged weights, which it prefers too).
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -64,7 +71,9 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """
     path = _existing(path)
     content = _read_safetensors(path)[0] if path.suffix == ".safetensors" else _read_torch(path)
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    state = content
+    if isinstance(content, Mapping):
+        state = content.get("state_dict_ema") or content.get("state_dict", content)
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(f"{path} holds no tensors by name: save model.state_dict().")
     bad = [str(name) for name, value in state.items() if not isinstance(value, Tensor) or _is_hollow(value)]
@@ -107,7 +116,7 @@ def load_official_supernet(path: str | Path) -> SuperNet:
         CheckpointError: See :func:`read_state`; or it is no supernet, and then the message counts the tensors
             that are missing, left over or of another shape and names the first.
     """
-    state = _network_state(path)
+    state = network_state(read_state(path), path)
     arguments = _arguments(state, path)
     return _filled(lambda: SuperNet(**arguments), state, path, "a supernet")
 
@@ -137,7 +146,7 @@ def load_official_network(
     """
     if genotype is not None and not isinstance(genotype, Genotype):
         raise TypeError(f"Expected a Genotype, got {type(genotype).__name__}; see zoo.find_genotype.")
-    state = _network_state(path)
+    state = network_state(read_state(path), path)
     genotype = _resolved_genotype(path, genotype)
     head = {name for name in state if name.startswith("auxiliary_head.")}
     if auxiliary and not head:
@@ -187,6 +196,42 @@ def save_network(network: CellNetwork, path: str | Path, **metadata: Any) -> Pat
     return _save(network, CellNetwork, path, _NETWORK, metadata)
 
 
+def convert_network(
+    source: str | Path, target: str | Path, genotype: Genotype | None = None, *, auxiliary: bool = True
+) -> CellNetwork:
+    """Write the fixed network of any checkpoint as a clean file: its tensors, by the official names, its genotype.
+
+    Args:
+        source: Whatever :func:`load_official_network` reads.
+        target: Ends in ``.safetensors``.
+        genotype: The network's. None: the file's own, or else the one published genotype that fits.
+        auxiliary: Keep the auxiliary head if there is one.
+
+    Returns:
+        The network.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: See :func:`load_official_network`; or there is no genotype and no published one fits.
+        OSError: The file cannot be written; an older one of that name is left as it was.
+    """
+    state = network_state(read_state(source), source)
+    auxiliary = auxiliary and any(name.startswith("auxiliary_head.") for name in state)
+    if genotype is None and read_metadata(source).get("genotype") is None:
+        network = _recognized(source, auxiliary)
+    else:
+        network = load_official_network(source, genotype, auxiliary=auxiliary)
+    save_network(network, target, source=Path(source).name)
+    return network
+
+
+def _recognized(path: str | Path, auxiliary: bool) -> CellNetwork:
+    for entry in ZOO.values():
+        with contextlib.suppress(CheckpointError):
+            return load_official_network(path, entry.genotype, auxiliary=auxiliary)
+    raise CheckpointError(f"{path} fits none of the published genotypes ({', '.join(ZOO)}): say which it holds.")
+
+
 def _existing(path: str | Path) -> Path:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no checkpoint file {path}.")
@@ -209,7 +254,9 @@ def _read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, Tenso
 
 def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # timm's training script keeps its arguments in a Namespace, which only holds them.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         # What a seek beyond the start of a file that was cut off gives.
         if error.errno != errno.EINVAL:
@@ -224,17 +271,42 @@ def _read_torch(path: Path) -> Any:
         raise CheckpointError(f"{path} is not loaded because {reason}: save its state_dict alone.") from None
 
 
-def _network_state(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of the one network in a checkpoint, by their names in the official code."""
-    state = read_state(path)
+def network_state(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """The tensors of the one network among ``state``, by their names in the official code.
+
+    A prefix that all names share (``module.``, or that of Lightning and NNI) is dropped, and so are the
+    profiler's ``total_ops`` and ``total_params``.
+
+    Args:
+        state: Tensors by name.
+        source: Where they are from, for the message.
+
+    Raises:
+        CheckpointError: There is no network of cells, or there are several.
+    """
     state = {name: value for name, value in state.items() if name.split(".")[-1] not in _PROFILER_BUFFERS}
     prefixes = sorted({found.group() for name in state if (found := _PREFIX.match(name))})
     if len(prefixes) != 1:
         found = f"{len(prefixes)} networks, under {prefixes}" if prefixes else f"no cells ({_some(state)})"
-        raise CheckpointError(f"{path} holds {found}, expected one: save the network's state_dict alone.")
+        raise CheckpointError(f"{source} holds {found}, expected one: save the network's state_dict alone.")
     prefix = prefixes[0]
     # Tensors outside of the prefix get names that fit nowhere: theirs may be those of the network without it.
     return {name.removeprefix(prefix) if name.startswith(prefix) else f"./{name}": state[name] for name in state}
+
+
+def describe_mismatch(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Which tensors are missing, left over or of another shape, counted, with the first names; empty: none."""
+    common = [name for name in expected if name in state]
+    problems = {
+        "missing": [name for name in expected if name not in state],
+        "left over": [name for name in state if name not in expected],
+        "different": [
+            f"{name} is {_kind(state[name])} instead of {_kind(expected[name])}"
+            for name in common
+            if _kind(state[name]) != _kind(expected[name])
+        ],
+    }
+    return "; ".join(f"{len(names)} {what} ({_some(names)})" for what, names in problems.items() if names)
 
 
 def _arguments(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
@@ -276,19 +348,8 @@ def _filled(build: Callable[[], _Model], state: Mapping[str, Tensor], path: str 
     except ValueError as error:
         raise CheckpointError(f"{path} does not fit {description}: {error}") from error
     expected = model.state_dict()
-    common = [name for name in expected if name in state]
-    problems = {
-        "missing": [name for name in expected if name not in state],
-        "left over": [name for name in state if name not in expected],
-        "different": [
-            f"{name} is {_kind(state[name])} instead of {_kind(expected[name])}"
-            for name in common
-            if _kind(state[name]) != _kind(expected[name])
-        ],
-    }
-    if any(problems.values()):
-        found = (f"{len(names)} {what} ({_some(names)})" for what, names in problems.items() if names)
-        raise CheckpointError(f"{path} does not fit {description}; tensors: {'; '.join(found)}.")
+    if mismatch := describe_mismatch(expected, state):
+        raise CheckpointError(f"{path} does not fit {description}; tensors: {mismatch}.")
     model.load_state_dict({name: _plain(state[name]) for name in expected}, assign=True)
     return model
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from functools import lru_cache
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from genas_plugins.genotype import Genotype
+from genas_plugins.network import CellNetwork
 from genas_plugins.scoring.batchnorm import evaluation_mode
 
-__all__ = ["count_macs", "count_parameters"]
+__all__ = ["count_macs", "count_parameters", "fit_channels"]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -28,3 +33,36 @@ def count_macs(model: nn.Module, image_size: int = 224) -> int:
     with evaluation_mode(model), torch.no_grad(), counter:
         model(image)
     return counter.get_total_flops() // 2
+
+
+def fit_channels(genotype: Genotype, macs: float = 600e6, image_size: int = 224, num_cells: int = 14) -> int:
+    """The largest even number of initial channels with which an ImageNet network stays within a budget.
+
+    Args:
+        genotype: The two cells.
+        macs: Most multiply-adds of one image, for 3 channels and 1000 classes; the paper's networks are near
+            600 million.
+        image_size: Pixels, square.
+        num_cells: Cells in the stack.
+
+    Raises:
+        ValueError: Even the narrowest network needs more; the message says how much.
+    """
+    narrow, wide = (_count(genotype, channels, image_size, num_cells) for channels in (2, 4))
+    if narrow > macs:
+        raise ValueError(
+            f"No network of this genotype fits {macs / 1e6:g} M multiply-adds: the narrowest (2 channels) needs "
+            f"{narrow / 1e6:.1f} M at {image_size} pixels."
+        )
+    # Every layer has C channels, or a multiple, on one side or on both: a C^2 + b C, exactly.
+    a, b = Fraction(wide - 2 * narrow, 8), Fraction(4 * narrow - wide, 4)
+    channels = 2
+    while a * (channels + 2) ** 2 + b * (channels + 2) <= macs:
+        channels += 2
+    return channels
+
+
+@lru_cache
+def _count(genotype: Genotype, channels: int, image_size: int, num_cells: int) -> int:
+    with torch.device("meta"):
+        return count_macs(CellNetwork(genotype, channels, num_cells, 1000), image_size)

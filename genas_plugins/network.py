@@ -15,12 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genas_plugins.genotype import NODES, CellGene, Genotype, cell_edges
-from genas_plugins.operations import FactorizedReduce, Identity, ReLUConvBN, build_operation, drop_path
+from genas_plugins.operations import FactorizedReduce, Identity, Layers, ReLUConvBN, build_operation, drop_path
 
-__all__ = ["AuxiliaryHead", "Cell", "CellNetwork", "CellShape", "CellStack", "Stem", "cell_shapes"]
+__all__ = [
+    "AuxiliaryHead",
+    "Cell",
+    "CellNetwork",
+    "CellShape",
+    "CellStack",
+    "Stem",
+    "build_imagenet_stem",
+    "cell_shapes",
+]
 
 Stem = Literal["imagenet", "cifar"]
 STEMS: tuple[Stem, ...] = ("imagenet", "cifar")
+_STEM_STRIDES: dict[Stem, int] = {"imagenet": 8, "cifar": 1}
+_DEFAULT = Layers()
 CELL_OUTPUTS = len(NODES)
 """A cell's output has this many times its channels: the concatenation of the intermediate nodes."""
 
@@ -35,6 +46,9 @@ class CellShape:
         channels: Channels of each intermediate node.
         reduction: The cell halves the resolution.
         previous_reduced: The previous cell (or the ImageNet stem) halved it, so ``c_{k-2}`` is twice as large.
+        dilation: How many times ``c_{k-1}`` is larger than the strides of the official network would make it.
+        replace_stride: A reduction cell that keeps the resolution; what follows is dilated instead.
+        previous_replaced: The previous cell is one.
     """
 
     before_previous: int
@@ -42,6 +56,14 @@ class CellShape:
     channels: int
     reduction: bool
     previous_reduced: bool
+    dilation: int = 1
+    replace_stride: bool = False
+    previous_replaced: bool = False
+
+    @property
+    def out_dilation(self) -> int:
+        """The dilation of the cell's output."""
+        return 2 * self.dilation if self.replace_stride else self.dilation
 
     @property
     def out_channels(self) -> int:
@@ -49,12 +71,21 @@ class CellShape:
         return CELL_OUTPUTS * self.channels
 
 
-def cell_shapes(init_channels: int, num_cells: int, stem: Stem) -> tuple[CellShape, ...]:
+def cell_shapes(
+    init_channels: int, num_cells: int, stem: Stem, output_stride: int | None = None
+) -> tuple[CellShape, ...]:
     """Shapes of a stack: reduction cells at one and two thirds, where the channels double.
 
+    Args:
+        init_channels: C, channels of the first cells; even.
+        num_cells: Cells in the stack.
+        stem: ``"imagenet"`` (the cells start at stride 8) or ``"cifar"`` (at stride 1).
+        output_stride: Stride of the last cell. None: 4 times that of the first. Where it is smaller, the last
+            reduction cell, or both, keep the resolution.
+
     Raises:
-        ValueError: ``init_channels`` is not a positive even number, ``num_cells`` is below 2, or ``stem`` is
-            neither ``"imagenet"`` nor ``"cifar"``.
+        ValueError: ``init_channels`` is not a positive even number, ``num_cells`` is below 2, ``stem`` is
+            neither ``"imagenet"`` nor ``"cifar"``, or no such stack has the ``output_stride``.
     """
     if stem not in STEMS:
         raise ValueError(f"Unknown stem {stem!r}; valid stems: {', '.join(STEMS)}.")
@@ -62,17 +93,27 @@ def cell_shapes(init_channels: int, num_cells: int, stem: Stem) -> tuple[CellSha
         raise ValueError(f"init_channels must be a positive even number, got {init_channels}.")
     if num_cells < 2:
         raise ValueError(f"num_cells must be at least 2 (two reduction cells), got {num_cells}.")
+    stride = _STEM_STRIDES[stem]
+    strides = (stride, 2 * stride, 4 * stride)
+    output_stride = strides[-1] if output_stride is None else output_stride
+    if output_stride not in strides:
+        raise ValueError(f"output_stride must be one of {', '.join(map(str, strides))}, got {output_stride!r}.")
     stem_channels = init_channels if stem == "imagenet" else 3 * init_channels
     before_previous = previous = stem_channels
-    channels = init_channels
-    previous_reduced = stem == "imagenet"
+    channels, dilation = init_channels, 1
+    previous_reduced, previous_replaced = stem == "imagenet", False
     shapes = []
     for index in range(num_cells):
         reduction = index in (num_cells // 3, 2 * num_cells // 3)
         channels *= 2 if reduction else 1
-        shape = CellShape(before_previous, previous, channels, reduction, previous_reduced)
+        replace = reduction and stride == output_stride
+        stride *= 2 if reduction and not replace else 1
+        shape = CellShape(
+            before_previous, previous, channels, reduction, previous_reduced, dilation, replace, previous_replaced
+        )
         shapes.append(shape)
-        before_previous, previous, previous_reduced = previous, shape.out_channels, reduction
+        before_previous, previous, dilation = previous, shape.out_channels, shape.out_dilation
+        previous_reduced, previous_replaced = reduction, replace
     return tuple(shapes)
 
 
@@ -93,16 +134,19 @@ class Cell(nn.Module):
         self.preprocess0 = preprocess0
         self.preprocess1 = preprocess1
         self._ops = nn.ModuleList(operations)
-        self._sources = tuple(source for _, source in gene)
+        self._sources = [source for _, source in gene]
+        self._droppable = [not isinstance(operation, Identity) for operation in self._ops]
 
     @classmethod
-    def from_shape(cls, shape: CellShape, gene: CellGene) -> Cell:
+    def from_shape(cls, shape: CellShape, gene: CellGene, layers: Layers = _DEFAULT) -> Cell:
         """Build a freshly initialised cell."""
-        preprocess0, preprocess1 = build_preprocessing(shape)
-        operations = [
-            build_operation(operation, shape.channels, operation_stride(shape, source))
-            for _, operation, source in cell_edges(gene)
-        ]
+        preprocess0, preprocess1 = build_preprocessing(shape, layers)
+        operations = []
+        for _, operation, source in cell_edges(gene):
+            stride = operation_stride(shape, source)
+            dilation = shape.dilation if source < 2 else shape.out_dilation
+            replace = shape.replace_stride and stride > 1
+            operations.append(build_operation(operation, shape.channels, stride, layers, dilation, replace))
         return cls(preprocess0, preprocess1, operations, gene)
 
     def forward(self, s0: Tensor, s1: Tensor, drop_path_prob: float = 0.0) -> Tensor:
@@ -117,17 +161,17 @@ class Cell(nn.Module):
             ``(N, 4 C, H', W')``, halved (rounded up) in a reduction cell.
         """
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        for first in range(0, len(self._ops), 2):
-            added = [self._edge(position, states, drop_path_prob) for position in (first, first + 1)]
-            states.append(added[0] + added[1])
+        first = states[0]
+        # One loop over the operations, because TorchScript unrolls it; pairs of them enter the same node.
+        for position, operation in enumerate(self._ops):
+            out = operation(states[self._sources[position]])
+            if self.training and drop_path_prob > 0.0 and self._droppable[position]:
+                out = drop_path(out, drop_path_prob)
+            if position % 2 == 0:
+                first = out
+            else:
+                states.append(first + out)
         return torch.cat(states[2:], dim=1)
-
-    def _edge(self, position: int, states: list[Tensor], drop_path_prob: float) -> Tensor:
-        operation = self._ops[position]
-        out = operation(states[self._sources[position]])
-        if self.training and drop_path_prob > 0.0 and not isinstance(operation, Identity):
-            out = drop_path(out, drop_path_prob)
-        return out
 
 
 class AuxiliaryHead(nn.Module):
@@ -138,26 +182,33 @@ class AuxiliaryHead(nn.Module):
     code and in DARTS before it.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, stem: Stem = "imagenet") -> None:
+    def __init__(self, in_channels: int, num_classes: int, stem: Stem = "imagenet", layers: Layers = _DEFAULT) -> None:
         super().__init__()
-        layers: list[nn.Module] = [
-            nn.ReLU(inplace=False),
+        parts: list[nn.Module] = [
+            layers.activate(),
             nn.AvgPool2d(5, stride=2 if stem == "imagenet" else 3, padding=0, count_include_pad=False),
-            nn.Conv2d(in_channels, 128, 1, bias=False),
-            nn.BatchNorm2d(128),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(128, 768, 2, bias=False),
+            layers.conv(in_channels, 128, 1),
+            layers.normalize(128),
+            layers.activate(inplace=True),
+            layers.conv(128, 768, 2),
         ]
         if stem == "cifar":
-            layers.append(nn.BatchNorm2d(768))
-        self.features = nn.Sequential(*layers, nn.ReLU(inplace=True))
-        self.classifier = nn.Linear(768, num_classes)
+            parts.append(layers.normalize(768))
+        self.features = nn.Sequential(*parts, layers.activate(inplace=True))
+        self.classifier = nn.Linear(768, num_classes, **layers.placement)
         self._least = 7 if stem == "imagenet" else 8
 
     def forward(self, x: Tensor) -> Tensor:
-        if min(x.shape[2:]) < self._least:
-            x = F.adaptive_avg_pool2d(x, self._least)
+        x = _at_least(x, self._least)
         return self.classifier(self.features(x).mean((2, 3)))
+
+
+@torch.fx.wrap
+def _at_least(x: Tensor, size: int) -> Tensor:
+    """Enlarge images that are smaller than ``size``; a leaf in traced graphs."""
+    if min(x.shape[2], x.shape[3]) < size:
+        x = F.adaptive_avg_pool2d(x, [size, size])
+    return x
 
 
 class CellStack(nn.Module):
@@ -179,19 +230,7 @@ class CellStack(nn.Module):
         self.stem_kind = stem
         channels = shapes[0].previous
         if stem == "imagenet":
-            half = channels // 2
-            self.stem0 = nn.Sequential(
-                nn.Conv2d(3, half, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(half),
-                nn.ReLU(inplace=True),
-                nn.Conv2d(half, channels, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(channels),
-            )
-            self.stem1 = nn.Sequential(
-                nn.ReLU(inplace=False),
-                nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(channels),
-            )
+            self.stem0, self.stem1 = build_imagenet_stem(channels)
         else:
             self.stem = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
         self.cells = nn.ModuleList()
@@ -261,10 +300,34 @@ class CellNetwork(CellStack):
         return logits if auxiliary_logits is None else (logits, auxiliary_logits)
 
 
-def build_preprocessing(shape: CellShape) -> tuple[nn.Module, nn.Module]:
+def build_imagenet_stem(
+    channels: int, in_channels: int = 3, layers: Layers = _DEFAULT
+) -> tuple[nn.Sequential, nn.Sequential]:
+    """The freshly initialised stem: ``(N, in_channels, H, W)`` to stride 4, and from there to stride 8."""
+    half = channels // 2
+    stem0 = nn.Sequential(
+        layers.conv(in_channels, half, 3, stride=2, padding=1),
+        layers.normalize(half),
+        layers.activate(inplace=True),
+        layers.conv(half, channels, 3, stride=2, padding=1),
+        layers.normalize(channels),
+    )
+    stem1 = nn.Sequential(
+        layers.activate(),
+        layers.conv(channels, channels, 3, stride=2, padding=1),
+        layers.normalize(channels),
+    )
+    return stem0, stem1
+
+
+def build_preprocessing(shape: CellShape, layers: Layers = _DEFAULT) -> tuple[nn.Module, nn.Module]:
     """The two freshly initialised input layers of a cell."""
-    reduce_or_conv = FactorizedReduce if shape.previous_reduced else ReLUConvBN
-    return reduce_or_conv(shape.before_previous, shape.channels), ReLUConvBN(shape.previous, shape.channels)
+    second = ReLUConvBN(shape.previous, shape.channels, layers)
+    if not shape.previous_reduced:
+        return ReLUConvBN(shape.before_previous, shape.channels, layers), second
+    dilation = shape.dilation // 2 if shape.previous_replaced else shape.dilation
+    first = FactorizedReduce(shape.before_previous, shape.channels, layers, dilation, shape.previous_replaced)
+    return first, second
 
 
 def operation_stride(shape: CellShape, source: int) -> int:

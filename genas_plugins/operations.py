@@ -7,6 +7,8 @@ that its checkpoints load by name.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +18,53 @@ __all__ = [
     "DilConv",
     "FactorizedReduce",
     "Identity",
+    "Layers",
     "ReLUConvBN",
     "SepConv",
     "build_operation",
     "drop_path",
 ]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What networks are made of: normalisation, activation, and where their tensors are created.
+
+    Attributes:
+        norm: Builds a normalisation layer of so many channels.
+        act: Builds an activation.
+        device: Of fresh parameters and buffers; None: PyTorch's default.
+        dtype: The same.
+    """
+
+    norm: Callable[..., nn.Module] = nn.BatchNorm2d
+    act: Callable[[], nn.Module] = nn.ReLU
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        """``device`` and ``dtype`` where they are given, as keyword arguments."""
+        given = {"device": self.device, "dtype": self.dtype}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def conv(self, in_channels: int, out_channels: int, kernel_size: int, **arguments: Any) -> nn.Conv2d:
+        """A convolution without bias."""
+        return nn.Conv2d(in_channels, out_channels, kernel_size, bias=False, **arguments, **self.placement)
+
+    def normalize(self, channels: int) -> nn.Module:
+        """A normalisation layer."""
+        return self.norm(channels, **self.placement)
+
+    def activate(self, inplace: bool = False) -> nn.Module:
+        """An activation; in place where asked for and where the activation can."""
+        layer = self.act()
+        if hasattr(layer, "inplace"):
+            layer.inplace = inplace
+        return layer
+
+
+_DEFAULT = Layers()
 
 
 class Identity(nn.Identity):
@@ -30,12 +74,12 @@ class Identity(nn.Identity):
 class ReLUConvBN(nn.Module):
     """ReLU, 1x1 convolution, batch normalisation: ``(N, C_in, H, W)`` to ``(N, C_out, H, W)``."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, layers: Layers = _DEFAULT) -> None:
         super().__init__()
         self.op = nn.Sequential(
-            nn.ReLU(inplace=False),
-            nn.Conv2d(in_channels, out_channels, 1, bias=False),
-            nn.BatchNorm2d(out_channels),
+            layers.activate(),
+            layers.conv(in_channels, out_channels, 1),
+            layers.normalize(out_channels),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,44 +93,80 @@ class FactorizedReduce(nn.Module):
     and column of zeros beyond the image, so that both halves agree; on even sizes nothing is padded and the
     result is that of the official code.
 
+    Args:
+        in_channels: C_in.
+        out_channels: C_out, even.
+        layers: What it is made of.
+        dilation: Distance of the second convolution from the first, in pixels; above 1 only without stride.
+        replace_stride: Keep the resolution; every second output, row and column, is that of the strided layer.
+
     Raises:
         ValueError: ``out_channels`` is odd.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        layers: Layers = _DEFAULT,
+        dilation: int = 1,
+        replace_stride: bool = False,
+    ) -> None:
         super().__init__()
         if out_channels % 2:
             raise ValueError(f"FactorizedReduce needs an even number of output channels, got {out_channels}.")
-        self.relu = nn.ReLU(inplace=False)
-        self.conv_1 = nn.Conv2d(in_channels, out_channels // 2, 1, stride=2, bias=False)
-        self.conv_2 = nn.Conv2d(in_channels, out_channels // 2, 1, stride=2, bias=False)
-        self.bn = nn.BatchNorm2d(out_channels)
+        stride = 1 if replace_stride else 2
+        self.relu = layers.activate()
+        self.conv_1 = layers.conv(in_channels, out_channels // 2, 1, stride=stride)
+        self.conv_2 = layers.conv(in_channels, out_channels // 2, 1, stride=stride)
+        self.bn = layers.normalize(out_channels)
+        self.shift = dilation
+        self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(x)
-        shifted = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))[:, :, 1:, 1:]
+        shifted = shift_image(x, self.shift, self.stride)
         return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
+
+
+@torch.fx.wrap
+def shift_image(x: Tensor, distance: int, stride: int) -> Tensor:
+    """Drop the first rows and columns of ``x``; zeros take the place of those that a convolution would lack.
+
+    A leaf in traced graphs, because what it pads depends on the size.
+    """
+    height, width = x.shape[2], x.shape[3]
+    if stride == 1:
+        x = F.pad(x, [0, distance, 0, distance])
+    elif height % 2 == 1 or width % 2 == 1:
+        x = F.pad(x, [0, width % 2, 0, height % 2])
+    return x[:, :, distance:, distance:]
 
 
 class DilConv(nn.Module):
     """ReLU, depthwise convolution of dilation 2, pointwise convolution, batch normalisation."""
 
-    def __init__(self, channels: int, kernel_size: int, stride: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        stride: int,
+        layers: Layers = _DEFAULT,
+        dilation: int = 1,
+        replace_stride: bool = False,
+    ) -> None:
         super().__init__()
+        depthwise = layers.conv(
+            channels,
+            channels,
+            kernel_size,
+            stride=1 if replace_stride else stride,
+            padding=(kernel_size - 1) * dilation,
+            dilation=2 * dilation,
+            groups=channels,
+        )
         self.op = nn.Sequential(
-            nn.ReLU(inplace=False),
-            nn.Conv2d(
-                channels,
-                channels,
-                kernel_size,
-                stride=stride,
-                padding=kernel_size - 1,
-                dilation=2,
-                groups=channels,
-                bias=False,
-            ),
-            nn.Conv2d(channels, channels, 1, bias=False),
-            nn.BatchNorm2d(channels),
+            layers.activate(), depthwise, layers.conv(channels, channels, 1), layers.normalize(channels)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,52 +176,126 @@ class DilConv(nn.Module):
 class SepConv(nn.Module):
     """Depthwise separable convolution, applied twice; the stride is that of the first."""
 
-    def __init__(self, channels: int, kernel_size: int, stride: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        stride: int,
+        layers: Layers = _DEFAULT,
+        dilation: int = 1,
+        replace_stride: bool = False,
+    ) -> None:
         super().__init__()
+        first_stride, second_dilation = (1, dilation * stride) if replace_stride else (stride, dilation)
         self.op = nn.Sequential(
-            *self._half(channels, kernel_size, stride),
-            *self._half(channels, kernel_size, 1),
+            *self._half(channels, kernel_size, first_stride, dilation, layers),
+            *self._half(channels, kernel_size, 1, second_dilation, layers),
         )
 
     @staticmethod
-    def _half(channels: int, kernel_size: int, stride: int) -> tuple[nn.Module, ...]:
-        padding = kernel_size // 2
+    def _half(channels: int, kernel_size: int, stride: int, dilation: int, layers: Layers) -> tuple[nn.Module, ...]:
+        padding = kernel_size // 2 * dilation
         return (
-            nn.ReLU(inplace=False),
-            nn.Conv2d(channels, channels, kernel_size, stride, padding, groups=channels, bias=False),
-            nn.Conv2d(channels, channels, 1, bias=False),
-            nn.BatchNorm2d(channels),
+            layers.activate(),
+            layers.conv(
+                channels,
+                channels,
+                kernel_size,
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
+                groups=channels,
+            ),
+            layers.conv(channels, channels, 1),
+            layers.normalize(channels),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
 
 
-_BUILDERS: dict[str, Callable[[int, int], nn.Module]] = {
-    "max_pool_3x3": lambda channels, stride: nn.MaxPool2d(3, stride=stride, padding=1),
-    "avg_pool_3x3": lambda channels, stride: nn.AvgPool2d(3, stride=stride, padding=1, count_include_pad=False),
-    "skip_connect": lambda channels, stride: Identity() if stride == 1 else FactorizedReduce(channels, channels),
-    "sep_conv_3x3": lambda channels, stride: SepConv(channels, 3, stride),
-    "sep_conv_5x5": lambda channels, stride: SepConv(channels, 5, stride),
-    "dil_conv_3x3": lambda channels, stride: DilConv(channels, 3, stride),
-    "dil_conv_5x5": lambda channels, stride: DilConv(channels, 5, stride),
+class DilatedAvgPool(nn.Module):
+    """Mean of the 3x3 pixels at a distance of ``dilation`` that lie within the image; keeps the resolution.
+
+    PyTorch's own average pooling cannot be dilated.
+    """
+
+    def __init__(self, dilation: int) -> None:
+        super().__init__()
+        self.dilation = dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._sum(x) / self._sum(torch.ones_like(x[:1, :1]))
+
+    def _sum(self, x: Tensor) -> Tensor:
+        d = self.dilation
+        x = F.pad(x, [d, d, d, d])
+        x = x[:, :, : -2 * d] + x[:, :, d:-d] + x[:, :, 2 * d :]
+        return x[:, :, :, : -2 * d] + x[:, :, :, d:-d] + x[:, :, :, 2 * d :]
+
+
+def _max_pool(channels: int, stride: int, layers: Layers, dilation: int, replace_stride: bool) -> nn.Module:
+    if dilation > 1:
+        # PyTorch pads by at most half of the kernel, dilated or not.
+        return nn.Sequential(nn.ConstantPad2d(dilation, float("-inf")), nn.MaxPool2d(3, stride=1, dilation=dilation))
+    return nn.MaxPool2d(3, stride=1 if replace_stride else stride, padding=1)
+
+
+def _avg_pool(channels: int, stride: int, layers: Layers, dilation: int, replace_stride: bool) -> nn.Module:
+    if dilation > 1:
+        return DilatedAvgPool(dilation)
+    return nn.AvgPool2d(3, stride=1 if replace_stride else stride, padding=1, count_include_pad=False)
+
+
+def _skip(channels: int, stride: int, layers: Layers, dilation: int, replace_stride: bool) -> nn.Module:
+    return Identity() if stride == 1 else FactorizedReduce(channels, channels, layers, dilation, replace_stride)
+
+
+def _convolution(kind: type[nn.Module], kernel_size: int) -> Callable[..., nn.Module]:
+    def build(channels: int, stride: int, layers: Layers, dilation: int, replace_stride: bool) -> nn.Module:
+        return kind(channels, kernel_size, stride, layers, dilation, replace_stride)
+
+    return build
+
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "max_pool_3x3": _max_pool,
+    "avg_pool_3x3": _avg_pool,
+    "skip_connect": _skip,
+    "sep_conv_3x3": _convolution(SepConv, 3),
+    "sep_conv_5x5": _convolution(SepConv, 5),
+    "dil_conv_3x3": _convolution(DilConv, 3),
+    "dil_conv_5x5": _convolution(DilConv, 5),
 }
 
 
-def build_operation(name: str, channels: int, stride: int) -> nn.Module:
+def build_operation(
+    name: str,
+    channels: int,
+    stride: int,
+    layers: Layers = _DEFAULT,
+    dilation: int = 1,
+    replace_stride: bool = False,
+) -> nn.Module:
     """Build one operation, ``(N, C, H, W)`` to ``(N, C, ceil(H / stride), ceil(W / stride))``.
 
     Args:
         name: One of :data:`genas_plugins.genotype.OPERATIONS` but ``none``.
         channels: C, in and out.
         stride: 1, or 2 on the edges that leave the inputs of a reduction cell.
+        layers: What it is made of.
+        dilation: Spacing of the kernels' taps, on top of that of the dilated convolutions. With an input
+            that was not reduced d times, its pixels d apart see what they would have seen after the reduction.
+        replace_stride: Keep the resolution where the stride would halve it, and dilate the kernels that follow
+            within the operation instead; every second output is that of the strided operation. Above a
+            dilation of 1 the stride must be 1 or replaced.
 
     Raises:
         ValueError: ``name`` is none of the seven operations.
     """
     if name not in _BUILDERS:
         raise ValueError(f"Unknown operation {name!r}; valid operations: {', '.join(_BUILDERS)}.")
-    return _BUILDERS[name](channels, stride)
+    return _BUILDERS[name](channels, stride, layers, dilation, replace_stride)
 
 
 def drop_path(x: Tensor, probability: float) -> Tensor:
