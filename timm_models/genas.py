@@ -4,11 +4,10 @@ Parameter names are those of the official GeNAS code (clovaai/GeNAS@fd3cba8), so
 load by name. The interface is that of timm 1.0.31; ``timm/models/nasnet.py`` is its nearest relative.
 """
 
-from __future__ import annotations
-
+# No "from __future__ import annotations": torch.fx copies the annotation of forward's argument into its graphs.
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, List, Optional, Tuple, Union  # noqa: UP035  (TorchScript reads annotations)
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -186,7 +185,7 @@ class GenasNet(nn.Module):
             self.auxiliary_head.classifier = nn.Linear(inputs, num_classes, **self._layers.placement)
         self.train(self.training)
 
-    def _run(self, x: Tensor, taps: List[int], last: int) -> Tuple[Tensor, List[Tensor]]:  # noqa: UP006
+    def _run(self, x: Tensor, taps: list[int], last: int) -> tuple[Tensor, list[Tensor]]:
         """Stem and cells up to number ``last``; the features at ``taps`` beside the last ones."""
         s0 = self.stem0(x)
         tapped = [s0] if 0 in taps else []
@@ -206,7 +205,7 @@ class GenasNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Features ``(N, num_features, H / 32, W / 32)``, rounded up, of images ``(N, in_chans, H, W)``."""
-        taps: List[int] = []  # noqa: UP006
+        taps: list[int] = []
         return self._run(x, taps, len(self.cells))[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -228,12 +227,12 @@ class GenasNet(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: Optional[Union[int, List[int]]] = None,  # noqa: UP006, UP007, UP045
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:  # noqa: UP006, UP007
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Features of several strides, those of :attr:`feature_info`.
 
         Args:
