@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_path", "write_text"]
+__all__ = ["atomic_path", "packaged_configs", "write_text"]
 
 
 @contextmanager
@@ -46,3 +46,18 @@ def write_text(path: str | Path, text: str) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+def packaged_configs(host: str, suffix: str = ".yaml") -> dict[str, Path]:
+    """The configurations for one host that come with the package, by name.
+
+    Args:
+        host: Folder of ``configs``, for instance ``"nni"``.
+        suffix: Of the files.
+    """
+    package = Path(__file__).parent
+    # Installed, the configs lie inside the package; in a checkout, beside it.
+    for folder in (package / "configs", package.parent / "configs"):
+        if folder.is_dir():
+            return {path.stem: path for path in sorted((folder / host).glob(f"*{suffix}"))}
+    return {}

@@ -13,7 +13,7 @@ from typing import Any, Literal, Union
 
 import yaml
 
-import genas_plugins
+from genas_plugins.files import packaged_configs
 from genas_plugins.network import cell_shapes
 from genas_plugins.scoring import CombinedScore
 from genas_plugins.search import Evolution
@@ -147,7 +147,7 @@ class Experiment:
 
 def config_names() -> dict[str, Path]:
     """The experiments that come with the package, by name."""
-    return {path.stem: path for path in sorted((_configs_folder() / "nni").glob("*.yaml"))}
+    return packaged_configs("nni")
 
 
 def find_config(name_or_path: str | Path) -> Path:
@@ -201,12 +201,6 @@ def parse(data: Mapping[str, Any]) -> Experiment:
 def dump(experiment: Experiment) -> str:
     """The experiment as YAML, every setting spelled out."""
     return yaml.safe_dump(_plain(dataclasses.asdict(experiment)), sort_keys=False)
-
-
-def _configs_folder() -> Path:
-    package = Path(genas_plugins.__file__).parent
-    # Installed, the configs lie inside the package; in a checkout, beside it.
-    return next((folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()), package)
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

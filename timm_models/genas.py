@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import create_classifier, get_act_layer, get_norm_layer
 from timm.models import (
     build_model_with_cfg,
@@ -380,8 +379,10 @@ def _cfg(**changes: Any) -> dict[str, Any]:
         "pool_size": (7, 7),
         "crop_pct": 0.875,
         "interpolation": "bilinear",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
+        # Images from 0 to 1 and no more: the official networks were trained without mean and standard deviation
+        # (retrain_architecture/utils.py, get_train_transform).
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
         "first_conv": "stem0.0",
         "classifier": "classifier",
         "license": "mit",

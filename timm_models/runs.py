@@ -1,0 +1,158 @@
+"""The folder of a training: its settings, checkpoints, figures, and where it goes on after it was killed."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from timm import utils
+from timm.models import safe_model_name
+from timm.task import TrainingTask
+from torch.optim import Optimizer
+
+from genas_plugins._optional import require
+from genas_plugins.files import write_text
+from timm_models.settings import Settings, SettingsError, write_config
+
+__all__ = ["RunFolder"]
+
+_logger = logging.getLogger(__name__)
+
+CONFIG, SUMMARY = "args.yaml", "summary.csv"
+_LATEST = ("last.pth.tar", "tmp.pth.tar")
+"""What a run continues from. timm writes the second and renames it: a kill in between leaves only that one."""
+
+
+class RunFolder:
+    """The folder of one training.
+
+    ``args.yaml`` (all settings), ``summary.csv`` (a line per epoch), TensorBoard's files, and timm's checkpoints:
+    ``last.pth.tar``, ``model_best.pth.tar`` and the best few by their epochs.
+
+    Attributes:
+        path: Where it is.
+        checkpoint: What the run continues from, or None.
+    """
+
+    def __init__(self, path: Path, settings: Settings, primary: bool, checkpoint: Path | None) -> None:
+        self.path = path
+        self.checkpoint = checkpoint
+        self._settings, self._primary = settings, primary
+        self._board: Any = None
+
+    @classmethod
+    def open(cls, settings: Settings, primary: bool, size: int, resume: str | Path | None) -> RunFolder:
+        """Create a run's folder, or find that of the run to continue.
+
+        Args:
+            settings: Those of the run.
+            primary: This process writes.
+            size: Pixels, for the folder's name.
+            resume: The folder or a checkpoint in it.
+
+        Raises:
+            FileNotFoundError: There is nothing to resume.
+            FileExistsError: The folder holds a run already.
+        """
+        if resume is not None:
+            checkpoint = find_checkpoint(resume)
+            return cls(checkpoint.parent, settings, primary, checkpoint)
+        name = settings.experiment or "-".join(
+            (datetime.now().strftime("%Y%m%d-%H%M%S"), safe_model_name(settings.model), str(size))
+        )
+        path = Path(settings.output) / name
+        if primary:
+            if (path / CONFIG).exists():
+                raise FileExistsError(f"{path} holds a run: continue it with --resume {path}, or name another.")
+            path.mkdir(parents=True, exist_ok=True)
+            write_text(path / CONFIG, write_config(settings))
+        return cls(path, settings, primary, None)
+
+    def saver(
+        self, task: TrainingTask, optimizer: Optimizer, scaler: utils.NativeScaler | None
+    ) -> utils.CheckpointSaver | None:
+        """timm's keeper of checkpoints, with what it knew when the run stopped; None where nothing is written."""
+        if not self._primary:
+            return None
+        saver = utils.CheckpointSaver(
+            model=task.get_trainable_module(),
+            optimizer=optimizer,
+            amp_scaler=scaler,
+            checkpoint_dir=str(self.path),
+            recovery_dir=str(self.path),
+            max_history=self._settings.checkpoint_hist,
+            task=task,
+        )
+        start = 0
+        if self.checkpoint is not None:
+            saved = utils.load_checkpoint_metadata(str(self.checkpoint))
+            saver.load_state_dict(saved.get("saver", {}))
+            start = saved["epoch"] + 1
+            utils.trim_summary(str(self.path / SUMMARY), start)
+        if self._settings.tensorboard:
+            require("tensorboard", extra="timm", purpose="TensorBoard's files (tensorboard: false leaves them out)")
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=start)
+        return saver
+
+    def record(
+        self,
+        epoch: int,
+        trained: Mapping[str, float],
+        measured: Mapping[str, float],
+        saver: utils.CheckpointSaver | None,
+    ) -> None:
+        """Keep what an epoch gave: figures first, then the checkpoint that makes it final."""
+        if saver is None:
+            return
+        ranking = measured.get("top1_ema", measured["top1"])
+        figures = dict(trained)
+        rate = figures.pop("lr")
+        utils.update_summary(epoch, figures, measured, filename=str(self.path / SUMMARY), lr=rate)
+        if self._board is not None:
+            for group, values in (("train", trained), ("eval", measured)):
+                for name, value in values.items():
+                    self._board.add_scalar(f"{group}/{name}", value, epoch)
+            self._board.flush()
+        best, best_epoch = saver.save_checkpoint(epoch, metric=ranking)
+        averaged = f" ({measured['top1_ema']:.2f} averaged)" if "top1_ema" in measured else ""
+        _logger.info(
+            "epoch %d: training loss %.4f, validation loss %.4f, top-1 %.2f%s, top-5 %.2f; best %.2f in epoch %d",
+            epoch + 1,
+            trained["loss"],
+            measured["loss"],
+            measured["top1"],
+            averaged,
+            measured["top5"],
+            math.nan if best is None else best,
+            (best_epoch or 0) + 1,
+        )
+
+
+def find_checkpoint(place: str | Path) -> Path:
+    """The latest checkpoint in a run's folder that is whole, or the one that is named.
+
+    Raises:
+        FileNotFoundError: There is none.
+        SettingsError: There are some, and all are damaged.
+    """
+    place = Path(place)
+    if place.is_file():
+        return place
+    candidates = [place / name for name in _LATEST if (place / name).is_file()]
+    if not candidates:
+        held = "has no checkpoint yet: start it again" if (place / CONFIG).exists() else "is not the folder of a run"
+        raise FileNotFoundError(f"{place} {held}.")
+    for candidate in candidates:
+        try:
+            utils.load_checkpoint_metadata(str(candidate))
+        except (RuntimeError, EOFError, ValueError, KeyError) as error:
+            _logger.warning("%s is damaged: %s", candidate, " ".join(str(error).split())[:200])
+            continue
+        return candidate
+    raise SettingsError(f"The checkpoints in {place} are damaged: {', '.join(path.name for path in candidates)}.")

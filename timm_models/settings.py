@@ -1,0 +1,265 @@
+"""What a training is made of: settings with the names of timm's training script, from a YAML file and options."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from timm.utils import ParseKwargs
+
+__all__ = ["Settings", "SettingsError", "add_options", "from_options", "read_config", "write_config"]
+
+SECTION = "genas"
+"""Section of a configuration with what timm's own script does not know."""
+
+
+class SettingsError(ValueError):
+    """A setting that does not exist, has another type, or cannot go with the others."""
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a training. Names are those of timm's ``train.py`` where it has the same; defaults are the paper's.
+
+    Each is an option of the command line (``--batch-size``) and a key of the YAML file (``batch_size``).
+
+    Raises:
+        SettingsError: Values that cannot be, or cannot go together.
+    """
+
+    data_dir: str = _setting("", "folder with the training and the validation images, a folder for each class")
+    dataset: str = _setting("", "timm's dataset type and name; empty: folders of images")
+    train_split: str = _setting("train", "folder or split to train on")
+    val_split: str = _setting("validation", "folder or split to validate on ('val' is found too)")
+    class_map: str = _setting("", "timm's file of class names")
+
+    model: str = _setting("genas_flatness_c100", "any model of timm")
+    model_kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "further arguments of the model, as name=value"}
+    )
+    num_classes: int | None = _setting(None, "classes; default: as many as there are folders, or the model's")
+    initial_checkpoint: str = _setting("", "start from these weights")
+    img_size: int | None = _setting(None, "pixels, square; default: the model's")
+    mean: tuple[float, ...] | None = _setting(None, "mean of the pixels; default: the model's")
+    std: tuple[float, ...] | None = _setting(None, "standard deviation of the pixels; default: the model's")
+    crop_pct: float | None = _setting(None, "share of the validation image that the centre crop keeps")
+    interpolation: str = _setting("", "of validation images; default: the model's")
+    grad_checkpointing: bool = _setting(False, "recompute activations: less memory, more time")
+    sync_bn: bool = _setting(False, "batch normalisation over all processes (CUDA)")
+    dist_bn: str = _setting("reduce", "BN statistics of the processes after an epoch: reduce, broadcast, or empty")
+
+    batch_size: int = _setting(128, "images of a process in one pass")
+    validation_batch_size: int | None = _setting(None, "default: batch_size")
+    grad_accum_steps: int = _setting(1, "passes that make a step")
+    epochs: int = _setting(250, "epochs to train (before cooldown_epochs, which only timm's schedulers have)")
+    opt: str = _setting("momentum", "timm's optimizer; its 'sgd' is Nesterov's, 'momentum' is not")
+    opt_kwargs: dict[str, Any] = field(
+        default_factory=lambda: {"filter_bias_and_bn": False},
+        metadata={"help": "further arguments of the optimizer, as name=value"},
+    )
+    lr: float = _setting(0.5, "highest learning rate, for the whole batch of a step")
+    momentum: float = _setting(0.9, "momentum")
+    weight_decay: float = _setting(3e-5, "weight decay")
+    clip_grad: float | None = _setting(5.0, "largest norm of the gradient")
+    clip_mode: str = _setting("norm", "norm, value or agc")
+    sched: str = _setting("linear_tail", "linear_tail (the paper's) or one of timm's schedulers")
+    warmup_epochs: int = _setting(5, "epochs of linear warm-up")
+    warmup_lr: float = _setting(1e-5, "first learning rate of the warm-up (timm's schedulers)")
+    min_lr: float = _setting(0.0, "last learning rate (timm's schedulers)")
+    cooldown_epochs: int = _setting(0, "further epochs at min_lr (timm's schedulers)")
+    decay_rate: float = _setting(0.1, "decay (step) or power (poly) of timm's schedulers")
+    decay_epochs: float | None = _setting(None, "interval of the decay (timm's step scheduler)")
+    model_ema: bool = _setting(False, "keep an average of the weights, validated beside them")
+    model_ema_decay: float = _setting(0.9998, "its decay")
+    model_ema_warmup: bool = _setting(False, "let its decay rise from 0")
+
+    smoothing: float = _setting(0.1, "label smoothing, of both losses")
+    drop: float = _setting(0.0, "dropout before the classifier")
+    no_aug: bool = _setting(False, "train on centre crops without augmentation")
+    scale: tuple[float, float] = _setting((0.08, 1.0), "area of the random crop")
+    ratio: tuple[float, float] = _setting((1.0, 1.0), "aspect ratio of the random crop")
+    hflip: float = _setting(0.5, "probability of a horizontal flip")
+    color_jitter: float = _setting(0.0, "strength of the colour jitter")
+    aa: str = _setting("", "timm's AutoAugment or RandAugment policy")
+    reprob: float = _setting(0.0, "probability of random erasing")
+    train_interpolation: str = _setting("bilinear", "of training images: bilinear, bicubic, random")
+
+    device: str = _setting("", "cpu or cuda; default: cuda where there is one")
+    amp: bool = _setting(False, "mixed precision")
+    amp_dtype: str = _setting("float16", "float16 or bfloat16")
+    channels_last: bool = _setting(False, "channels-last memory format")
+    torchcompile: bool = _setting(False, "compile the network")
+    workers: int = _setting(4, "processes that load images, per training process")
+    pin_mem: bool = _setting(False, "page-locked memory for faster copies to the device")
+    seed: int = _setting(0, "seed of everything random")
+    log_interval: int = _setting(50, "steps between two progress lines")
+    checkpoint_hist: int = _setting(3, "best checkpoints to keep")
+    output: str = _setting("output/train", "folder for runs")
+    experiment: str = _setting("", "the run's folder in it; default: date, model, size")
+
+    auxiliary_weight: float = _setting(0.0, "weight of the auxiliary loss; 0: no auxiliary head; the paper: 0.4")
+    drop_path: float = _setting(0.0, "highest probability to drop an operation, reached linearly over the epochs")
+    lighting: float = _setting(0.0, "standard deviation of the colour noise along ImageNet's components; paper: 0.1")
+    tail_epochs: int = _setting(5, "epochs of gentler slope at the end (linear_tail)")
+    global_batch_size: int | None = _setting(None, "images of a step over all processes; sets grad_accum_steps")
+    tensorboard: bool = _setting(True, "write TensorBoard's files")
+
+    def __post_init__(self) -> None:
+        at_least = {"batch_size": 1, "grad_accum_steps": 1, "epochs": 1, "log_interval": 1, "checkpoint_hist": 1}
+        at_least |= {"workers": 0, "auxiliary_weight": 0, "drop_path": 0, "lighting": 0, "seed": 0, "warmup_epochs": 0}
+        for name, least in at_least.items():
+            if not getattr(self, name) >= least:
+                raise SettingsError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        for name in ("drop", "drop_path", "hflip", "reprob", "smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingsError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
+        if not self.lr > 0:
+            raise SettingsError(f"lr must be above 0, got {self.lr}.")
+        if self.amp_dtype not in ("float16", "bfloat16"):
+            raise SettingsError(f"amp_dtype must be float16 or bfloat16, got {self.amp_dtype!r}.")
+        if self.dist_bn not in ("", "reduce", "broadcast"):
+            raise SettingsError(f"dist_bn must be reduce, broadcast or empty, got {self.dist_bn!r}.")
+        if self.global_batch_size is not None and self.grad_accum_steps != 1:
+            raise SettingsError("global_batch_size sets grad_accum_steps: give one of them.")
+
+    def accumulation(self, processes: int) -> int:
+        """Passes that make a step, on so many processes.
+
+        Raises:
+            SettingsError: They cannot make ``global_batch_size`` exactly.
+        """
+        if self.global_batch_size is None:
+            return self.grad_accum_steps
+        passes, rest = divmod(self.global_batch_size, self.batch_size * processes)
+        if rest or not passes:
+            raise SettingsError(
+                f"{processes} process(es) with batch_size {self.batch_size} cannot make a step of "
+                f"global_batch_size {self.global_batch_size}: choose a batch_size that divides "
+                f"{self.global_batch_size / processes:g}."
+            )
+        return passes
+
+
+_FIELDS: dict[str, Field] = {entry.name: entry for entry in fields(Settings)}
+_TYPES = typing.get_type_hints(Settings)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each setting; what is not given is absent from the namespace."""
+    for name, entry in _FIELDS.items():
+        option, text = f"--{name.replace('_', '-')}", entry.metadata["help"]
+        default = entry.default if entry.default is not MISSING else entry.default_factory()
+        if default not in (None, "", {}, ()) and "default:" not in text:
+            text += f" (default: {_shown(default)})"
+        arguments: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        kind = _plain_type(name)
+        if kind is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        elif kind is dict:
+            arguments |= {"nargs": "*", "action": ParseKwargs, "metavar": "NAME=VALUE"}
+        elif kind is tuple:
+            arguments |= {"nargs": "+", "type": float, "metavar": "X"}
+        else:
+            arguments |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+        parser.add_argument(option, **arguments)
+
+
+def from_options(options: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> Settings:
+    """Settings from a configuration, with the options of the command line over it.
+
+    Raises:
+        SettingsError: An unknown name, or a value that cannot be.
+    """
+    merged = {**(config or {}), **{name: value for name, value in options.items() if name in _FIELDS}}
+    return Settings(**{name: _checked(name, value) for name, value in merged.items()})
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file: settings, and in the section ``genas`` those that only this launcher knows or changes.
+
+    The same file serves timm's own ``train.py``, which ignores the section.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        SettingsError: It is not a mapping of known settings; the message names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no configuration {path}.")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(data, dict):
+        raise SettingsError(f"{path} must hold settings by name, got {type(data).__name__}.")
+    section = data.pop(SECTION, None) or {}
+    if not isinstance(section, dict):
+        raise SettingsError(f"{path}: the section {SECTION} must hold settings by name, got {type(section).__name__}.")
+    merged = {**data, **section}
+    try:
+        return {name: _checked(name, value) for name, value in merged.items()}
+    except SettingsError as error:
+        raise SettingsError(f"{path}: {error}") from error
+
+
+def write_config(settings: Settings) -> str:
+    """All settings as YAML, which :func:`read_config` reads."""
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def _annotation(name: str) -> Any:
+    """The type of a setting, without ``None``."""
+    kind = _TYPES[name]
+    if isinstance(kind, types.UnionType):
+        return next(part for part in typing.get_args(kind) if part is not types.NoneType)
+    return kind
+
+
+def _plain_type(name: str) -> type:
+    return typing.get_origin(_annotation(name)) or _annotation(name)
+
+
+def _checked(name: Any, value: Any) -> Any:
+    if name not in _FIELDS:
+        close = difflib.get_close_matches(str(name), _FIELDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else "; python -m timm_models.train --help lists them all."
+        raise SettingsError(f"There is no setting {name!r}{hint}")
+    kind = _plain_type(name)
+    if value is None and isinstance(_TYPES[name], types.UnionType):
+        return None
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        # YAML reads 3e-5, without a point, as text.
+        with contextlib.suppress(ValueError):
+            return float(value)
+    elif kind is tuple and isinstance(value, Sequence) and all(_is_number(x) for x in value):
+        if Ellipsis in typing.get_args(_annotation(name)) or len(value) == 2:
+            return tuple(float(x) for x in value)
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return dict(value) if kind is dict else value
+    expected = {tuple: "numbers (two for a range)", dict: "names with values", str: "text"}.get(kind, kind.__name__)
+    raise SettingsError(f"{name} must be {expected}, got {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(f"{x:g}" for x in value)
+    if isinstance(value, dict):
+        return " ".join(f"{name}={content}" for name, content in value.items())
+    return str(value)

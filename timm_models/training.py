@@ -1,0 +1,361 @@
+"""The training loop: timm's datasets, loaders, tasks, optimizers, schedulers and checkpoints, put together.
+
+What timm's own script lacks, and the paper's recipe needs: the auxiliary loss, the learning-rate curve, steps of
+a given batch on any number of devices, and a resumed run that continues as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as dist
+from timm import utils
+from timm.data import resolve_data_config
+from timm.layers import convert_sync_batchnorm
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask, TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
+from torch import Tensor, nn
+
+from timm_models.data import count_classes, evaluation_loader, load_datasets, training_loader
+from timm_models.runs import RunFolder
+from timm_models.schedule import LinearTailLRScheduler
+from timm_models.settings import Settings, SettingsError
+from timm_models.task import AuxiliaryClassificationTask
+
+__all__ = ["Trainer", "processes", "train"]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the training.
+
+    Attributes:
+        device: Where it computes.
+        rank: Its number, from 0.
+        count: How many there are.
+        distributed: More than one.
+    """
+
+    device: torch.device
+    rank: int
+    count: int
+    distributed: bool
+
+    @property
+    def primary(self) -> bool:
+        """This one writes and speaks."""
+        return self.rank == 0
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Processes]:
+    """Join the process group that ``torchrun`` announces, or form one alone; leave it at the end."""
+    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise SettingsError(f"device is {wanted}, but torch sees no CUDA device: use --device cpu.")
+    options = Namespace(device=wanted)
+    found = utils.init_distributed_device(options)
+    if not options.distributed:
+        # A group of one, so that images come in the same order as with any number of processes.
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield Processes(found, options.rank, options.world_size, options.distributed)
+    finally:
+        dist.destroy_process_group()
+
+
+def train(settings: Settings, resume: str | Path | None = None) -> Path:
+    """Train a network.
+
+    Args:
+        settings: What and how.
+        resume: A run's folder or a checkpoint in it: continue there.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        FileNotFoundError: The images or the checkpoint are missing.
+        ValueError: Settings, images and checkpoint do not go together.
+        FloatingPointError: The loss is no longer a finite number.
+    """
+    with processes(settings.device) as here:
+        trainer = Trainer(settings, here)
+        folder = RunFolder.open(settings, here.primary, trainer.data_config["input_size"][-1], resume)
+        trainer.fit(folder)
+        return folder.path
+
+
+class Trainer:
+    """One process's part of a training.
+
+    Args:
+        settings: What and how.
+        here: This process.
+    """
+
+    def __init__(self, settings: Settings, here: Processes) -> None:
+        self.settings, self.here = settings, here
+        self.passes = settings.accumulation(here.count)
+        if here.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = True
+            torch.backends.cudnn.benchmark = True
+        training, validation = load_datasets(settings)
+        utils.random_seed(settings.seed, 0)
+        self.model = self._build_model(count_classes(training))
+        self.data_config = resolve_data_config(asdict(settings), model=self.model)
+        self.loader = training_loader(training, settings, self.data_config, here.device)
+        self.validation_loader = evaluation_loader(validation, settings, self.data_config, here.device)
+        if not len(self.loader):
+            raise SettingsError(
+                f"{len(training)} images make no batch of {settings.batch_size} on {here.count} process(es)."
+            )
+        self.task = self._build_task()
+        self.optimizer = create_optimizer_v2(
+            self.task.get_trainable_module(),
+            opt=settings.opt,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+            **settings.opt_kwargs,
+        )
+        self.scheduler, self.epochs = self._build_schedule()
+        self.amp, self.scaler = self._build_amp()
+        self.updates_per_epoch = math.ceil(len(self.loader) / self.passes)
+
+    def _build_model(self, classes: int | None) -> nn.Module:
+        settings = self.settings
+        arguments: dict[str, Any] = {"drop_rate": settings.drop, **settings.model_kwargs}
+        if settings.auxiliary_weight > 0:
+            arguments["auxiliary"] = True
+        model = timm.create_model(
+            settings.model,
+            num_classes=settings.num_classes or classes,
+            checkpoint_path=settings.initial_checkpoint or None,
+            **arguments,
+        )
+        if classes is not None and model.num_classes != classes:
+            raise SettingsError(
+                f"num_classes is {model.num_classes}, but there are {classes} folders of training images."
+            )
+        if settings.drop_path and not hasattr(model, "drop_path_prob"):
+            raise SettingsError(f"drop_path is for GeNAS networks; for {settings.model} use model_kwargs.")
+        if settings.grad_checkpointing:
+            model.set_grad_checkpointing(True)
+        if settings.sync_bn and self.here.distributed:
+            model = convert_sync_batchnorm(model)
+        model.to(self.here.device)
+        if settings.channels_last:
+            model.to(memory_format=torch.channels_last)
+        return model
+
+    def _build_task(self) -> TrainingTask:
+        arguments = {
+            "criterion_kwargs": {"smoothing": self.settings.smoothing},
+            "device": self.here.device,
+            "verbose": False,
+        }
+        if self.settings.auxiliary_weight > 0:
+            weight = self.settings.auxiliary_weight
+            return AuxiliaryClassificationTask(self.model, auxiliary_weight=weight, **arguments)
+        return ClassificationTask(self.model, **arguments)
+
+    def _build_schedule(self) -> tuple[Any, int]:
+        settings = self.settings
+        if settings.sched == "linear_tail":
+            scheduler = LinearTailLRScheduler(
+                self.optimizer, settings.epochs, settings.tail_epochs, settings.warmup_epochs
+            )
+            return scheduler, settings.epochs
+        return create_scheduler_v2(
+            self.optimizer,
+            sched=settings.sched,
+            num_epochs=settings.epochs,
+            decay_epochs=settings.decay_epochs,
+            cooldown_epochs=settings.cooldown_epochs,
+            decay_rate=settings.decay_rate,
+            min_lr=settings.min_lr,
+            warmup_lr=settings.warmup_lr,
+            warmup_epochs=settings.warmup_epochs,
+        )
+
+    def _build_amp(self) -> tuple[Any, utils.NativeScaler | None]:
+        if not self.settings.amp:
+            return nullcontext, None
+        dtype = getattr(torch, self.settings.amp_dtype)
+        scaled = dtype is torch.float16 and self.here.device.type == "cuda"
+        amp = partial(torch.autocast, device_type=self.here.device.type, dtype=dtype)
+        return amp, utils.NativeScaler(device=self.here.device.type) if scaled else None
+
+    def fit(self, folder: RunFolder) -> None:
+        """Train to the end, from the start or from the run's last checkpoint."""
+        start = self._restore(folder)
+        if self.settings.torchcompile:
+            self.task.compile()
+        # Not what DistributedDataParallel wraps: validation needs none of its synchronisation.
+        self._eval_model = self.task.get_eval_model()
+        if self.here.distributed:
+            cuda = self.here.device.type == "cuda"
+            self.task.prepare_distributed(device_ids=[self.here.device] if cuda else None)
+        saver = folder.saver(self.task, self.optimizer, self.scaler)
+        if start == self.epochs and self.here.primary:
+            _logger.info("All %d epochs are done.", self.epochs)
+        for epoch in range(start, self.epochs):
+            # Everything random in an epoch follows from this, whether the run was resumed before it or not.
+            utils.random_seed(self.settings.seed + self.here.count * epoch, self.here.rank)
+            self.loader.sampler.set_epoch(epoch)
+            if self.scheduler is not None:
+                self.scheduler.step(epoch)
+            if self.settings.drop_path:
+                self.model.drop_path_prob = self.settings.drop_path * epoch / self.epochs
+            trained = self._train_epoch(epoch)
+            measured = self._validate()
+            folder.record(epoch, trained, measured, saver)
+
+    def _restore(self, folder: RunFolder) -> int:
+        """Load the checkpoint that the run continues from; returns the epoch to train next."""
+        epoch = 0
+        if folder.checkpoint is not None:
+            saved = resume_task_checkpoint(
+                self.task, str(folder.checkpoint), self.optimizer, self.scaler, log_info=self.here.primary
+            )
+            if saved is None:
+                raise SettingsError(f"{folder.checkpoint} does not say after which epoch it was written.")
+            epoch = saved
+        if self.settings.model_ema:
+            self.task.setup_ema(decay=self.settings.model_ema_decay, use_warmup=self.settings.model_ema_warmup)
+            if folder.checkpoint is not None:
+                load_task_ema_checkpoint(self.task, str(folder.checkpoint))
+        return epoch
+
+    def _train_epoch(self, epoch: int) -> dict[str, float]:
+        module = self.task.get_trainable_module()
+        module.train()
+        self.optimizer.zero_grad()
+        total, seen = torch.zeros((), dtype=torch.float64, device=self.here.device), 0
+        progress = _Progress(self, epoch)
+        batches = len(self.loader)
+        for number, (images, target) in enumerate(self.loader):
+            if self.settings.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            first = number // self.passes * self.passes
+            last = min(first + self.passes, batches) - 1
+            loss = self._backward(images, target, last - first + 1, update=number == last)
+            total += loss.detach() * len(target)
+            seen += len(target)
+            if number == last:
+                update = number // self.passes
+                self.optimizer.zero_grad()
+                self.task.update_ema(step=epoch * self.updates_per_epoch + update + 1)
+                if update % self.settings.log_interval == 0 or number == batches - 1:
+                    progress.tell(update, _checked_mean(total, seen, epoch, update), seen)
+        if self.here.distributed:
+            dist.all_reduce(total)
+            if self.settings.dist_bn:
+                utils.distribute_bn(module, self.here.count, self.settings.dist_bn == "reduce")
+        mean = total.item() / (seen * self.here.count)
+        return {"loss": mean, "lr": self.optimizer.param_groups[0]["lr"], "images_per_second": progress.rate(seen)}
+
+    def _backward(self, images: Tensor, target: Tensor, passes: int, update: bool) -> Tensor:
+        quiet: AbstractContextManager[Any] = nullcontext() if update else self.task.no_sync()
+        with quiet:
+            with self.amp():
+                loss = self.task(images, target)["loss"]
+            scaled = loss / passes
+            clip, mode = self.settings.clip_grad, self.settings.clip_mode
+            parameters = None if clip is None else self.task.get_clip_parameters(exclude_head="agc" in mode)
+            if self.scaler is not None:
+                self.scaler(
+                    scaled, self.optimizer, clip_grad=clip, clip_mode=mode, parameters=parameters, need_update=update
+                )
+                return loss
+            scaled.backward()
+        if update:
+            if clip is not None:
+                utils.dispatch_clip_grad(parameters, value=clip, mode=mode)
+            self.optimizer.step()
+        return loss
+
+    def _validate(self) -> dict[str, float]:
+        measured = self._evaluate(self._eval_model)
+        if self.task.has_ema():
+            if self.here.distributed and self.settings.dist_bn:
+                averaged = self.task.get_trainable_module(ema=True)
+                utils.distribute_bn(averaged, self.here.count, self.settings.dist_bn == "reduce")
+            averaged = self._evaluate(self.task.get_eval_model(ema=True))
+            measured |= {f"{name}_ema": value for name, value in averaged.items()}
+        return measured
+
+    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+        model.eval()
+        evaluator = self.task.create_evaluator(max_samples=self.validation_loader.sampler.num_valid_samples)
+        with torch.inference_mode():
+            for images, target in self.validation_loader:
+                if self.settings.channels_last:
+                    images = images.contiguous(memory_format=torch.channels_last)
+                with self.amp():
+                    output = model(images)
+                evaluator.update(output, target)
+        return dict(evaluator.compute(distributed=self.here.distributed))
+
+
+class _Progress:
+    """Lines that tell how far the training is."""
+
+    def __init__(self, trainer: Trainer, epoch: int) -> None:
+        self._trainer, self._epoch = trainer, epoch
+        self._start = time.monotonic()
+
+    def rate(self, seen: int) -> float:
+        """Images per second over all processes."""
+        return seen * self._trainer.here.count / max(time.monotonic() - self._start, 1e-9)
+
+    def tell(self, update: int, loss: float, seen: int) -> None:
+        trainer = self._trainer
+        if not trainer.here.primary:
+            return
+        updates = trainer.updates_per_epoch
+        elapsed = time.monotonic() - self._start
+        left = updates * (trainer.epochs - self._epoch) - (update + 1)
+        # Validation is not in it.
+        eta = timedelta(seconds=round(elapsed / (update + 1) * left))
+        memory = ""
+        if trainer.here.device.type == "cuda":
+            memory = f"  memory {torch.cuda.max_memory_allocated(trainer.here.device) / 2**30:.1f} GiB"
+        _logger.info(
+            "epoch %d/%d  step %d/%d  loss %.4f  lr %.4g  %.1f images/s%s  ETA %s",
+            self._epoch + 1,
+            trainer.epochs,
+            update + 1,
+            updates,
+            loss,
+            trainer.optimizer.param_groups[0]["lr"],
+            self.rate(seen),
+            memory,
+            eta,
+        )
+
+
+def _checked_mean(total: Tensor, seen: int, epoch: int, update: int) -> float:
+    mean = total.item() / seen
+    if not math.isfinite(mean):
+        raise FloatingPointError(
+            f"The training loss is {mean} by step {update + 1} of epoch {epoch + 1}: lower the learning rate, or use "
+            "amp_dtype bfloat16 if it was mixed precision. The last checkpoint is untouched."
+        )
+    return mean
