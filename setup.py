@@ -25,7 +25,8 @@ EXTRAS: dict[str, list[str]] = {
         # NNI 3.0's command line and trial runner import pkg_resources, which setuptools 82 dropped.
         "setuptools<82",
     ],
-    "timm": ["timm>=1.0.31"],
+    # scikit-learn for ImageNet-O's figure.
+    "timm": ["timm>=1.0.31", "torchvision", "pyyaml", "pillow", "tensorboard", "scikit-learn"],
     # mmcv-lite because no mmcv below 2.2, which mmsegmentation refuses, compiles against current torch.
     # ftfy and regex are imported by mmsegmentation, which does not declare them.
     "mmseg": [
@@ -85,7 +86,7 @@ setup(
     exclude_package_data={"": ["**/__pycache__/*", "*.py[cod]"]},
     include_package_data=False,
     entry_points={"console_scripts": ["genas = genas_plugins.cli:main"]},
-    install_requires=["torch>=2.4", "numpy", "scipy>=1.12", "safetensors"],
+    install_requires=["torch>=2.5", "numpy", "scipy>=1.12", "safetensors"],
     extras_require=EXTRAS,
     zip_safe=False,
 )

@@ -1,4 +1,4 @@
-"""The ``genas`` command: search, score, zoo, plot.
+"""The ``genas`` command: search, score, zoo, fit, convert, plot.
 
 The one place in the core that knows the hosts; each is imported only when its subcommand runs.
 """
@@ -91,6 +91,31 @@ def _parser() -> argparse.ArgumentParser:
     zoo.add_argument(
         "--measure", action="store_true", help="build the networks and count, instead of the stored counts"
     )
+
+    fit = _command(
+        commands,
+        "fit",
+        _fit,
+        "find the widest ImageNet network of a genotype within a budget",
+        "genas fit runs/cifar10/genotype.json --macs 600M",
+    )
+    fit.add_argument("genotype", help="a name of the zoo, a JSON file, or 28 integers in quotes")
+    fit.add_argument("--macs", type=_amount, default=600e6, metavar="N", help="multiply-adds, default 600M; also 0.6G")
+    fit.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="default 224")
+
+    convert = _command(
+        commands,
+        "convert",
+        _convert,
+        "write the network of an official, timm or own checkpoint as clean safetensors",
+        "genas convert model_best.pth.tar flatness_c100.safetensors --genotype genas_flatness_c100",
+    )
+    convert.add_argument("checkpoint", help="a file of torch.save or safetensors; nothing in it is executed")
+    convert.add_argument("output", help="the file to write: .safetensors")
+    convert.add_argument(
+        "--genotype", help="as in genas score; default: the file's own, or the published one that fits"
+    )
+    convert.add_argument("--drop-auxiliary", action="store_true", help="leave the auxiliary head out")
 
     plot = _command(
         commands,
@@ -223,18 +248,70 @@ def _zoo(options: argparse.Namespace) -> int:
     from genas_plugins.counting import count_macs, count_parameters
     from genas_plugins.zoo import ZOO
 
-    rows = [("name", "searched on", "metric", "C", "params (M)", "MACs (M)", "top-1", "top-5")]
+    rows = [("name", "searched on", "metric", "C", "params (M)", "paper", "MACs (M)", "paper", "top-1", "top-5")]
     for entry in ZOO.values():
-        parameters, macs = entry.params, entry.macs_million
+        parameters, macs, paper = entry.params, entry.macs_million, entry.paper
         if options.measure:
             with torch.device("meta"):
                 network = entry.network()
             parameters, macs = count_parameters(network), count_macs(network) / 1e6
-        paper = [f"{entry.paper[key]:.2f}" if key in entry.paper else "-" for key in ("top1", "top5")]
-        counts = (f"{entry.init_channels}", f"{parameters / 1e6:.3f}", f"{macs:.1f}")
-        rows.append((entry.name, entry.search_dataset, entry.metric, *counts, *paper))
+        row = (entry.name, entry.search_dataset, entry.metric, f"{entry.init_channels}", f"{parameters / 1e6:.3f}")
+        row += (f"{paper['params_million']:.1f}" if "params_million" in paper else "-", f"{macs:.1f}")
+        row += (f"{1000 * paper['macs_giga']:.0f}" if "macs_giga" in paper else "-",)
+        rows.append(row + tuple(f"{paper[key]:.2f}" if key in paper else "-" for key in ("top1", "top5")))
     print("\n".join(_table(rows)))
     print("\nImageNet networks of 14 cells at 224 pixels, without the auxiliary head; accuracies are the paper's.")
+    return 0
+
+
+def _amount(text: str) -> float:
+    """``600M``, ``0.6G`` or ``6e8``."""
+    scale = {"K": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:].upper(), 1.0)
+    try:
+        amount = float(text if scale == 1.0 else text[:-1]) * scale
+    except ValueError:
+        amount = 0.0
+    if not 0.0 < amount < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number such as 600M, 0.6G or 6e8, got {text!r}")
+    return amount
+
+
+def _fit(options: argparse.Namespace) -> int:
+    import torch
+
+    from genas_plugins.counting import count_macs, count_parameters, fit_channels
+    from genas_plugins.network import CellNetwork
+    from genas_plugins.zoo import IMAGENET_CELLS, find_genotype
+
+    if options.image_size < 32:
+        raise ValueError(f"--image-size must be at least 32, got {options.image_size}.")
+    genotype = find_genotype(options.genotype)
+    channels = fit_channels(genotype, options.macs, options.image_size)
+    with torch.device("meta"):
+        network = CellNetwork(genotype, channels, IMAGENET_CELLS, 1000)
+    parameters, macs = count_parameters(network), count_macs(network, options.image_size)
+    rows = [
+        ("init_channels", f"{channels}"),
+        ("params (M)", f"{parameters / 1e6:.3f}"),
+        ("MACs (M)", f"{macs / 1e6:.1f}"),
+    ]
+    print("\n".join(_table(rows)))
+    print(f"\n{IMAGENET_CELLS} cells, 1000 classes, {options.image_size} pixels, without the auxiliary head.")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from genas_plugins.checkpoints import convert_network
+    from genas_plugins.counting import count_parameters
+    from genas_plugins.zoo import find_genotype
+
+    genotype = None if options.genotype is None else find_genotype(options.genotype)
+    network = convert_network(options.checkpoint, options.output, genotype, auxiliary=not options.drop_auxiliary)
+    head = "with" if network.auxiliary_head is not None else "without"
+    print(
+        f"{options.output}: genotype {network.genotype}, {len(network.shapes)} cells, {network.num_classes} classes, "
+        f"{count_parameters(network) / 1e6:.3f} M parameters, {head} the auxiliary head."
+    )
     return 0
 
 

@@ -35,8 +35,9 @@ class ZooEntry:
         macs_million: Multiply-adds in millions at 224x224, convolutions and linear layers.
         search_dataset: What was searched on, for instance ``"CIFAR-100"``.
         metric: What the search maximised.
-        paper: Figures of the paper, whichever it gives, in percent: ImageNet ``top1``, ``top5``,
-            ``imagenet_v2`` and ``imagenet_a``, ``coco_ap`` (RetinaNet), ``cityscapes_miou`` (DeepLab-v3).
+        paper: Figures of the paper, whichever it gives: ``params_million`` and ``macs_giga``; in percent
+            ImageNet ``top1``, ``top5``, ``imagenet_v2`` and ``imagenet_a``, ``coco_ap`` (RetinaNet),
+            ``cityscapes_miou`` (DeepLab-v3).
         note: What else there is to know, or None.
     """
 

@@ -62,6 +62,7 @@ def load_datasets(settings: Settings) -> tuple[Dataset, Dataset]:
             split=split,
             is_training=training,
             class_map=settings.class_map or None,
+            download=settings.dataset_download,
             batch_size=settings.batch_size,
             seed=settings.seed,
         )
@@ -83,7 +84,7 @@ def load_datasets(settings: Settings) -> tuple[Dataset, Dataset]:
 
 
 def _class_names(dataset: Any) -> dict[str, int]:
-    return dict(getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {})
+    return dict(getattr(getattr(dataset, "reader", dataset), "class_to_idx", None) or {})
 
 
 def count_classes(dataset: Any) -> int | None:

@@ -41,6 +41,7 @@ class Settings:
 
     data_dir: str = _setting("", "folder with the training and the validation images, a folder for each class")
     dataset: str = _setting("", "timm's dataset type and name; empty: folders of images")
+    dataset_download: bool = _setting(False, "let timm download the dataset, where it can")
     train_split: str = _setting("train", "folder or split to train on")
     val_split: str = _setting("validation", "folder or split to validate on ('val' is found too)")
     class_map: str = _setting("", "timm's file of class names")

@@ -1,13 +1,14 @@
-"""ImageNet and its shifted test sets: which folder is which class, and what is measured.
+"""ImageNet and its shifted test sets: which folder is which class, and the measure of ImageNet-O.
 
-Folders are read strictly, because a class that gets another's number looks like a bad network. The class lists are
-timm's; the definitions for ImageNet-A, -R and -O are those of hendrycks/natural-adv-examples@0777070
-(``eval_many_models.py``), for ImageNet-C those of hendrycks/robustness@8190fe3 (``ImageNet-C/test.py``).
+Folders are read strictly, because classes in another order look like a bad network. The class lists are timm's.
+ImageNet-A and -R: Hendrycks et al., arXiv:1907.07174 and arXiv:2006.16241. ImageNet-O: the former, with
+``eval_many_models.py`` and ``calibration_tools.py`` of hendrycks/natural-adv-examples@0777070. ImageNet-C: Hendrycks
+and Dietterich, arXiv:1903.12261, with ``ImageNet-C/test.py`` of hendrycks/robustness@8190fe3. ImageNet-V2: Recht et
+al., arXiv:1902.10811.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,66 +17,46 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
 from timm.data import ImageNetInfo
-from timm.task import ClassificationEvaluator
 from timm.utils import natural_key
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from genas_plugins._optional import require
-from genas_plugins.datasets._folder import IMAGE_EXTENSIONS
-from genas_plugins.scoring.accuracy import Accuracy
-from genas_plugins.scoring.batchnorm import evaluation_mode
+from genas_plugins.datasets._folder import IMAGE_EXTENSIONS, _image_files, _open
 
 __all__ = [
     "CORRUPTIONS",
     "HELD_OUT_CORRUPTIONS",
     "KINDS",
-    "SEVERITIES",
-    "CountedAccuracy",
     "ImageFiles",
     "ImageSet",
     "anomaly_aupr",
     "class_indices",
-    "confidences",
-    "evaluate",
     "find_corruptions",
+    "folder_kind",
     "open_imagenet",
     "open_imagenet_o",
-    "open_restricted",
-    "open_v2",
+    "open_shifted",
 ]
 
 KINDS = {
-    "imagenet": "ImageNet, or any other set with one folder a class",
+    "imagenet": "ImageNet",
     "v2": "ImageNet-V2",
     "a": "ImageNet-A",
     "r": "ImageNet-R",
     "o": "ImageNet-O",
     "c": "ImageNet-C",
 }
-SEVERITIES = ("1", "2", "3", "4", "5")
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
     *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 )
 HELD_OUT_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-"""The four of ImageNet-C on which a method may be tuned, and which therefore no mean counts."""
-
-_NUMBERS = tuple(str(number) for number in range(1000))
-
-
-@dataclass(frozen=True)
-class CountedAccuracy(Accuracy):
-    """Fractions of images, from 0 to 1, and how many images there were.
-
-    Attributes:
-        images: Number of images.
-    """
-
-    images: int
+"""The four of ImageNet-C on which a method may be tuned; the paper's mean leaves them out."""
+_ALL_CORRUPTIONS = (*CORRUPTIONS, *HELD_OUT_CORRUPTIONS)
+_SEVERITIES = ("1", "2", "3", "4", "5")
+_SPLITS = ("val", "validation", "valid", "test")
 
 
 @dataclass(frozen=True)
@@ -84,8 +65,8 @@ class ImageSet:
 
     Attributes:
         samples: Path and target of each image, class by class.
-        num_classes: How many outputs the network must have.
-        indices: The outputs that compete, of which a target gives the position; None: all of them.
+        num_classes: Outputs that the network must have.
+        indices: The outputs that compete, of which a target is the position; None: all.
     """
 
     samples: tuple[tuple[str, int], ...]
@@ -94,194 +75,223 @@ class ImageSet:
 
 
 class ImageFiles(Dataset[tuple[Any, int]]):
-    """Images that are decoded when asked for.
-
-    timm's own dataset puts the next image in the place of one that it cannot read; this one refuses it.
+    """Images that are decoded when asked for, and refused if they cannot be: timm's dataset would take the next one.
 
     Args:
         samples: Path and target of each.
-        mode: Pillow's ``"RGB"`` or ``"L"``.
+
+    Attributes:
+        transform: What a Pillow image in RGB becomes; None: it stays so.
     """
 
-    def __init__(self, samples: Sequence[tuple[str, int]], mode: str = "RGB") -> None:
+    def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
         self.samples = samples
-        self.mode = mode
         self.transform: Callable[[Any], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """The transformed image and its target.
+        """The image and its target.
 
         Raises:
             ValueError: The file cannot be read, or has more than 8 bits a channel.
         """
         path, target = self.samples[index]
-        try:
-            with Image.open(path) as file:
-                deep = file.mode.startswith(("I", "F"))
-                image = file.convert(self.mode)
-        # Pillow reports broken PNG chunks as SyntaxError and some broken headers as ValueError.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"Cannot read the image {path} ({error}): copy it again or remove it.") from error
-        if deep:
-            raise ValueError(f"The image {path} has more than 8 bits a channel: convert it to 8 bits.")
+        image = _open(path)
         return (image if self.transform is None else self.transform(image)), target
 
 
 @cache
-def _synsets(name: str = "") -> tuple[str, ...]:
-    return _listed(f"{name}_synsets") if name else tuple(ImageNetInfo().label_names())
+def _class_names(kind: str) -> tuple[str, ...]:
+    if kind == "v2":
+        return tuple(str(number) for number in range(1000))
+    return tuple(ImageNetInfo().label_names()) if kind == "imagenet" else _listed(f"imagenet_{kind}_synsets.txt")
 
 
 def _listed(name: str) -> tuple[str, ...]:
-    return tuple((files("timm.data") / "_info" / f"imagenet_{name}.txt").read_text(encoding="utf-8").split())
+    return tuple((files("timm.data") / "_info" / name).read_text(encoding="utf-8").split())
 
 
 def class_indices(kind: str) -> tuple[int, ...]:
     """ImageNet's numbers of the 200 classes of ImageNet-A (``"a"``) or -R (``"r"``), ascending."""
-    return tuple(int(index) for index in _listed(f"{kind}_indices"))
+    return tuple(map(int, _listed(f"imagenet_{kind}_indices.txt")))
 
 
-def open_imagenet(root: str | Path, class_names: Sequence[str] | None = None) -> ImageSet:
+def open_imagenet(root: str | Path, num_classes: int | None = None) -> ImageSet:
     """A folder with one folder a class: ImageNet's validation images by synset, or another dataset.
+
+    The classes of another dataset are numbered as in timm's training script, which has ``class2`` before ``class10``.
 
     Args:
         root: The folder.
-        class_names: The folders in the order of the network's outputs. None: for ImageNet's synsets ImageNet's
-            order, otherwise that of timm's own training script, where ``class2`` comes before ``class10``.
+        num_classes: How many classes there are. None: as many as folders; 1000 folders must then be ImageNet's.
 
     Raises:
-        ValueError: The layout is another, or the order of the classes is unknown; the message tells which it is.
+        ValueError: The layout is another, and the message says which; as in all functions here.
     """
-    folders = _subfolders(Path(root))
-    if class_names is not None:
-        _check_names(root, folders, class_names, "the dataset of this class map")
-    elif set(folders) == set(_synsets()):
-        class_names = _synsets()
-    elif len(folders) == len(_synsets()) or _recognize(folders) in ("v2", "c"):
-        _check_names(root, folders, _synsets(), "ImageNet", "Or, for a dataset of 1000 other classes, give a class map.")
-    else:
-        class_names = sorted(folders, key=natural_key)
-    return ImageSet(_samples(folders, class_names), len(class_names))
+    folders = _subfolders(root)
+    kind = folder_kind(folders)
+    names: Sequence[str] = _class_names("imagenet")
+    if kind in ("v2", "c") or (num_classes is None and len(folders) == len(names)):
+        advice = f" If it is another dataset of {len(names)} classes, give their number."
+        _check_names(root, folders, names, KINDS["imagenet"], advice)
+    elif kind in ("a", "r", "o") and num_classes is None:
+        raise ValueError(f"{root} has 200 classes of ImageNet.{_advice(folders)} Or give the number of classes, 200.")
+    elif num_classes not in (None, len(folders)):
+        raise ValueError(f"{root}: expected {num_classes} class folders, found {len(folders)}.{_advice(folders)}")
+    elif kind != "imagenet":
+        names = sorted(folders, key=natural_key)
+    return ImageSet(_samples(folders, names), len(names))
 
 
-def open_v2(root: str | Path) -> ImageSet:
-    """ImageNet-V2: folders ``0`` to ``999``, which are ImageNet's class numbers whatever order they sort in.
+def open_shifted(root: str | Path, kind: str) -> ImageSet:
+    """ImageNet-V2 (``"v2"``), -A (``"a"``) or -R (``"r"``).
 
-    Raises:
-        ValueError: The layout is another.
+    V2's folders ``0`` to ``999`` are ImageNet's class numbers, in whatever order they sort. A and R have 200 synsets,
+    and only their logits compete.
     """
-    folders = _subfolders(Path(root))
-    _check_names(root, folders, _NUMBERS, "ImageNet-V2, with folders 0 to 999")
-    return ImageSet(_samples(folders, _NUMBERS), len(_NUMBERS))
-
-
-def open_restricted(root: str | Path, kind: str) -> ImageSet:
-    """ImageNet-A (``"a"``) or -R (``"r"``): 200 synsets, and only their logits compete.
-
-    Raises:
-        ValueError: The layout is another.
-    """
-    folders = _subfolders(Path(root))
-    _check_names(root, folders, _synsets(kind), f"{KINDS[kind]}, with 200 synsets")
-    return ImageSet(_samples(folders, _synsets(kind)), len(_synsets()), class_indices(kind))
+    folders, names = _subfolders(root), _class_names(kind)
+    _check_names(root, folders, names, KINDS[kind])
+    return ImageSet(_samples(folders, names), 1000, None if kind == "v2" else class_indices(kind))
 
 
 def open_imagenet_o(root: str | Path, in_distribution: str | Path) -> tuple[ImageSet, ImageSet]:
     """ImageNet-O, and the images of ImageNet's validation set that belong to its 200 classes.
 
-    ImageNet-O has a folder for each of 200 synsets, with images that belong to no class of ImageNet and are
-    taken for that synset.
+    ImageNet-O has images of no class of ImageNet, in 200 folders named by the synsets that they are mistaken for.
 
     Args:
         root: ImageNet-O.
         in_distribution: ImageNet's validation images by synset: all of them, or those of the 200.
 
     Returns:
-        ImageNet-O and the images in distribution, both with the 200 outputs.
-
-    Raises:
-        ValueError: A layout is another.
+        ImageNet-O and the images in distribution; in both only the logits of the 200 compete.
     """
-    folders = _subfolders(Path(root))
-    kind = _recognize(folders)
-    if kind != "o":
-        unknown = [name for name in folders if name not in _synsets()]
-        names = f", {len(unknown)} of them not ImageNet's ({_some(unknown)})" if unknown else ""
+    folders, known = _subfolders(root), _subfolders(in_distribution)
+    synsets = _class_names("imagenet")
+    if folder_kind(folders) != "o":
+        unknown = [name for name in folders if name not in synsets]
         raise ValueError(
-            f"{root} is not ImageNet-O: expected 200 folders with names of ImageNet's synsets, found {len(folders)}"
-            f"{names}.{_advice(Path(root), folders)}"
+            f"{root} is not ImageNet-O: expected 200 folders named by synsets of ImageNet, found {len(folders)}, of "
+            f"which {len(unknown)} have other names{f' ({_some(unknown)})' if unknown else ''}.{_advice(folders)}"
         )
-    names = [name for name in _synsets() if name in folders]
-    inside = _subfolders(Path(in_distribution))
-    if set(inside) != set(names):
-        _check_names(in_distribution, inside, _synsets(), "ImageNet's validation set")
+    names = [name for name in synsets if name in folders]
+    if set(known) != set(names):
+        _check_names(in_distribution, known, synsets, "ImageNet's validation set")
     if os.path.samefile(root, in_distribution):
         raise ValueError(f"{root} is given both as ImageNet-O and as the images in distribution.")
-    indices = tuple(_synsets().index(name) for name in names)
-    out, known = (ImageSet(_samples(each, names), len(_synsets()), indices) for each in (folders, inside))
-    return out, known
+    indices = tuple(synsets.index(name) for name in names)
+    return ImageSet(_samples(folders, names), 1000, indices), ImageSet(_samples(known, names), 1000, indices)
 
 
 def find_corruptions(root: str | Path) -> dict[str, tuple[Path, ...]]:
-    """The folders of ImageNet-C, ``root/<corruption>/<severity>``, five for each corruption that is there.
+    """The folders ``root/<corruption>/<1 to 5>`` of ImageNet-C, for the corruptions that are there.
 
-    They are checked here, all of them, and read with :func:`open_imagenet` one at a time: together they have
-    millions of files.
-
-    Raises:
-        ValueError: A folder is no corruption, a severity is missing or unknown, or has not ImageNet's classes.
+    All are checked here and none is kept, since they may hold millions of images; :func:`open_imagenet` opens one.
     """
-    root = Path(root)
     folders = _subfolders(root)
-    known = [name for name in (*CORRUPTIONS, *HELD_OUT_CORRUPTIONS) if name in folders]
-    if unknown := [name for name in folders if name not in known]:
+    if unknown := [name for name in folders if name not in _ALL_CORRUPTIONS]:
         raise ValueError(
             f"{root} is not ImageNet-C: expected folders named by its corruptions ({_some(CORRUPTIONS)}), found "
-            f"{_some(unknown)}.{_advice(root, folders)}"
+            f"{_some(unknown)}.{_advice(folders)}"
         )
-    wrong = []
-    found = {name: _subfolders(folders[name]) for name in known}
-    for name, severities in found.items():
-        if set(severities) != set(SEVERITIES):
-            wrong.append(f"{name} has {_some(sorted(severities))}")
-    if wrong:
-        raise ValueError(f"{root}: each corruption needs the severities 1 to 5, but {'; '.join(wrong)}.")
-    for severities in found.values():
-        for folder in severities.values():
-            classes = _subfolders(folder)
-            _check_names(folder, classes, _synsets(), "a severity of ImageNet-C, with 1000 synsets")
-            for each in classes.values():
-                _images(each)
-    return {name: tuple(severities[number] for number in SEVERITIES) for name, severities in found.items()}
+    found = {name: _subfolders(folders[name]) for name in _ALL_CORRUPTIONS if name in folders}
+    if wrong := [f"{name} has {_some(each, 9)}" for name, each in found.items() if set(each) != set(_SEVERITIES)]:
+        raise ValueError(f"{root}: each corruption needs the severities, folders 1 to 5, but {'; '.join(wrong)}.")
+    for folder in (folder for severities in found.values() for folder in severities.values()):
+        classes = _subfolders(folder)
+        _check_names(folder, classes, _class_names("imagenet"), "a severity of ImageNet-C")
+        _samples(classes, _class_names("imagenet"))
+    return {name: tuple(severities[number] for number in _SEVERITIES) for name, severities in found.items()}
 
 
-def _subfolders(root: Path) -> dict[str, Path]:
+def _subfolders(root: str | Path) -> dict[str, Path]:
+    root = Path(root)
     if not root.is_dir():
         raise ValueError(f"{root} is a file, expected a folder." if root.exists() else f"There is no folder {root}.")
     entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
     folders = {entry.name: entry for entry in entries if entry.is_dir()}
     if not folders:
-        found = f"{len(entries)} files ({_some([entry.name for entry in entries])})" if entries else "nothing"
-        raise ValueError(f"{root} holds {found}, expected folders: sort the images into one folder a class.")
+        found = f"{len(entries)} files ({_some(entry.name for entry in entries)})" if entries else "nothing"
+        raise ValueError(f"{root} holds {found}, expected folders, one a class: sort the images into them.")
     return folders
 
 
-def _images(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        # Names with a leading dot are leftovers such as the "._" files of macOS archives.
-        names = [entry.name for entry in entries if not entry.name.startswith(".")]
-    images = sorted(name for name in names if name.lower().endswith(IMAGE_EXTENSIONS))
-    if not images:
-        advice = _advice(folder.parent, {folder.name: folder})
-        found = f"{_some(sorted(names))}" if names else "nothing"
-        raise ValueError(
-            f"The class folder {folder} holds {found}, expected images ({', '.join(IMAGE_EXTENSIONS)}).{advice}"
-        )
-    return [os.path.join(folder, name) for name in images]
-
-
 def _samples(folders: Mapping[str, Path], names: Sequence[str]) -> tuple[tuple[str, int], ...]:
-    return tuple((path, target) for target, name in enumerate(names) for path in _images(folders[name]))
+    samples: list[tuple[str, int]] = []
+    for target, name in enumerate(names):
+        images = _image_files(folders[name])
+        if not images:
+            raise ValueError(
+                f"The class folder {folders[name]} holds {_some(sorted(os.listdir(folders[name]))) or 'nothing'}, "
+                f"expected images ({', '.join(IMAGE_EXTENSIONS)}).{_inner_advice(folders)}"
+            )
+        samples.extend((image, target) for image in images)
+    return tuple(samples)
+
+
+def _check_names(
+    root: str | Path, folders: Mapping[str, Path], expected: Sequence[str], what: str, advice: str = ""
+) -> None:
+    differences = {
+        "missing": [name for name in expected if name not in folders],
+        "unknown": sorted(set(folders) - set(expected)),
+        "files": [name for name in expected if name not in folders and Path(root, name).exists()],
+    }
+    if problems := [f"{len(names)} {problem} ({_some(names)})" for problem, names in differences.items() if names]:
+        raise ValueError(
+            f"{root} is not {what}: expected {len(expected)} class folders ({_some(expected)}), found {len(folders)}; "
+            f"{', '.join(problems)}.{_advice(folders) or advice}"
+        )
+
+
+def folder_kind(names: Iterable[str]) -> str | None:
+    """The key of ``KINDS`` that these names of folders fit; None: no key."""
+    names = set(names)
+    for kind in ("imagenet", "v2", "a", "r"):
+        if names == set(_class_names(kind)):
+            return kind
+    if len(names) == 200 and names <= set(_class_names("imagenet")):
+        return "o"
+    return "c" if names and names <= set(_ALL_CORRUPTIONS) else None
+
+
+def _advice(folders: Mapping[str, Path]) -> str:
+    kind = folder_kind(folders)
+    return f" It looks like {KINDS[kind]}: use --kind {kind}." if kind else _inner_advice(folders)
+
+
+def _inner_advice(folders: Mapping[str, Path]) -> str:
+    """Which of the folders was probably meant, rather than the one that holds them."""
+    for name in sorted(folders, key=lambda name: name not in _SPLITS)[:20]:
+        inside = [entry.name for entry in folders[name].iterdir() if entry.is_dir()]
+        if folder_kind(inside) or (inside and name in _SPLITS):
+            return f" Did you mean {folders[name]}?"
+    return ""
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def anomaly_aupr(anomalous: Tensor, known: Tensor) -> float:
+    """Area under the precision-recall curve of finding anomalous images, as average precision from 0 to 1.
+
+    The anomaly score of an image is minus its confidence, the highest softmax probability among the logits of the 200
+    classes, and the anomalous images are the positive class.
+
+    Args:
+        anomalous: Confidences on ImageNet-O, ``(N,)``.
+        known: Confidences on the images in distribution, ``(M,)``.
+
+    Raises:
+        ImportError: scikit-learn is missing.
+        ValueError: There are no images of a kind.
+    """
+    metrics = require("sklearn.metrics", extra="timm", purpose="the AUPR of ImageNet-O")
+    if not len(anomalous) or not len(known):
+        raise ValueError(f"AUPR needs images of both kinds, got {len(anomalous)} anomalous and {len(known)} others.")
+    labels = [1] * len(anomalous) + [0] * len(known)
+    return float(metrics.average_precision_score(labels, [-value for value in (*anomalous.tolist(), *known.tolist())]))
