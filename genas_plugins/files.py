@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import genas_plugins
+
 __all__ = ["atomic_path", "packaged_configs", "write_text"]
 
 
@@ -55,7 +57,7 @@ def packaged_configs(host: str, suffix: str = ".yaml") -> dict[str, Path]:
         host: Folder of ``configs``, for instance ``"nni"``.
         suffix: Of the files.
     """
-    package = Path(__file__).parent
+    package = Path(genas_plugins.__file__).parent
     # Installed, the configs lie inside the package; in a checkout, beside it.
     for folder in (package / "configs", package.parent / "configs"):
         if folder.is_dir():

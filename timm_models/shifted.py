@@ -32,22 +32,14 @@ __all__ = [
     "ImageFiles",
     "ImageSet",
     "anomaly_aupr",
-    "class_indices",
     "find_corruptions",
-    "folder_kind",
     "open_imagenet",
     "open_imagenet_o",
+    "open_images",
     "open_shifted",
 ]
 
-KINDS = {
-    "imagenet": "ImageNet",
-    "v2": "ImageNet-V2",
-    "a": "ImageNet-A",
-    "r": "ImageNet-R",
-    "o": "ImageNet-O",
-    "c": "ImageNet-C",
-}
+KINDS = {"imagenet": "ImageNet", "v2": "ImageNet-V2"} | {letter: f"ImageNet-{letter.upper()}" for letter in "aroc"}
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
     *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
@@ -79,9 +71,6 @@ class ImageFiles(Dataset[tuple[Any, int]]):
 
     Args:
         samples: Path and target of each.
-
-    Attributes:
-        transform: What a Pillow image in RGB becomes; None: it stays so.
     """
 
     def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
@@ -92,11 +81,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """The image and its target.
-
-        Raises:
-            ValueError: The file cannot be read, or has more than 8 bits a channel.
-        """
+        """The image, in RGB and transformed, and its target; ValueError where the file cannot be read."""
         path, target = self.samples[index]
         image = _open(path)
         return (image if self.transform is None else self.transform(image)), target
@@ -113,9 +98,25 @@ def _listed(name: str) -> tuple[str, ...]:
     return tuple((files("timm.data") / "_info" / name).read_text(encoding="utf-8").split())
 
 
-def class_indices(kind: str) -> tuple[int, ...]:
-    """ImageNet's numbers of the 200 classes of ImageNet-A (``"a"``) or -R (``"r"``), ascending."""
-    return tuple(map(int, _listed(f"imagenet_{kind}_indices.txt")))
+def open_images(
+    kind: str, root: str | Path, in_distribution: str | Path | None = None, num_classes: int | None = None
+) -> tuple[ImageSet, ...] | dict[str, tuple[Path, ...]]:
+    """The checked folder of this kind, two of ImageNet-O, many of ImageNet-C; see the functions below.
+
+    Raises:
+        ImportError: scikit-learn is missing, and needed for this kind.
+        ValueError: An argument does not go with the kind, or, here and in all functions below, the layout is another
+            one; the message says which.
+    """
+    if (kind == "o") != (in_distribution is not None):
+        raise ValueError("--in-distribution DIR, ImageNet's validation images, goes with --kind o, which needs it.")
+    if kind == "imagenet":
+        return (open_imagenet(root, num_classes),)
+    if num_classes not in (None, 1000):
+        raise ValueError(f"{KINDS[kind]} needs a model of 1000 classes, got {num_classes}.")
+    if kind == "c":
+        return find_corruptions(root)
+    return (open_shifted(root, kind),) if in_distribution is None else open_imagenet_o(root, in_distribution)
 
 
 def open_imagenet(root: str | Path, num_classes: int | None = None) -> ImageSet:
@@ -126,18 +127,15 @@ def open_imagenet(root: str | Path, num_classes: int | None = None) -> ImageSet:
     Args:
         root: The folder.
         num_classes: How many classes there are. None: as many as folders; 1000 folders must then be ImageNet's.
-
-    Raises:
-        ValueError: The layout is another, and the message says which; as in all functions here.
     """
     folders = _subfolders(root)
-    kind = folder_kind(folders)
+    kind = _kind(folders)
     names: Sequence[str] = _class_names("imagenet")
-    if kind in ("v2", "c") or (num_classes is None and len(folders) == len(names)):
-        advice = f" If it is another dataset of {len(names)} classes, give their number."
+    if num_classes is None and len(folders) == len(names):
+        advice = " For another dataset of 1000 classes give --num-classes 1000."
         _check_names(root, folders, names, KINDS["imagenet"], advice)
-    elif kind in ("a", "r", "o") and num_classes is None:
-        raise ValueError(f"{root} has 200 classes of ImageNet.{_advice(folders)} Or give the number of classes, 200.")
+    elif num_classes is None and kind in ("a", "r", "o"):
+        raise ValueError(f"{root} has 200 of ImageNet's classes.{_advice(folders)} Or give --num-classes 200.")
     elif num_classes not in (None, len(folders)):
         raise ValueError(f"{root}: expected {num_classes} class folders, found {len(folders)}.{_advice(folders)}")
     elif kind != "imagenet":
@@ -153,7 +151,8 @@ def open_shifted(root: str | Path, kind: str) -> ImageSet:
     """
     folders, names = _subfolders(root), _class_names(kind)
     _check_names(root, folders, names, KINDS[kind])
-    return ImageSet(_samples(folders, names), 1000, None if kind == "v2" else class_indices(kind))
+    indices = None if kind == "v2" else tuple(map(int, _listed(f"imagenet_{kind}_indices.txt")))
+    return ImageSet(_samples(folders, names), 1000, indices)
 
 
 def open_imagenet_o(root: str | Path, in_distribution: str | Path) -> tuple[ImageSet, ImageSet]:
@@ -168,9 +167,10 @@ def open_imagenet_o(root: str | Path, in_distribution: str | Path) -> tuple[Imag
     Returns:
         ImageNet-O and the images in distribution; in both only the logits of the 200 compete.
     """
+    require("sklearn.metrics", extra="timm", purpose="the AUPR of ImageNet-O")
     folders, known = _subfolders(root), _subfolders(in_distribution)
     synsets = _class_names("imagenet")
-    if folder_kind(folders) != "o":
+    if _kind(folders) != "o":
         unknown = [name for name in folders if name not in synsets]
         raise ValueError(
             f"{root} is not ImageNet-O: expected 200 folders named by synsets of ImageNet, found {len(folders)}, of "
@@ -223,9 +223,10 @@ def _samples(folders: Mapping[str, Path], names: Sequence[str]) -> tuple[tuple[s
     for target, name in enumerate(names):
         images = _image_files(folders[name])
         if not images:
+            advice = _advice(folders) if _kind(folders) == "c" else _inner_advice(folders)
             raise ValueError(
                 f"The class folder {folders[name]} holds {_some(sorted(os.listdir(folders[name]))) or 'nothing'}, "
-                f"expected images ({', '.join(IMAGE_EXTENSIONS)}).{_inner_advice(folders)}"
+                f"expected images ({', '.join(IMAGE_EXTENSIONS)}).{advice}"
             )
         samples.extend((image, target) for image in images)
     return tuple(samples)
@@ -246,8 +247,8 @@ def _check_names(
         )
 
 
-def folder_kind(names: Iterable[str]) -> str | None:
-    """The key of ``KINDS`` that these names of folders fit; None: no key."""
+def _kind(names: Iterable[str]) -> str | None:
+    """The key of ``KINDS`` that these names of folders fit."""
     names = set(names)
     for kind in ("imagenet", "v2", "a", "r"):
         if names == set(_class_names(kind)):
@@ -258,7 +259,7 @@ def folder_kind(names: Iterable[str]) -> str | None:
 
 
 def _advice(folders: Mapping[str, Path]) -> str:
-    kind = folder_kind(folders)
+    kind = _kind(folders)
     return f" It looks like {KINDS[kind]}: use --kind {kind}." if kind else _inner_advice(folders)
 
 
@@ -266,7 +267,7 @@ def _inner_advice(folders: Mapping[str, Path]) -> str:
     """Which of the folders was probably meant, rather than the one that holds them."""
     for name in sorted(folders, key=lambda name: name not in _SPLITS)[:20]:
         inside = [entry.name for entry in folders[name].iterdir() if entry.is_dir()]
-        if folder_kind(inside) or (inside and name in _SPLITS):
+        if _kind(inside) or (inside and name in _SPLITS):
             return f" Did you mean {folders[name]}?"
     return ""
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import json
 import pickle
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import timm
@@ -25,8 +25,7 @@ from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torchvision import transforms
 
-from genas_plugins._optional import require
-from genas_plugins.files import write_text
+from genas_plugins.files import atomic_path
 from genas_plugins.scoring.accuracy import Accuracy
 from genas_plugins.scoring.batchnorm import evaluation_mode
 from timm_models import shifted
@@ -35,12 +34,10 @@ __all__ = ["Evaluation", "evaluate", "load_model", "main"]
 
 _EPILOG = """examples:
   python -m timm_models.validate imagenet/val --model genas_flatness_c100 --checkpoint flatness_c100.pth.tar
-  python -m timm_models.validate imagenetv2-matched-frequency-format-val --kind v2 --model resnet50 --pretrained
-  python -m timm_models.validate imagenet-o --kind o --in-distribution imagenet/val --model genas_flatness_c100 \\
-      --checkpoint flatness_c100.pth.tar --device cuda --amp --channels-last
+  python -m timm_models.validate imagenet-o --kind o --in-distribution imagenet/val --model resnet50 --pretrained
   python -m timm_models.validate imagenet-c --kind c --model genas_flatness_c100 --checkpoint best.pth.tar \\
-      --results corruptions.json
-  python -m timm_models.validate flowers/test --model genas_cell --checkpoint flowers.pth.tar \\
+      --device cuda --amp --channels-last --results corruptions.json
+  python -m timm_models.validate flowers/test --checkpoint flowers.pth.tar --model genas_cell \\
       --model-kwargs genotype=best.json init_channels=40
 """
 
@@ -58,6 +55,9 @@ class Evaluation(Accuracy):
     confidences: Tensor = field(compare=False, repr=False)
 
 
+_Score = Callable[[shifted.ImageSet], Evaluation]
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -65,7 +65,6 @@ def evaluate(
     indices: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     amp_dtype: torch.dtype | None = None,
-    channels_last: bool = False,
 ) -> Evaluation:
     """Top-1 and top-5 accuracy in evaluation mode; the model's mode is restored.
 
@@ -75,25 +74,19 @@ def evaluate(
         indices: The outputs that compete, of which a target is the position. None: all.
         device: Where images and targets are put.
         amp_dtype: The type of automatic mixed precision. None: without.
-        channels_last: Put images in this memory format.
 
     Raises:
-        ValueError: There is no image; the logits are not ``(N, num_classes)``, or not finite, or too few.
+        ValueError: There is no image; or the logits are not ``(N, num_classes)``, or not finite.
     """
     device = torch.device(device)
     evaluator, confidences = ClassificationEvaluator(device), []
     with evaluation_mode(model):
         for images, targets in loader:
-            images, targets = images.to(device), targets.to(device)
-            if channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
+            targets = targets.to(device)
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                logits = model(images)
+                logits = model(images.to(device))
             if not isinstance(logits, Tensor) or logits.dim() != 2:
                 raise ValueError("The model must return logits (N, num_classes), and returned something else.")
-            last = int(targets.max()) if indices is None else max(indices)
-            if last >= logits.shape[1]:
-                raise ValueError(f"The model has {logits.shape[1]} outputs, and class {last} needs {last + 1}.")
             logits = logits.float() if indices is None else logits[:, list(indices)].float()
             if not logits.isfinite().all():
                 raise ValueError("The logits are not finite: the weights are damaged, or float16 is too narrow.")
@@ -101,8 +94,8 @@ def evaluate(
             confidences.append(logits.softmax(1).amax(1).cpu())
     if not confidences:
         raise ValueError("There are no images to evaluate.")
-    images, top1, top5 = evaluator.counts.tolist()
-    return Evaluation(top1 / images, top5 / images, images, torch.cat(confidences))
+    count, top1, top5 = evaluator.counts.tolist()
+    return Evaluation(top1 / count, top5 / count, count, torch.cat(confidences))
 
 
 def load_model(
@@ -115,13 +108,13 @@ def load_model(
 
     Args:
         name: timm's name; ``genas_cell`` needs ``genotype`` in ``model_kwargs``.
-        checkpoint: The weights, averaged ones (``state_dict_ema``) if there are. None: those that timm publishes.
+        checkpoint: The weights; averaged ones (``state_dict_ema``) if there are. None: those that timm publishes.
         num_classes: Outputs. None: the model's own.
         model_kwargs: Further arguments of the model.
 
     Raises:
-        ValueError: The checkpoint does not fit, or leaves parameters without a finite value; or the published weights
-            are for another number of classes.
+        ValueError: There is no checkpoint, it does not fit, or it leaves parameters without a finite value; or the
+            published weights are for another number of classes.
     """
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise ValueError(f"There is no checkpoint file {checkpoint}.")
@@ -131,29 +124,25 @@ def load_model(
         if published != model.num_classes:
             raise ValueError(f"The published weights of {name} are for {published} classes, not {model.num_classes}.")
         return model
-    # Some models keep a fresh classifier where the file's does not fit. What stays NaN was not loaded.
+    # A GenasNet keeps its fresh classifier where the file's does not fit: what stays NaN was not loaded.
     for parameter in model.parameters():
         parameter.detach().fill_(float("nan"))
     try:
         load_checkpoint(model, str(checkpoint))
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError) as error:
-        reason = str(error)
-        if isinstance(error.__cause__, pickle.UnpicklingError):
-            reason = "it holds more than tensors, which could execute code; save the state_dict alone."
+        unsafe = isinstance(error.__cause__, pickle.UnpicklingError)
+        reason = "it could execute code; save the state_dict alone." if unsafe else error
         raise ValueError(f"{checkpoint} cannot be loaded into {name}: {reason}") from error
-    if empty := [key for key, value in model.named_parameters() if not value.isfinite().all()]:
+    if unfilled := [key for key, value in model.named_parameters() if not value.isfinite().all()]:
         raise ValueError(
-            f"{checkpoint} gives no finite values to {', '.join(empty[:3])}{', ...' if len(empty) > 3 else ''} of {name} "
-            f"with {model.num_classes} classes: is it for another number of classes, or of a training that diverged?"
+            f"{checkpoint} has no finite values for {len(unfilled)} parameters ({', '.join(unfilled[:3])}) of {name} with "
+            f"{model.num_classes} classes: is it for another number of classes, or did its training diverge?"
         )
     return model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        arguments: Command line without the program's name; None: the process's own.
+    """Run the command with these arguments (None: the process's own).
 
     Returns:
         Exit status: 0, 1 with one line on standard error if something is wrong, 130 after Ctrl-C.
@@ -161,8 +150,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         record = _validate(options)
-        if options.results is not None:
-            _write(options.results, record)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
@@ -170,11 +157,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         message = str(error).strip() or type(error).__name__
-        if message.startswith("Caught "):  # in a process of the loader, which sends its traceback along
+        if message.startswith("Caught "):  # by a process that reads images; its traceback comes along
             message = message.splitlines()[-1].partition(": ")[2]
         print(f"timm_models.validate: {' '.join(message.split())}", file=sys.stderr)
         return 1
-    print("\n".join(_table(record)))
+    for key, value in record.items():
+        print(f"{key:<{max(map(len, record))}}  {f'{value:.2f}' if isinstance(value, float) else value}")
     return 0
 
 
@@ -186,27 +174,102 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("folder", metavar="DIR", help="the images: DIR/<class>/<image>, for ImageNet-C DIR/<corruption>/<severity>/...")
-    add("--kind", choices=shifted.KINDS, default="imagenet", help="imagenet also for other datasets (default)")
+    add("folder", metavar="DIR", help="the images, DIR/CLASS/IMAGE; of ImageNet-C DIR/CORRUPTION/SEVERITY/CLASS/IMAGE")
+    add("--kind", choices=shifted.KINDS, default="imagenet", help="the set (imagenet, also for other datasets)")
     add("--in-distribution", metavar="DIR", help="with --kind o: ImageNet's validation images")
-    add("--class-map", metavar="FILE", help="for another dataset: its folders, one a line, in the order of the outputs")
     add("--model", required=True, metavar="NAME", help="timm's name, such as genas_flatness_c100 or genas_cell")
-    add("--model-kwargs", nargs="+", action=_KeyValues, default={}, metavar="KEY=VALUE", help="the model's arguments")
-    add("--checkpoint", metavar="FILE", help="the weights; averaged ones count where the file has both")
+    add("--model-kwargs", nargs="+", action=ParseKwargs, default={}, metavar="KEY=VALUE", help="the model's arguments")
+    add("--checkpoint", metavar="FILE", help="the weights; averaged ones if it has them")
     add("--pretrained", action="store_true", help="instead of a checkpoint: the weights that timm publishes")
-    add("--num-classes", type=int, metavar="N", help="outputs (the model's for ImageNet, else one a folder)")
+    add("--num-classes", type=int, metavar="N", help="outputs (one a folder)")
     add("--input-size", type=int, metavar="N", help="height and width of the network's input (the model's own)")
     add("--crop-pct", type=float, metavar="F", help="input size / resized shorter side (the model's own; 1 for c)")
-    add("--interpolation", choices=("bilinear", "bicubic"), help="of resizing (the model's own)")
-    add("--no-antialias", action="store_true", help="resize as OpenCV and the official GeNAS evaluation do")
-    add("--mean", type=float, nargs=3, metavar="F", help="of red, green, blue from 0 to 1 (the model's own)")
-    add("--std", type=float, nargs=3, metavar="F", help="likewise")
-    add("--batch-size", type=int, default=128, metavar="N", help="images at a time (128)")
-    add("--workers", type=int, default=4, metavar="N", help="processes that read images (4)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
+    add("--no-antialias", action="store_true", help="resize as OpenCV, and with it the official GeNAS code, does")
+    add("--batch-size", type=int, default=128, metavar="N", help="images at a time (%(default)s)")
+    add("--workers", type=int, default=4, metavar="N", help="processes that read images (%(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 (%(default)s)")
     add("--amp", action="store_true", help="automatic mixed precision")
-    add("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16", help="its type (%(default)s)")
-    add("--channels-last", action="store_true", help="memory format that is faster on many devices")
-    add("--results", metavar="FILE", help="write the results as .csv or .json too, in per cent; replaces the file")
+    add("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16", help="with --amp (%(default)s)")
+    add("--channels-last", action="store_true", help="a memory format that is faster on many devices")
+    add("--results", metavar="FILE", help="write what is printed to FILE.csv or FILE.json; replaces it")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _validate(options: argparse.Namespace) -> dict[str, Any]:
+    """What the command prints; accuracies, errors and AUPR are percentages, as in timm's result files."""
+    results = Path(options.results or "results.csv")
+    if bool(options.checkpoint) == options.pretrained:
+        raise ValueError("Give --checkpoint FILE or --pretrained, one of them: random weights are not scored.")
+    if options.crop_pct is not None and not 0 < options.crop_pct <= 1:
+        raise ValueError(f"--crop-pct must be above 0 and at most 1, got {options.crop_pct}.")
+    if results.suffix not in (".csv", ".json") or not results.parent.is_dir():
+        raise ValueError(f"--results must be a .csv or .json file in an existing folder, got {results}.")
+    sets = shifted.open_images(options.kind, options.folder, options.in_distribution, options.num_classes)
+    classes = sets[0].num_classes if isinstance(sets, tuple) else 1000
+    # With ImageNet's number nothing is asked for: a model of another one is to be refused, not to be changed.
+    asked = options.num_classes or (None if classes == 1000 else classes)
+    model = load_model(options.model, options.checkpoint, asked, options.model_kwargs)
+    if model.num_classes != classes:
+        raise ValueError(f"{options.folder} has {classes} classes, {options.model} has {model.num_classes} outputs.")
+    device = torch.device(options.device)
+    model.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
+    # Images of ImageNet-C are cropped already, and its authors evaluate all of them.
+    crop = options.crop_pct or (1.0 if options.kind == "c" else None)
+    size = None if options.input_size is None else (3, options.input_size, options.input_size)
+    config = resolve_data_config({"input_size": size, "crop_pct": crop}, model=model, use_test_size=True)
+    amp_dtype = getattr(torch, options.amp_dtype) if options.amp else None
+
+    def score(images: shifted.ImageSet) -> Evaluation:
+        loader = create_loader(
+            shifted.ImageFiles(images.samples),
+            batch_size=options.batch_size,
+            num_workers=options.workers,
+            device=device,
+            pin_memory=device.type == "cuda",
+            persistent_workers=False,
+            **config,
+        )
+        if options.no_antialias:
+            # torchvision resizes Pillow images with antialiasing only.
+            steps = loader.dataset.transform.transforms
+            plain = transforms.Resize(steps[0].size, steps[0].interpolation, antialias=False)
+            steps[:1] = [transforms.PILToTensor(), plain]
+        return evaluate(model, loader, images.indices, device, amp_dtype)
+
+    record = {"model": options.model, "weights": options.checkpoint or "timm's", "folder": options.folder}
+    record |= {"kind": options.kind} | {key: str(value) for key, value in config.items()}
+    record |= _measure_corruptions(sets, score) if isinstance(sets, dict) else _measure(sets, score)
+    if options.results is not None:
+        with atomic_path(results) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            if results.suffix == ".json":
+                json.dump(record, file, indent=2)
+            else:
+                csv.writer(file).writerows([record.keys(), record.values()])
+    return record
+
+
+def _measure(sets: Sequence[shifted.ImageSet], score: _Score) -> dict[str, float]:
+    first, *known = [score(images) for images in sets]
+    if not known:
+        return {"images": first.images, "top1": 100 * first.top1, "top5": 100 * first.top5}
+    aupr = shifted.anomaly_aupr(first.confidences, known[0].confidences)
+    total = first.images + known[0].images
+    return {"images": total, "aupr": 100 * aupr, "aupr_of_chance": 100 * first.images / total}
+
+
+def _measure_corruptions(folders: Mapping[str, tuple[Path, ...]], score: _Score) -> dict[str, Any]:
+    errors = {}
+    for name, severities in folders.items():
+        each = [100 - 100 * score(shifted.open_imagenet(folder)).top1 for folder in severities]
+        errors[f"error_{name}"] = fmean(each)
+        # Told at once, for all of it takes hours.
+        print(f"{name}: {', '.join(f'{error:.2f}' for error in each)} % error at severities 1 to 5", file=sys.stderr)
+    counted = [errors[f"error_{name}"] for name in shifted.CORRUPTIONS if name in folders]
+    missing = [name for name in shifted.CORRUPTIONS if name not in folders]
+    mean = fmean(counted) if counted else "none of the 15 corruptions"
+    return {**errors, "mean_error": mean, "missing": ", ".join(missing) or "none"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
