@@ -126,13 +126,10 @@ class GenasNet(nn.Module):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
         self._auxiliary_tap = 2 * num_cells // 3 + 1
-        self._auxiliary_features = shapes[self._auxiliary_tap - 1].out_channels
         self.auxiliary_head: AuxiliaryHead | None = None
         if auxiliary and num_classes > 0:
-            self.auxiliary_head = self._new_auxiliary_head()
-
-    def _new_auxiliary_head(self) -> AuxiliaryHead:
-        return AuxiliaryHead(self._auxiliary_features, self.num_classes, "imagenet", self._layers)
+            features = shapes[2 * num_cells // 3].out_channels
+            self.auxiliary_head = AuxiliaryHead(features, num_classes, "imagenet", self._layers)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -182,7 +179,9 @@ class GenasNet(nn.Module):
         elif self.auxiliary_head is not None:
             inputs = self.auxiliary_head.classifier.in_features
             self.auxiliary_head.classifier = nn.Linear(inputs, num_classes, **self._layers.placement)
-        self.train(self.training)
+            self.auxiliary_head.classifier.train(self.training)
+        self.global_pool.train(self.training)
+        self.classifier.train(self.training)
 
     def _run(self, x: Tensor, taps: list[int], last: int) -> tuple[Tensor, list[Tensor]]:
         """Stem and cells up to number ``last``; the features at ``taps`` beside the last ones."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from genas_plugins._optional import require
-from genas_plugins.datasets._folder import IMAGE_EXTENSIONS, _image_files, _open
+from genas_plugins.datasets._folder import IMAGE_EXTENSIONS, image_files, open_image
 
 __all__ = [
     "CORRUPTIONS",
@@ -83,7 +83,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """The image, in RGB and transformed, and its target; ValueError where the file cannot be read."""
         path, target = self.samples[index]
-        image = _open(path)
+        image = open_image(path)
         return (image if self.transform is None else self.transform(image)), target
 
 
@@ -126,19 +126,17 @@ def open_imagenet(root: str | Path, num_classes: int | None = None) -> ImageSet:
 
     Args:
         root: The folder.
-        num_classes: How many classes there are. None: as many as folders; 1000 folders must then be ImageNet's.
+        num_classes: How many classes there are. None: as many as folders, but 1000 folders, or any that is named by a
+            synset of ImageNet, must then be all of ImageNet's.
     """
     folders = _subfolders(root)
-    kind = _kind(folders)
     names: Sequence[str] = _class_names("imagenet")
-    if num_classes is None and len(folders) == len(names):
-        advice = " For another dataset of 1000 classes give --num-classes 1000."
+    if num_classes is None and (len(folders) == len(names) or not folders.keys().isdisjoint(names)):
+        advice = f" Or, if it is another dataset, give --num-classes {len(folders)}."
         _check_names(root, folders, names, KINDS["imagenet"], advice)
-    elif num_classes is None and kind in ("a", "r", "o"):
-        raise ValueError(f"{root} has 200 of ImageNet's classes.{_advice(folders)} Or give --num-classes 200.")
     elif num_classes not in (None, len(folders)):
         raise ValueError(f"{root}: expected {num_classes} class folders, found {len(folders)}.{_advice(folders)}")
-    elif kind != "imagenet":
+    elif folders.keys() != set(names):
         names = sorted(folders, key=natural_key)
     return ImageSet(_samples(folders, names), len(names))
 
@@ -194,7 +192,7 @@ def find_corruptions(root: str | Path) -> dict[str, tuple[Path, ...]]:
     if unknown := [name for name in folders if name not in _ALL_CORRUPTIONS]:
         raise ValueError(
             f"{root} is not ImageNet-C: expected folders named by its corruptions ({_some(CORRUPTIONS)}), found "
-            f"{_some(unknown)}.{_advice(folders)}"
+            f"{len(unknown)} others ({_some(unknown)}).{_advice(folders)}"
         )
     found = {name: _subfolders(folders[name]) for name in _ALL_CORRUPTIONS if name in folders}
     if wrong := [f"{name} has {_some(each, 9)}" for name, each in found.items() if set(each) != set(_SEVERITIES)]:
@@ -221,7 +219,7 @@ def _subfolders(root: str | Path) -> dict[str, Path]:
 def _samples(folders: Mapping[str, Path], names: Sequence[str]) -> tuple[tuple[str, int], ...]:
     samples: list[tuple[str, int]] = []
     for target, name in enumerate(names):
-        images = _image_files(folders[name])
+        images = image_files(folders[name])
         if not images:
             advice = _advice(folders) if _kind(folders) == "c" else _inner_advice(folders)
             raise ValueError(
@@ -243,7 +241,7 @@ def _check_names(
     if problems := [f"{len(names)} {problem} ({_some(names)})" for problem, names in differences.items() if names]:
         raise ValueError(
             f"{root} is not {what}: expected {len(expected)} class folders ({_some(expected)}), found {len(folders)}; "
-            f"{', '.join(problems)}.{_advice(folders) or advice}"
+            f"{', '.join(problems)}.{_advice(folders)}{advice}"
         )
 
 

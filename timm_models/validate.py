@@ -1,17 +1,13 @@
-"""Accuracy of GeNAS and other timm models on ImageNet, its shifted test sets and other folders of images.
-
-``python -m timm_models.validate --help`` describes the command.
-"""
+"""Accuracy of GeNAS and other timm models on ImageNet, its shifted test sets, or any folder with one folder a class."""
 
 from __future__ import annotations
 
 import argparse
 import csv
 import json
-import pickle
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,12 +15,13 @@ from typing import Any
 import timm
 import torch
 from timm.data import create_loader, resolve_data_config
-from timm.models import load_checkpoint
+from timm.models import clean_state_dict
 from timm.task import ClassificationEvaluator
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
-from torchvision import transforms
+from torchvision.transforms import PILToTensor, Resize
 
+from genas_plugins.checkpoints import read_state
 from genas_plugins.files import atomic_path
 from genas_plugins.scoring.accuracy import Accuracy
 from genas_plugins.scoring.batchnorm import evaluation_mode
@@ -33,29 +30,19 @@ from timm_models import shifted
 __all__ = ["Evaluation", "evaluate", "load_model", "main"]
 
 _EPILOG = """examples:
-  python -m timm_models.validate imagenet/val --model genas_flatness_c100 --checkpoint flatness_c100.pth.tar
+  python -m timm_models.validate imagenet/val --model genas_flatness_c100 --checkpoint c100.pt --device cuda --amp
   python -m timm_models.validate imagenet-o --kind o --in-distribution imagenet/val --model resnet50 --pretrained
-  python -m timm_models.validate imagenet-c --kind c --model genas_flatness_c100 --checkpoint best.pth.tar \\
-      --device cuda --amp --channels-last --results corruptions.json
-  python -m timm_models.validate flowers/test --checkpoint flowers.pth.tar --model genas_cell \\
-      --model-kwargs genotype=best.json init_channels=40
+  python -m timm_models.validate imagenet-c --kind c --model genas_flatness_c100 --checkpoint c100.pt --results c.json
+  python -m timm_models.validate flowers/val --model genas_cell --model-kwargs genotype=best.json --checkpoint best.pt
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation(Accuracy):
-    """Fractions of images, from 0 to 1.
-
-    Attributes:
-        images: How many images there were.
-        confidences: The highest softmax probability of each, ``(images,)``, on the CPU.
-    """
+    """Fractions from 0 to 1, the number of images, and the highest softmax probability of each, on the CPU."""
 
     images: int
-    confidences: Tensor = field(compare=False, repr=False)
-
-
-_Score = Callable[[shifted.ImageSet], Evaluation]
+    confidences: Tensor
 
 
 @torch.inference_mode()
@@ -99,10 +86,7 @@ def evaluate(
 
 
 def load_model(
-    name: str,
-    checkpoint: str | Path | None,
-    num_classes: int | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
+    name: str, checkpoint: str | Path | None, num_classes: int | None, model_kwargs: Mapping[str, Any]
 ) -> nn.Module:
     """Build a timm model of which no parameter is random.
 
@@ -113,13 +97,14 @@ def load_model(
         model_kwargs: Further arguments of the model.
 
     Raises:
-        ValueError: There is no checkpoint, it does not fit, or it leaves parameters without a finite value; or the
-            published weights are for another number of classes.
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It cannot be read, or leaves parameters without a finite value; or the published weights are for
+            another number of classes.
+        RuntimeError: The model has other tensors; or there are no published weights.
     """
-    if checkpoint is not None and not Path(checkpoint).is_file():
-        raise ValueError(f"There is no checkpoint file {checkpoint}.")
-    model = timm.create_model(name, pretrained=checkpoint is None, num_classes=num_classes, **(model_kwargs or {}))
-    if checkpoint is None:
+    state = None if checkpoint is None else clean_state_dict(read_state(checkpoint))
+    model = timm.create_model(name, pretrained=state is None, num_classes=num_classes, **model_kwargs)
+    if state is None:
         published = model.pretrained_cfg.get("num_classes")
         if published != model.num_classes:
             raise ValueError(f"The published weights of {name} are for {published} classes, not {model.num_classes}.")
@@ -127,31 +112,25 @@ def load_model(
     # A GenasNet keeps its fresh classifier where the file's does not fit: what stays NaN was not loaded.
     for parameter in model.parameters():
         parameter.detach().fill_(float("nan"))
-    try:
-        load_checkpoint(model, str(checkpoint))
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError) as error:
-        unsafe = isinstance(error.__cause__, pickle.UnpicklingError)
-        reason = "it could execute code; save the state_dict alone." if unsafe else error
-        raise ValueError(f"{checkpoint} cannot be loaded into {name}: {reason}") from error
+    model.load_state_dict(state)
     if unfilled := [key for key, value in model.named_parameters() if not value.isfinite().all()]:
         raise ValueError(
-            f"{checkpoint} has no finite values for {len(unfilled)} parameters ({', '.join(unfilled[:3])}) of {name} with "
-            f"{model.num_classes} classes: is it for another number of classes, or did its training diverge?"
+            f"{checkpoint} has no finite values for {len(unfilled)} parameters ({', '.join(unfilled[:3])}) of {name} "
+            f"with {model.num_classes} classes: is it for another number of classes, or did its training diverge?"
         )
     return model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command with these arguments (None: the process's own).
-
-    Returns:
-        Exit status: 0, 1 with one line on standard error if something is wrong, 130 after Ctrl-C.
-    """
-    options = _parser().parse_args(arguments)
+    """Run the command. Exit status: 0, 1 with a line on standard error if something is wrong, 130 after Ctrl-C."""
+    parser = _parser()
+    try:
+        options = parser.parse_args(arguments)
+    except ValueError:  # of timm's ParseKwargs
+        parser.error("--model-kwargs takes arguments KEY=VALUE")
     try:
         record = _validate(options)
     except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
         return 130
     except (ImportError, OSError, ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
         if options.debug:
@@ -159,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = str(error).strip() or type(error).__name__
         if message.startswith("Caught "):  # by a process that reads images; its traceback comes along
             message = message.splitlines()[-1].partition(": ")[2]
+            error.__traceback__ = None  # holds the loader, whose processes would only end after a timeout
         print(f"timm_models.validate: {' '.join(message.split())}", file=sys.stderr)
         return 1
     for key, value in record.items():
@@ -167,21 +147,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m timm_models.validate",
-        description="Accuracy of a timm model on ImageNet, a shifted test set, or any folder with one folder a class.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m timm_models.validate", None, __doc__, _EPILOG, formatter_class=raw)
     add = parser.add_argument
     add("folder", metavar="DIR", help="the images, DIR/CLASS/IMAGE; of ImageNet-C DIR/CORRUPTION/SEVERITY/CLASS/IMAGE")
-    add("--kind", choices=shifted.KINDS, default="imagenet", help="the set (imagenet, also for other datasets)")
+    add("--kind", choices=shifted.KINDS, default="imagenet", help="ImageNet or another set, V2, A, R, O, C (imagenet)")
     add("--in-distribution", metavar="DIR", help="with --kind o: ImageNet's validation images")
     add("--model", required=True, metavar="NAME", help="timm's name, such as genas_flatness_c100 or genas_cell")
     add("--model-kwargs", nargs="+", action=ParseKwargs, default={}, metavar="KEY=VALUE", help="the model's arguments")
     add("--checkpoint", metavar="FILE", help="the weights; averaged ones if it has them")
     add("--pretrained", action="store_true", help="instead of a checkpoint: the weights that timm publishes")
-    add("--num-classes", type=int, metavar="N", help="outputs (one a folder)")
+    add("--num-classes", type=int, metavar="N", help="the network's outputs, if the set is not ImageNet (one a folder)")
     add("--input-size", type=int, metavar="N", help="height and width of the network's input (the model's own)")
     add("--crop-pct", type=float, metavar="F", help="input size / resized shorter side (the model's own; 1 for c)")
     add("--no-antialias", action="store_true", help="resize as OpenCV, and with it the official GeNAS code, does")
@@ -217,8 +193,8 @@ def _validate(options: argparse.Namespace) -> dict[str, Any]:
     # Images of ImageNet-C are cropped already, and its authors evaluate all of them.
     crop = options.crop_pct or (1.0 if options.kind == "c" else None)
     size = None if options.input_size is None else (3, options.input_size, options.input_size)
-    config = resolve_data_config({"input_size": size, "crop_pct": crop}, model=model, use_test_size=True)
     amp_dtype = getattr(torch, options.amp_dtype) if options.amp else None
+    config = resolve_data_config({"input_size": size, "crop_pct": crop}, model=model, use_test_size=True)
 
     def score(images: shifted.ImageSet) -> Evaluation:
         loader = create_loader(
@@ -233,8 +209,7 @@ def _validate(options: argparse.Namespace) -> dict[str, Any]:
         if options.no_antialias:
             # torchvision resizes Pillow images with antialiasing only.
             steps = loader.dataset.transform.transforms
-            plain = transforms.Resize(steps[0].size, steps[0].interpolation, antialias=False)
-            steps[:1] = [transforms.PILToTensor(), plain]
+            steps[:1] = [PILToTensor(), Resize(steps[0].size, steps[0].interpolation, antialias=False)]
         return evaluate(model, loader, images.indices, device, amp_dtype)
 
     record = {"model": options.model, "weights": options.checkpoint or "timm's", "folder": options.folder}
@@ -249,7 +224,7 @@ def _validate(options: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
-def _measure(sets: Sequence[shifted.ImageSet], score: _Score) -> dict[str, float]:
+def _measure(sets: Sequence[shifted.ImageSet], score: Callable[[shifted.ImageSet], Evaluation]) -> dict[str, Any]:
     first, *known = [score(images) for images in sets]
     if not known:
         return {"images": first.images, "top1": 100 * first.top1, "top5": 100 * first.top5}
@@ -258,17 +233,16 @@ def _measure(sets: Sequence[shifted.ImageSet], score: _Score) -> dict[str, float
     return {"images": total, "aupr": 100 * aupr, "aupr_of_chance": 100 * first.images / total}
 
 
-def _measure_corruptions(folders: Mapping[str, tuple[Path, ...]], score: _Score) -> dict[str, Any]:
+def _measure_corruptions(folders: Mapping[str, Any], score: Callable[..., Evaluation]) -> dict[str, Any]:
     errors = {}
     for name, severities in folders.items():
         each = [100 - 100 * score(shifted.open_imagenet(folder)).top1 for folder in severities]
-        errors[f"error_{name}"] = fmean(each)
-        # Told at once, for all of it takes hours.
+        errors[name] = fmean(each)
         print(f"{name}: {', '.join(f'{error:.2f}' for error in each)} % error at severities 1 to 5", file=sys.stderr)
-    counted = [errors[f"error_{name}"] for name in shifted.CORRUPTIONS if name in folders]
-    missing = [name for name in shifted.CORRUPTIONS if name not in folders]
-    mean = fmean(counted) if counted else "none of the 15 corruptions"
-    return {**errors, "mean_error": mean, "missing": ", ".join(missing) or "none"}
+    counted = [errors[name] for name in shifted.CORRUPTIONS if name in errors]
+    missing = [name for name in shifted.CORRUPTIONS if name not in errors]
+    mean = {"unnormalised_mean_error": fmean(counted)} if counted else {}
+    return {f"error_{name}": error for name, error in errors.items()} | mean | {"missing": ", ".join(missing) or "none"}
 
 
 if __name__ == "__main__":

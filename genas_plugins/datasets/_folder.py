@@ -29,7 +29,7 @@ def _pillow() -> Any:
     return require("PIL.Image", extra="nni", purpose="reading image files")
 
 
-def _open(path: str) -> Any:
+def open_image(path: str) -> Any:
     """Decode one file to an RGB Pillow image."""
     pillow = _pillow()
     try:
@@ -68,7 +68,7 @@ class ImageReader:
         """
         if image_size is not None:
             return cls(image_size, resize=True)
-        width, height = _open(path).size
+        width, height = open_image(path).size
         if width != height:
             raise ValueError(f"{path} is {width}x{height} pixels, not square: set data.image_size to resize and crop.")
         return cls(width, resize=False)
@@ -79,7 +79,7 @@ class ImageReader:
         Raises:
             ValueError: The file cannot be read, or has another size and ``resize`` is False.
         """
-        image = _open(path)
+        image = open_image(path)
         width, height = image.size
         if (width, height) != (self.size, self.size):
             if not self.resize:
@@ -167,7 +167,7 @@ class DiskImages(Dataset[tuple[Tensor, int]]):
         return ImageTensors(torch.from_numpy(images), labels, self.class_names)
 
 
-def _image_files(folder: Path) -> list[str]:
+def image_files(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
         return sorted(
             entry.path
@@ -184,7 +184,7 @@ def _class_folders(folder: Path) -> list[Path]:
 def looks_like_image_folder(root: Path) -> bool:
     """Tell whether ``root`` has the layout that :func:`open_image_folder` reads."""
     base = root / "train" if (root / "train").is_dir() else root
-    return base.is_dir() and any(_image_files(folder) for folder in _class_folders(base))
+    return base.is_dir() and any(image_files(folder) for folder in _class_folders(base))
 
 
 def _scan(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
@@ -194,7 +194,7 @@ def _scan(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
         raise ValueError(f"{folder} has no class folders: expected {folder}/<class>/<image>, one folder a class.")
     samples = []
     for label, entry in enumerate(classes):
-        files = _image_files(entry)
+        files = image_files(entry)
         if not files:
             raise ValueError(
                 f"The class folder {entry} has no images ({', '.join(IMAGE_EXTENSIONS)}): add some or remove "
