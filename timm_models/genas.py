@@ -119,17 +119,18 @@ class GenasNet(nn.Module):
                 )
                 self._taps.append(index + 1)
 
+        # Before the classifier, as in the official code: timm takes the last two parameters for the classifier's.
+        self._auxiliary_tap = 2 * num_cells // 3 + 1
+        self.auxiliary_head: AuxiliaryHead | None = None
+        if auxiliary and num_classes > 0:
+            features = shapes[self._auxiliary_tap - 1].out_channels
+            self.auxiliary_head = AuxiliaryHead(features, num_classes, "imagenet", self._layers)
+
         self.num_features = shapes[-1].out_channels
         self.global_pool, self.head_drop, self.classifier = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **self._layers.placement
         )
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-
-        self._auxiliary_tap = 2 * num_cells // 3 + 1
-        self.auxiliary_head: AuxiliaryHead | None = None
-        if auxiliary and num_classes > 0:
-            features = shapes[2 * num_cells // 3].out_channels
-            self.auxiliary_head = AuxiliaryHead(features, num_classes, "imagenet", self._layers)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -217,7 +218,13 @@ class GenasNet(nn.Module):
 
         In training with an auxiliary head: a pair of such tensors, the auxiliary logits second.
         """
-        if self.auxiliary_head is not None and self.training:
+        if self.auxiliary_head is not None:
+            return self._forward_with_auxiliary(x)
+        else:  # TorchScript compiles what follows a return, but not the branch that is not taken.
+            return self.forward_head(self.forward_features(x))
+
+    def _forward_with_auxiliary(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if self.training and self.auxiliary_head is not None:
             features, tapped = self._run(x, [self._auxiliary_tap], len(self.cells))
             return self.forward_head(features), self.auxiliary_head(tapped[0])
         return self.forward_head(self.forward_features(x))
@@ -341,6 +348,8 @@ class GenasFeatures(FeatureGetterNet):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """See :meth:`GenasNet.load_state_dict`; names may have the prefix ``model.`` or not."""
+        if all(name.startswith("model.") for name in state_dict):
+            state_dict = {name.removeprefix("model."): value for name, value in state_dict.items()}
         return self.model.load_state_dict(state_dict, strict, assign)
 
 

@@ -32,13 +32,13 @@ def fit_state(state: Mapping[str, Any], model: GenasNet, strict: bool) -> tuple[
         RuntimeError: ``strict``, and the tensors do not fit.
     """
     expected = model.state_dict()
-    if not strict or (state.keys() == expected.keys() and not describe_mismatch(expected, state)):
+    if state.keys() == expected.keys() and not describe_mismatch(expected, state):
         return state, False
-    state = _checked(state, model, expected)
+    state = _checked(state, model, expected, strict)
     partial = False
     for head in _HEADS:
         ours, theirs = expected.get(f"{head}bias"), state.get(f"{head}bias")
-        if ours is not None and ours.shape != theirs.shape:
+        if ours is not None and theirs is not None and ours.shape != theirs.shape:
             partial = True
             state = {name: value for name, value in state.items() if not name.startswith(head)}
             _logger.warning(
@@ -47,7 +47,7 @@ def fit_state(state: Mapping[str, Any], model: GenasNet, strict: bool) -> tuple[
                 len(theirs),
                 len(ours),
             )
-    channels = state[_FIRST_CONV].shape[1]
+    channels = state[_FIRST_CONV].shape[1] if _FIRST_CONV in state else model.in_chans
     if channels != model.in_chans:
         state[_FIRST_CONV] = adapt_input_conv(model.in_chans, state[_FIRST_CONV], base_chans=channels)
         _logger.info("%s is adapted from %d to %d input channels.", _FIRST_CONV, channels, model.in_chans)
@@ -56,13 +56,15 @@ def fit_state(state: Mapping[str, Any], model: GenasNet, strict: bool) -> tuple[
 
 def check_pretrained(state: Mapping[str, Any], model: GenasNet) -> dict[str, Any]:
     """timm's filter for ``pretrained=True`` with a file: timm itself adapts head and input, and is not strict."""
-    return _checked(state, model, model.state_dict())
+    return _checked(state, model, model.state_dict(), True)
 
 
-def _checked(state: Mapping[str, Any], model: GenasNet, expected: Mapping[str, Tensor]) -> dict[str, Any]:
+def _checked(state: Mapping[str, Any], model: GenasNet, expected: Mapping[str, Tensor], strict: bool) -> dict[str, Any]:
     try:
         state = network_state(state, "The checkpoint")
     except CheckpointError as error:
+        if not strict:
+            return dict(state)
         raise RuntimeError(str(error)) from None
     unwanted = model.pruned
     if model.num_classes == 0:
@@ -76,7 +78,7 @@ def _checked(state: Mapping[str, Any], model: GenasNet, expected: Mapping[str, T
         _tolerate(compared, state, f"{head}weight", 0)
         _tolerate(compared, state, f"{head}bias", 0)
     _tolerate(compared, state, _FIRST_CONV, 1)
-    if mismatch := describe_mismatch(compared, state):
+    if strict and (mismatch := describe_mismatch(compared, state)):
         raise RuntimeError(
             f"The checkpoint does not fit this network of the genotype {model.genotype}; tensors: {mismatch}. Is it "
             "that of another genotype, or of another number of channels or cells?"
