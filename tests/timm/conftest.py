@@ -1,0 +1,54 @@
+"""Small networks, images and random weights for the tests of the timm models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import timm_models  # noqa: F401
+
+# Convolutions, poolings and skips of both cells; a third of a second for all that a test does with it.
+SMALL = {"genotype": "genas_flatness_c100", "init_channels": 4, "num_cells": 6, "num_classes": 10}
+
+
+@pytest.fixture(scope="session")
+def small() -> Callable[..., nn.Module]:
+    """Builds a network of six cells; other arguments of ``genas_cell`` may be given."""
+
+    def build(**changes: object) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return timm.create_model("genas_cell", **{**SMALL, **changes})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def images() -> Callable[..., Tensor]:
+    """Draws images, ``(N, C, H, W)``."""
+
+    def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def randomize() -> Callable[..., nn.Module]:
+    """Gives normalisations random statistics and weights, so that no layer is the identity by chance."""
+
+    def change(model: nn.Module, seed: int = 0) -> nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor in (module.weight, module.running_var):
+                    tensor.data.uniform_(0.5, 1.5, generator=generator)
+                for tensor in (module.bias, module.running_mean):
+                    tensor.data.uniform_(-0.5, 0.5, generator=generator)
+        return model
+
+    return change

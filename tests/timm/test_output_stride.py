@@ -1,0 +1,100 @@
+"""A smaller output stride: what was skipped by strides is computed too, and what was computed stays the same."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from genas_plugins import Genotype
+from genas_plugins.genotype import OPERATIONS
+from genas_plugins.spaces import DartsSearchSpace
+from genas_plugins.zoo import ZOO
+
+
+def random_genotypes(count: int) -> list[Genotype]:
+    rng = np.random.default_rng(0)
+    return [DartsSearchSpace().sample(rng) for _ in range(count)]
+
+
+RANDOM = random_genotypes(10)
+# Every operation on every edge of a reduction cell, where strides are replaced.
+UNIFORM = [Genotype([(name, 0), (name, 1)] * 4, [(name, 0), (name, 1)] * 4) for name in OPERATIONS[1:]]
+
+
+def assert_subsampled(small, randomize, images, genotype: Genotype, output_stride: int, size: tuple[int, int]) -> None:
+    """Every ``step``-th row and column of a feature is that of the network with its strides."""
+    arguments = {"genotype": genotype, "features_only": True, "dtype": torch.float64}
+    strided = randomize(small(**arguments)).eval()
+    dilated = randomize(small(output_stride=output_stride, **arguments)).eval()
+    dilated.load_state_dict(strided.state_dict())
+    x = images(2, 3, *size, dtype=torch.float64)
+    with torch.no_grad():
+        expected, actual = strided(x), dilated(x)
+    for one, other, stride in zip(actual, expected, (4, 8, 16, 32), strict=True):
+        step = max(1, stride // output_stride)
+        assert one.shape[2:] == tuple(math.ceil(pixels * step / stride) for pixels in size)
+        assert other.abs().max() > 0.1
+        torch.testing.assert_close(one[:, :, ::step, ::step], other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (97, 70)])
+@pytest.mark.parametrize("output_stride", [16, 8])
+@pytest.mark.parametrize("name", ZOO)
+def test_published_genotypes(small, randomize, images, name, output_stride, size):
+    assert_subsampled(small, randomize, images, ZOO[name].genotype, output_stride, size)
+
+
+@pytest.mark.parametrize("output_stride", [16, 8])
+@pytest.mark.parametrize("genotype", RANDOM, ids=str)
+def test_random_genotypes(small, randomize, images, genotype, output_stride):
+    assert_subsampled(small, randomize, images, genotype, output_stride, (75, 98))
+
+
+@pytest.mark.parametrize("genotype", UNIFORM, ids=OPERATIONS[1:])
+def test_each_operation(small, randomize, images, genotype):
+    for output_stride, size in ((16, (33, 62)), (8, (129, 40))):
+        assert_subsampled(small, randomize, images, genotype, output_stride, size)
+
+
+@pytest.mark.parametrize("num_cells", [2, 3, 14])
+def test_any_number_of_cells(small, randomize, images, num_cells):
+    # With two cells both are reductions, and one follows the other.
+    def build(**arguments: object) -> nn.Module:
+        return randomize(small(num_cells=num_cells, dtype=torch.float64, **arguments)).eval()
+
+    x = images(1, 3, 97, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected = build().forward_features(x)
+        for output_stride, step in ((16, 2), (8, 4)):
+            actual = build(output_stride=output_stride).forward_features(x)
+            torch.testing.assert_close(actual[:, :, ::step, ::step], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_32_is_the_network_itself(small, images):
+    plain, model = small().eval(), small(output_stride=32).eval()
+    assert str(plain) == str(model)
+    x = images(2, 3, 64, 97)
+    assert torch.equal(plain(x), model(x))
+
+
+@pytest.mark.parametrize("output_stride", [16, 8])
+def test_strides_that_are_declared(small, images, output_stride):
+    model = small(output_stride=output_stride, auxiliary=True)
+    assert [info["reduction"] for info in model.feature_info] == [
+        min(stride, output_stride) for stride in (4, 8, 16, 32)
+    ]
+    logits, auxiliary = model(images(2, 3, 224, 64))
+    assert logits.shape == auxiliary.shape == (2, 10)
+    (logits.square().sum() + auxiliary.square().sum()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert model.forward_features(images(1, 3, 224, 64)).shape[2:] == (224 // output_stride, 64 // output_stride)
+
+
+@pytest.mark.parametrize("output_stride", [4, 64, 0, 24])
+def test_other_strides_are_refused(small, output_stride):
+    with pytest.raises(ValueError, match=f"output_stride must be one of 8, 16, 32, got {output_stride}"):
+        small(output_stride=output_stride)
