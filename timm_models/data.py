@@ -16,6 +16,7 @@ from timm_models.settings import Settings
 __all__ = ["Lighting", "count_classes", "evaluation_loader", "load_datasets", "training_loader"]
 
 _FOLDERS = ("", "folder", "image_folder")
+_SOURCES = ("torch", "hfds", "hfids", "tfds", "wds")
 
 
 class Lighting:
@@ -50,22 +51,38 @@ def load_datasets(settings: Settings) -> tuple[Dataset, Dataset]:
         ValueError: A folder for a split is missing, or the two have different classes.
     """
     folders = settings.dataset in _FOLDERS
-    if folders and not Path(settings.data_dir).is_dir():
+    # timm reads a folder where it does not know the name.
+    if not folders and settings.dataset.split("/")[0].lower() not in _SOURCES:
+        raise ValueError(
+            f"timm has no dataset {settings.dataset!r}: leave it empty for folders of images, or name one of "
+            f"{', '.join(f'{source}/...' for source in _SOURCES)}."
+        )
+    if folders and not (settings.data_dir and Path(settings.data_dir).is_dir()):
         raise FileNotFoundError(
             f"There is no folder of images {settings.data_dir!r}: pass --data-dir DIR with DIR/train and DIR/val."
         )
+    if settings.class_map and not any(
+        path.is_file() for path in (Path(settings.class_map), Path(settings.data_dir) / settings.class_map)
+    ):
+        raise FileNotFoundError(f"There is no class map {settings.class_map}.")
     sets = []
     for split, training in ((settings.train_split, True), (settings.val_split, False)):
-        dataset = create_dataset(
-            settings.dataset,
-            root=settings.data_dir,
-            split=split,
-            is_training=training,
-            class_map=settings.class_map or None,
-            download=settings.dataset_download,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-        )
+        try:
+            dataset = create_dataset(
+                settings.dataset,
+                root=settings.data_dir,
+                split=split,
+                is_training=training,
+                class_map=settings.class_map or None,
+                download=settings.dataset_download,
+                batch_size=settings.batch_size,
+                seed=settings.seed,
+            )
+        except (AssertionError, KeyError) as error:
+            name = settings.dataset or "folder"
+            raise ValueError(
+                f"timm cannot open the dataset {name!r}, split {split!r}: {error or 'unknown'}."
+            ) from error
         # timm takes the whole folder where it finds none for the split, and would validate on what it trained on.
         if folders and Path(dataset.reader.root).resolve() == Path(settings.data_dir).resolve():
             raise ValueError(
@@ -98,7 +115,19 @@ def training_loader(dataset: Dataset, settings: Settings, data_config: dict[str,
     Their order depends on the seed and the epoch (``loader.sampler.set_epoch``), their augmentation on the global
     random state at the start of the epoch; the processes of a distributed run share each step's images.
     """
-    loader = create_loader(
+    try:
+        loader = _training_loader(dataset, settings, data_config, device)
+    except (AssertionError, KeyError) as error:
+        raise ValueError(f"timm refuses the augmentation, aa={settings.aa!r}: {error or 'unknown'}.") from error
+    loader.sampler.seed = settings.seed
+    if settings.lighting and not settings.no_aug:
+        # After the crop, which comes first.
+        dataset.transform.transforms.insert(1, Lighting(settings.lighting))
+    return loader
+
+
+def _training_loader(dataset: Dataset, settings: Settings, data_config: dict[str, Any], device: torch.device) -> Any:
+    return create_loader(
         dataset,
         input_size=data_config["input_size"],
         batch_size=settings.batch_size,
@@ -121,11 +150,6 @@ def training_loader(dataset: Dataset, settings: Settings, data_config: dict[str,
         # Workers that live on keep a random state that a resumed run could not have.
         persistent_workers=False,
     )
-    loader.sampler.seed = settings.seed
-    if settings.lighting and not settings.no_aug:
-        # After the crop, which comes first.
-        dataset.transform.transforms.insert(1, Lighting(settings.lighting))
-    return loader
 
 
 def evaluation_loader(dataset: Dataset, settings: Settings, data_config: dict[str, Any], device: torch.device) -> Any:

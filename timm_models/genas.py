@@ -93,7 +93,10 @@ class GenasNet(nn.Module):
         if init_channels is None:
             init_channels = fit_channels(self.genotype)
         shapes = cell_shapes(init_channels, num_cells, "imagenet", output_stride)
-        self._layers = Layers(get_norm_layer(norm_layer), get_act_layer(act_layer), device, dtype)
+        try:
+            self._layers = Layers(get_norm_layer(norm_layer), get_act_layer(act_layer), device, dtype)
+        except KeyError as error:
+            raise ValueError(f"timm has no normalisation or activation layer {error}.") from error
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm import utils
 from timm.models import safe_model_name
 from timm.task import TrainingTask
@@ -60,7 +62,10 @@ class RunFolder:
         """
         if resume is not None:
             checkpoint = find_checkpoint(resume)
-            return cls(checkpoint.parent, settings, primary, checkpoint)
+            path = Path(resume) if checkpoint is None else checkpoint.parent
+            if primary:
+                write_text(path / CONFIG, write_config(settings))
+            return cls(path, settings, primary, checkpoint)
         name = settings.experiment or "-".join(
             (datetime.now().strftime("%Y%m%d-%H%M%S"), safe_model_name(settings.model), str(size))
         )
@@ -89,16 +94,31 @@ class RunFolder:
         )
         start = 0
         if self.checkpoint is not None:
-            saved = utils.load_checkpoint_metadata(str(self.checkpoint))
-            saver.load_state_dict(saved.get("saver", {}))
-            start = saved["epoch"] + 1
-            utils.trim_summary(str(self.path / SUMMARY), start)
+            start = utils.load_checkpoint_metadata(str(self.checkpoint))["epoch"] + 1
+        utils.trim_summary(str(self.path / SUMMARY), start)
         if self._settings.tensorboard:
             require("tensorboard", extra="timm", purpose="TensorBoard's files (tensorboard: false leaves them out)")
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=start)
         return saver
+
+    def settle(self, saver: utils.CheckpointSaver | None) -> None:
+        """Bring a resumed run's checkpoints into the state after the epoch that it continues from.
+
+        The run may have been killed while it wrote them; so what it did last is done again.
+        """
+        if saver is None or self.checkpoint is None:
+            return
+        # A whole checkpoint under its temporary name, which the next one would overwrite.
+        latest = self.path / _LATEST[0]
+        if self.checkpoint.name == _LATEST[1]:
+            self.checkpoint = self.checkpoint.replace(latest)
+        saved = utils.load_checkpoint_metadata(str(self.checkpoint))
+        state = dict(saved.get("saver", {}))
+        epoch, metric = state.pop("pending", (saved["epoch"], saved.get("metric")))
+        saver.load_state_dict(state)
+        saver.save_checkpoint(epoch, metric=metric)
 
     def record(
         self,
@@ -134,25 +154,25 @@ class RunFolder:
         )
 
 
-def find_checkpoint(place: str | Path) -> Path:
-    """The latest checkpoint in a run's folder that is whole, or the one that is named.
+def find_checkpoint(place: str | Path) -> Path | None:
+    """The latest checkpoint in a run's folder that is whole, or the one that is named; None: the run has none yet.
 
     Raises:
-        FileNotFoundError: There is none.
-        SettingsError: There are some, and all are damaged.
+        FileNotFoundError: There is no such run.
+        SettingsError: There are checkpoints, and all are damaged.
     """
     place = Path(place)
-    if place.is_file():
-        return place
-    candidates = [place / name for name in _LATEST if (place / name).is_file()]
+    candidates = [place] if place.is_file() else [place / name for name in _LATEST if (place / name).is_file()]
     if not candidates:
-        held = "has no checkpoint yet: start it again" if (place / CONFIG).exists() else "is not the folder of a run"
-        raise FileNotFoundError(f"{place} {held}.")
+        if (place / CONFIG).is_file():
+            return None
+        raise FileNotFoundError(f"{place} is not the folder of a run.")
     for candidate in candidates:
         try:
-            utils.load_checkpoint_metadata(str(candidate))
-        except (RuntimeError, EOFError, ValueError, KeyError) as error:
+            # All of it, not only what is read at first.
+            torch.load(candidate, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, OSError) as error:
             _logger.warning("%s is damaged: %s", candidate, " ".join(str(error).split())[:200])
             continue
         return candidate
-    raise SettingsError(f"The checkpoints in {place} are damaged: {', '.join(path.name for path in candidates)}.")
+    raise SettingsError(f"The checkpoints of {place} are damaged: {', '.join(path.name for path in candidates)}.")

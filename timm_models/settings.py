@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -118,20 +119,34 @@ class Settings:
     tensorboard: bool = _setting(True, "write TensorBoard's files")
 
     def __post_init__(self) -> None:
-        at_least = {"batch_size": 1, "grad_accum_steps": 1, "epochs": 1, "log_interval": 1, "checkpoint_hist": 1}
-        at_least |= {"workers": 0, "auxiliary_weight": 0, "drop_path": 0, "lighting": 0, "seed": 0, "warmup_epochs": 0}
-        for name, least in at_least.items():
-            if not getattr(self, name) >= least:
-                raise SettingsError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        for name in ("drop", "drop_path", "hflip", "reprob", "smoothing"):
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise SettingsError(f"{name} must be at least {least} and finite, got {value}.")
+        for name in ("drop", "drop_path", "hflip", "reprob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingsError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
-        if not self.lr > 0:
-            raise SettingsError(f"lr must be above 0, got {self.lr}.")
-        if self.amp_dtype not in ("float16", "bfloat16"):
-            raise SettingsError(f"amp_dtype must be float16 or bfloat16, got {self.amp_dtype!r}.")
-        if self.dist_bn not in ("", "reduce", "broadcast"):
-            raise SettingsError(f"dist_bn must be reduce, broadcast or empty, got {self.dist_bn!r}.")
+        for name in ("smoothing", "model_ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingsError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
+        for name in ("lr", "clip_grad"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise SettingsError(f"{name} must be above 0 and finite, got {value}.")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise SettingsError(f"crop_pct must be above 0 and at most 1, got {self.crop_pct}.")
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high < math.inf:
+                raise SettingsError(f"{name} must be two numbers above 0 that do not fall, got {low:g} {high:g}.")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and (len(values) not in (1, 3) or (name == "std" and min(values) <= 0)):
+                raise SettingsError(f"{name} must be one number or three{', above 0' * (name == 'std')}, got {values}.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                shown = ", ".join(choice or "empty" for choice in choices)
+                raise SettingsError(f"{name} must be one of {shown}, got {getattr(self, name)!r}.")
         if self.global_batch_size is not None and self.grad_accum_steps != 1:
             raise SettingsError("global_batch_size sets grad_accum_steps: give one of them.")
 
@@ -153,6 +168,20 @@ class Settings:
         return passes
 
 
+_AT_LEAST: dict[str, float] = {
+    **dict.fromkeys(("batch_size", "validation_batch_size", "grad_accum_steps", "global_batch_size"), 1),
+    **dict.fromkeys(("epochs", "log_interval", "checkpoint_hist", "num_classes", "img_size"), 1),
+    **dict.fromkeys(("workers", "seed", "warmup_epochs", "cooldown_epochs", "auxiliary_weight", "lighting"), 0),
+    **dict.fromkeys(("momentum", "weight_decay", "warmup_lr", "min_lr", "color_jitter"), 0),
+}
+_INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "amp_dtype": ("float16", "bfloat16"),
+    "dist_bn": ("reduce", "broadcast", ""),
+    "clip_mode": ("norm", "value", "agc"),
+    "interpolation": (*_INTERPOLATIONS, ""),
+    "train_interpolation": (*_INTERPOLATIONS, "random"),
+}
 _FIELDS: dict[str, Field] = {entry.name: entry for entry in fields(Settings)}
 _TYPES = typing.get_type_hints(Settings)
 
@@ -166,7 +195,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             text += f" (default: {_shown(default)})"
         arguments: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         kind = _plain_type(name)
-        if kind is bool:
+        if kind is bool and name.startswith("no_"):
+            # argparse would read --no-aug as the opposite of --aug.
+            arguments["action"] = "store_true"
+        elif kind is bool:
             arguments["action"] = argparse.BooleanOptionalAction
         elif kind is dict:
             arguments |= {"nargs": "*", "action": ParseKwargs, "metavar": "NAME=VALUE"}

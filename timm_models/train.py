@@ -20,7 +20,12 @@ from timm_models.training import train
 __all__ = ["main"]
 
 _INTERRUPTED = 130
-_FIXED = ("model", "model_kwargs", "num_classes", "auxiliary_weight", "sched", "epochs", "tail_epochs", "opt")
+_CHANGEABLE = (
+    *("data_dir", "dataset_download", "workers", "pin_mem", "device", "amp", "amp_dtype", "channels_last"),
+    *("torchcompile", "grad_checkpointing", "batch_size", "validation_batch_size", "grad_accum_steps"),
+    *("log_interval", "checkpoint_hist", "tensorboard", "dist_bn", "sync_bn"),
+)
+"""What a resumed run may change: where and how it computes, not what."""
 _EXAMPLES = """examples:
   python -m timm_models.train --config genas_flatness_c100_imagenet --data-dir /data/imagenet
   torchrun --nproc-per-node 8 -m timm_models.train --config genas_flatness_c100_imagenet --data-dir /data/imagenet
@@ -37,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 with one line on standard error if something is wrong, 130 after Ctrl-C.
     """
-    options = vars(_parser().parse_args(arguments))
+    parser = _parser()
+    try:
+        options = vars(parser.parse_args(arguments))
+    except ValueError:  # of timm's ParseKwargs
+        parser.error("--model-kwargs and --opt-kwargs take NAME=VALUE")
     debug, config, resume = (options.pop(name) for name in ("debug", "config", "resume"))
     primary = int(os.environ.get("RANK", "0")) == 0
     setup_default_logging(default_level=logging.INFO if primary else logging.WARNING)
@@ -48,10 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted. Continue with --resume and the folder of the run.", file=sys.stderr)
         return _INTERRUPTED
-    except (ImportError, OSError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+    except (ImportError, OSError, ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
         if debug:
             raise
-        print(f"timm_models.train: {' '.join(str(error).split())}", file=sys.stderr)
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"timm_models.train: {message}", file=sys.stderr)
         return 1
     if primary:
         print(f"Checkpoints and figures are in {folder}.")
@@ -77,13 +87,21 @@ def _settings(options: dict[str, object], config: str | None, resume: str | None
         return from_options(options, read_config(_config_path(config)) if config else None)
     if config is not None:
         raise SettingsError("A run is resumed with its own settings: leave --config out.")
-    folder = Path(resume) if Path(resume).is_dir() else Path(resume).parent
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder} is not the folder of a run: it has no {CONFIG}.")
+    place = Path(resume)
+    folder = place if place.is_dir() else place.parent
+    if not place.exists() or not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{place} is not the folder of a run, nor a checkpoint in it ({CONFIG} is missing).")
     saved = read_config(folder / CONFIG)
-    changed = [name for name in _FIXED if name in options and options[name] != saved.get(name)]
+    changed = [
+        name
+        for name, value in options.items()
+        if name not in _CHANGEABLE and from_options({name: value}, saved) != from_options({}, saved)
+    ]
     if changed:
-        raise SettingsError(f"A resumed run keeps its {', '.join(changed)}: start another run to change that.")
+        raise SettingsError(
+            f"A resumed run keeps its {', '.join(changed)}: start another run to change that. It may change "
+            f"{', '.join(_CHANGEABLE)}."
+        )
     return from_options(options, saved)
 
 

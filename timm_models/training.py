@@ -140,15 +140,23 @@ class Trainer:
 
     def _build_model(self, classes: int | None) -> nn.Module:
         settings = self.settings
+        if settings.initial_checkpoint and not Path(settings.initial_checkpoint).is_file():
+            raise FileNotFoundError(f"There is no checkpoint {settings.initial_checkpoint} to start from.")
+        if settings.model_kwargs.get("auxiliary") and settings.auxiliary_weight == 0:
+            raise SettingsError("The auxiliary head of model_kwargs needs an auxiliary_weight; the paper's is 0.4.")
         arguments: dict[str, Any] = {"drop_rate": settings.drop, **settings.model_kwargs}
         if settings.auxiliary_weight > 0:
             arguments["auxiliary"] = True
-        model = timm.create_model(
-            settings.model,
-            num_classes=settings.num_classes or classes,
-            checkpoint_path=settings.initial_checkpoint or None,
-            **arguments,
-        )
+        try:
+            model = timm.create_model(
+                settings.model,
+                num_classes=settings.num_classes or classes,
+                checkpoint_path=settings.initial_checkpoint or None,
+                **arguments,
+            )
+        except TypeError as error:
+            advice = " (it has no auxiliary head: auxiliary_weight must be 0)" if "auxiliary" in str(error) else ""
+            raise SettingsError(f"{settings.model} refuses its arguments{advice}: {error}") from error
         if classes is not None and model.num_classes != classes:
             raise SettingsError(
                 f"num_classes is {model.num_classes}, but there are {classes} folders of training images."
@@ -213,6 +221,7 @@ class Trainer:
             cuda = self.here.device.type == "cuda"
             self.task.prepare_distributed(device_ids=[self.here.device] if cuda else None)
         saver = folder.saver(self.task, self.optimizer, self.scaler)
+        folder.settle(saver)
         if start == self.epochs and self.here.primary:
             _logger.info("All %d epochs are done.", self.epochs)
         for epoch in range(start, self.epochs):
@@ -225,6 +234,11 @@ class Trainer:
                 self.model.drop_path_prob = self.settings.drop_path * epoch / self.epochs
             trained = self._train_epoch(epoch)
             measured = self._validate()
+            if not math.isfinite(measured["loss"]):
+                raise FloatingPointError(
+                    f"The validation loss is {measured['loss']} after epoch {epoch + 1}: lower the learning rate. The "
+                    "last checkpoint is untouched."
+                )
             folder.record(epoch, trained, measured, saver)
 
     def _restore(self, folder: RunFolder) -> int:

@@ -91,6 +91,22 @@ def test_an_official_checkpoint_fills_every_tensor(tmp_path, name):
     assert_holds(create(name, checkpoint_path=path), without(state, "auxiliary_head."))
 
 
+@pytest.mark.parametrize("name", ZOO)
+def test_logits_are_those_of_the_core_with_the_same_weights(images, name):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        core = CellNetwork(ZOO[name].genotype, 4, CELLS, 1000, auxiliary=True).train()
+    model = create(name, auxiliary=True).train()
+    model.load_state_dict(core.state_dict())
+    x = images(2, 3, 97, 64)
+    for _ in range(2):
+        # In training the auxiliary logits too, which are those of the cell at two thirds.
+        one, other = core(x), model(x)
+        assert len(one) == len(other) == 2
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+        core.eval(), model.eval()
+
+
 def test_an_official_checkpoint_of_full_width(tmp_path):
     state = official_state(channels=46, cells=14)
     model = timm.create_model(NAME, checkpoint_path=official_file(tmp_path / "model_best.pth.tar", state))
@@ -199,6 +215,21 @@ def test_other_input_channels(file, state, load, in_chans, adapted):
     expected = without(state, "auxiliary_head.")
     torch.testing.assert_close(loaded["stem0.0.weight"], adapted(expected["stem0.0.weight"]))
     assert all(torch.equal(loaded[name], value) for name, value in expected.items() if name != "stem0.0.weight")
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "adapted"),
+    [
+        (1, 3, lambda weight: weight[:, [0, 0, 0]] / 3),
+        (4, 1, lambda weight: weight.sum(1, keepdim=True)),
+        (4, 3, lambda weight: weight[:, :3] * 4 / 3),
+    ],
+)
+def test_a_checkpoint_of_other_input_channels(tmp_path, state, source, target, adapted):
+    weight = torch.rand(2, source, 3, 3, generator=torch.Generator().manual_seed(1))
+    path = official_file(tmp_path / "file.pth.tar", {**state, "stem0.0.weight": weight})
+    loaded = create(in_chans=target, checkpoint_path=path).state_dict()["stem0.0.weight"]
+    torch.testing.assert_close(loaded, adapted(weight))
 
 
 @WAYS
