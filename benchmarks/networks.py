@@ -128,8 +128,8 @@ class PlainNetwork(nn.Module):
             gene = genotype.reduce if reduction else genotype.normal
             self.cells.append(PlainCell(gene, inputs, channels, reduction, larger))
             inputs, larger = (inputs[1], 4 * channels), reduction
-        self.classifier = nn.Linear(4 * channels, CLASSES)
         self.auxiliary_head = AuxiliaryHead(4 * channels, CLASSES)
+        self.classifier = nn.Linear(4 * channels, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         s0 = self.stem0(x)

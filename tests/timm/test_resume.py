@@ -8,6 +8,7 @@ import multiprocessing
 import shutil
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,8 @@ def test_killed_before_the_first_checkpoint(
 def test_tensorboard_has_each_epoch_once(images: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     kill(tmp_path, command(images, run, "--tensorboard"), BEFORE_CHECKPOINT)
+    # TensorBoard orders files by the second in their names.
+    time.sleep(1.1)
     assert launch("--resume", str(run)) == 0
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
@@ -332,10 +335,17 @@ def damage(path: Path, kind: str) -> None:
     data = path.read_bytes()
     # A new file: timm's copies of a checkpoint are hard links.
     path.unlink()
-    path.write_bytes({"empty": b"", "half": data[: len(data) // 2], "tail": data[:-40], "text": b"no weights"}[kind])
+    damaged = {
+        "empty": b"",
+        "half": data[: len(data) // 2],
+        "tail": data[:-40],
+        "text": b"no weights",
+        "line": b"text\n",
+    }
+    path.write_bytes(damaged[kind])
 
 
-@pytest.mark.parametrize("kind", ["empty", "half", "tail", "text"])
+@pytest.mark.parametrize("kind", ["empty", "half", "tail", "text", "line"])
 def test_a_damaged_checkpoint_gives_way_to_one_that_is_whole(
     kind: str, run: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -348,7 +358,7 @@ def test_a_damaged_checkpoint_gives_way_to_one_that_is_whole(
         check_equal(run, whole)
 
 
-@pytest.mark.parametrize("kind", ["empty", "half", "tail", "text"])
+@pytest.mark.parametrize("kind", ["empty", "half", "tail", "text", "line"])
 def test_damaged_checkpoints_only(kind: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run / "summary.csv").read_bytes()
     damage(run / "last.pth.tar", kind)
@@ -361,6 +371,12 @@ def test_damaged_checkpoints_only(kind: str, run: Path, capsys: pytest.CaptureFi
     assert launch("--resume", str(run / "last.pth.tar")) == 1
     assert "last.pth.tar" in last_line(capsys)
     assert (run / "summary.csv").read_bytes() == before
+
+
+def test_a_file_that_is_no_checkpoint_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(content(run / "last.pth.tar")["state_dict"], run / "weights.pth")
+    assert launch("--resume", str(run / "weights.pth")) == 1
+    assert "weights.pth" in last_line(capsys)
 
 
 def test_a_run_is_not_overwritten(images: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:

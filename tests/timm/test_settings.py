@@ -328,6 +328,12 @@ def test_more_that_cannot_be(name: str, value: Any) -> None:
         from_options({name: value})
 
 
+def test_compiling_for_one_probability_and_changing_it_in_every_epoch() -> None:
+    # torch.compile gives up after eight.
+    with pytest.raises(SettingsError, match=r"drop_path.*torchcompile|torchcompile.*drop_path"):
+        Settings(drop_path=0.1, torchcompile=True)
+
+
 @pytest.mark.parametrize(
     ("batch", "processes", "passes"), [(128, 8, 1), (128, 1, 8), (64, 8, 2), (1024, 1, 1), (1, 8, 128), (32, 2, 16)]
 )

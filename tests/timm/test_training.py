@@ -26,7 +26,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, IterableDataset
 
 import timm_models  # noqa: F401
 from genas_plugins.checkpoints import read_state
@@ -125,14 +125,14 @@ def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     return max((first[name] - second[name]).abs().max().item() for name in first if first[name].is_floating_point())
 
 
-def listed(folder: Path) -> tuple[Tensor, Tensor]:
+def listed(folder: Path, resize: bool) -> tuple[Tensor, Tensor]:
     """All images of a split and their classes, in the order of the folders' and the files' names, by Pillow.
 
-    Those of validation are enlarged to 32 / 0.875 pixels, of which the centre is cut out.
+    For validation they are enlarged to 32 / 0.875 pixels, of which the centre is cut out.
     """
     files = sorted(folder.glob("*/*.png"))
     images = [Image.open(file) for file in files]
-    if folder.name == "val":
+    if resize:
         images = [each.resize((36, 36), Image.Resampling.BILINEAR).crop((2, 2, 34, 34)) for each in images]
     pixels = np.stack([np.asarray(each) for each in images]) / np.float32(255)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor([CLASSES.index(f.parent.name) for f in files])
@@ -234,7 +234,7 @@ def test_a_checkpoint_gives_the_accuracy_that_was_measured(
     checkpoint = run / f"{name}.pth.tar"
     row = rows(run)[torch.load(checkpoint, weights_only=True)["epoch"]]
     model = timm.create_model("genas_cell", checkpoint_path=checkpoint, num_classes=4, **NETWORK).eval()
-    batch, classes = listed(images / "val")
+    batch, classes = listed(images / "val", resize=True)
     with torch.inference_mode():
         logits = model(batch)
     assert F.cross_entropy(logits, classes).item() == pytest.approx(row["eval_loss"], rel=1e-4)
@@ -249,7 +249,7 @@ def test_a_checkpoint_gives_the_accuracy_that_was_measured(
 
 def by_hand(images: Path, epochs: int, batch: int, auxiliary: float, clip: float, **network: Any) -> nn.Module:
     """The official training loop: label smoothing, auxiliary loss, clipping, classical momentum, decay of all."""
-    batches, classes = listed(images / "train")
+    batches, classes = listed(images / "train", resize=False)
     torch.manual_seed(0)
     model = timm.create_model("genas_cell", num_classes=4, auxiliary=auxiliary > 0, **network)
     optimizer = torch.optim.SGD(model.parameters(), 1.0, momentum=0.9, weight_decay=3e-5)
@@ -311,19 +311,21 @@ def test_the_average_of_the_weights(images: Path, tmp_path: Path, monkeypatch: p
         return result
 
     monkeypatch.setattr(torch.optim.SGD, "step", watched)
-    run = train(tmp_path, images, model_ema=True, model_ema_decay=0.8)
+    changes = {"model_ema": True, "model_ema_decay": 0.96, "epochs": 5, "checkpoint_hist": 5}
+    run = train(tmp_path, images, batch_size=4, lr=0.1, **changes)
     average = seen[0]
     for each in seen[1:]:
-        average = 0.8 * average + 0.2 * each
+        average = 0.96 * average + 0.04 * each
     torch.testing.assert_close(weights(run, key="state_dict")["classifier.bias"], seen[-1])
     torch.testing.assert_close(weights(run, key="state_dict_ema")["classifier.bias"], average)
     # It is validated too, and what is best goes by it.
     figures = rows(run)
-    best = max(figures, key=lambda row: row["eval_top1_ema"])
-    assert torch.load(run / "model_best.pth.tar", weights_only=True)["metric"] == best["eval_top1_ema"]
+    metrics = [torch.load(run / f"checkpoint-{epoch}.pth.tar", weights_only=True)["metric"] for epoch in range(5)]
+    assert metrics == [row["eval_top1_ema"] for row in figures]
+    assert metrics != [row["eval_top1"] for row in figures]
     model = timm.create_model("genas_cell", num_classes=4, **NETWORK)
     model.load_state_dict(weights(run, key="state_dict_ema"))
-    batch, classes = listed(images / "val")
+    batch, classes = listed(images / "val", resize=True)
     with torch.inference_mode():
         loss = F.cross_entropy(model.eval()(batch), classes).item()
     assert loss == pytest.approx(figures[-1]["eval_loss_ema"], rel=1e-4)
@@ -355,6 +357,22 @@ def check_same_training(run: Path, large: Path) -> None:
 )
 def test_small_batches_add_up_to_a_large_one(change: dict[str, Any], large: Path, images: Path, tmp_path: Path) -> None:
     check_same_training(train(tmp_path, images, **{**LARGE, **change}), large)
+
+
+def test_the_last_step_of_an_epoch_is_the_mean_of_the_passes_that_it_has(images: Path, tmp_path: Path) -> None:
+    # Two batches of 16, where three would make a step.
+    few = train(tmp_path / "few", images, **{**LARGE, "grad_accum_steps": 3})
+    check_same_training(few, train(tmp_path / "one", images, **{**LARGE, "batch_size": 32}))
+
+
+def test_images_are_prepared_as_told(images: Path, tmp_path: Path) -> None:
+    run = train(tmp_path, images, crop_pct=1.0, mean=[0.5, 0.4, 0.3], std=[0.25, 0.5, 0.75])
+    model = timm.create_model("genas_cell", num_classes=4, checkpoint_path=run / "last.pth.tar", **NETWORK).eval()
+    batch, classes = listed(images / "val", resize=False)
+    batch = (batch - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([0.25, 0.5, 0.75])[:, None, None]
+    with torch.inference_mode():
+        loss = F.cross_entropy(model(batch), classes).item()
+    assert loss == pytest.approx(rows(run)[-1]["eval_loss"], rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- two processes
@@ -525,6 +543,8 @@ def message_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ({"opt": "nope"}, ["nope"]),
         ({"opt_kwargs": {"colour": 1}}, ["colour"]),
         ({"sched": "nope"}, ["nope"]),
+        # It would wait for a figure that is never told.
+        ({"sched": "plateau"}, ["plateau"]),
         ({"tail_epochs": 2}, ["tail", "2"]),
         ({"dataset": "nope"}, ["nope"]),
         ({"dataset": "torch/nope"}, ["nope"]),
@@ -549,6 +569,15 @@ def test_no_cuda_device(images: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "cuda" in message and "--device cpu" in message
 
 
+@pytest.mark.parametrize("content", [b"", b"text\n", b"no weights", b"PK\x03\x04"], ids=repr)
+def test_a_damaged_checkpoint_to_start_from(
+    content: bytes, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "weights.pth").write_bytes(content)
+    message = message_of(capsys, *configured(tmp_path, images, initial_checkpoint=str(tmp_path / "weights.pth")))
+    assert "weights.pth" in message
+
+
 def test_folders_that_do_not_fit(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = shutil.copytree(images, tmp_path / "images")
     shutil.rmtree(folder / "val" / "grey")
@@ -563,6 +592,21 @@ def test_folders_that_do_not_fit(images: Path, tmp_path: Path, capsys: pytest.Ca
     (folder / "train").rename(folder / "val")
     message = message_of(capsys, *configured(tmp_path, folder))
     assert "train" in message and "it has: val" in message
+
+
+class Stream(IterableDataset):
+    """Images that come one after the other, as from timm's ``wds/`` and ``tfds/``; neither is needed here."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        yield from ()
+
+
+def test_a_dataset_without_an_order_of_its_own(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("timm_models.data.create_dataset", lambda *names, **arguments: Stream())
+    message = message_of(capsys, *configured(tmp_path, images, dataset="wds/stream", num_classes=4))
+    assert "wds/stream" in message
 
 
 # With a warm-up of one epoch the first is tame.

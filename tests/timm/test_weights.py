@@ -84,27 +84,19 @@ def file(tmp_path: Path, state: State) -> Path:
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_an_official_checkpoint_fills_every_tensor(tmp_path, name):
+def test_an_official_checkpoint_fills_every_tensor_and_gives_the_cores_logits(tmp_path, images, name):
     state = official_state(name)
     path = official_file(tmp_path / "model_best.pth.tar", state)
-    assert_holds(create(name, auxiliary=True, checkpoint_path=path), state)
     assert_holds(create(name, checkpoint_path=path), without(state, "auxiliary_head."))
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_logits_are_those_of_the_core_with_the_same_weights(images, name):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        core = CellNetwork(ZOO[name].genotype, 4, CELLS, 1000, auxiliary=True).train()
-    model = create(name, auxiliary=True).train()
-    model.load_state_dict(core.state_dict())
+    model = create(name, auxiliary=True, checkpoint_path=path)
+    assert_holds(model, state)
+    core = CellNetwork(ZOO[name].genotype, 4, CELLS, 1000, auxiliary=True)
+    core.load_state_dict(state)
+    # In training the auxiliary logits too, which are those of the cell at two thirds.
     x = images(2, 3, 97, 64)
-    for _ in range(2):
-        # In training the auxiliary logits too, which are those of the cell at two thirds.
-        one, other = core(x), model(x)
-        assert len(one) == len(other) == 2
-        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
-        core.eval(), model.eval()
+    pairs = [*zip(core(x), model(x), strict=True), (core.eval()(x), model.eval()(x))]
+    assert len(pairs) == 3
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_an_official_checkpoint_of_full_width(tmp_path):
@@ -114,19 +106,17 @@ def test_an_official_checkpoint_of_full_width(tmp_path):
     assert sum(parameter.numel() for parameter in model.parameters()) == 5_195_205
 
 
-@pytest.mark.parametrize("auxiliary", [False, True])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
-def test_prefixes_are_dropped(tmp_path, state, prefix, auxiliary):
+def test_prefixes_are_dropped(tmp_path, state, prefix):
     path = official_file(tmp_path / "file.pth.tar", state, prefix)
-    expected = state if auxiliary else without(state, "auxiliary_head.")
-    assert_holds(create(auxiliary=auxiliary, checkpoint_path=path), expected)
+    assert_holds(create(auxiliary=True, checkpoint_path=path), state)
     # Nor does it matter who reads the file.
-    model = create(auxiliary=auxiliary)
+    model = create()
     stored = torch.load(path, weights_only=True)["state_dict"]
     before = dict(stored)
     result = model.load_state_dict(stored)
     assert result.missing_keys == result.unexpected_keys == []
-    assert_holds(model, expected)
+    assert_holds(model, without(state, "auxiliary_head."))
     assert stored.keys() == before.keys() and all(stored[name] is before[name] for name in before)
 
 
@@ -308,9 +298,8 @@ def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path, state, misfit)
         timm.models.load_checkpoint(model, str(path))
     assert "does not fit" in str(caught.value) and str(ZOO[NAME].genotype) in str(caught.value)
     assert_holds(model, before)
-    for load in (by_checkpoint_path, by_pretrained):
-        with pytest.raises(RuntimeError, match=message):
-            load(path)
+    with pytest.raises(RuntimeError, match=message):
+        by_pretrained(path)
 
 
 def test_a_file_of_another_network_is_refused(tmp_path):
