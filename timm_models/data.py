@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from timm_models.settings import Settings
 
 __all__ = ["Lighting", "count_classes", "evaluation_loader", "load_datasets", "training_loader"]
 
 _FOLDERS = ("", "folder", "image_folder")
-_SOURCES = ("torch", "hfds", "hfids", "tfds", "wds")
+_SOURCES = ("torch", "hfds")
 
 
 class Lighting:
@@ -83,6 +83,8 @@ def load_datasets(settings: Settings) -> tuple[Dataset, Dataset]:
             raise ValueError(
                 f"timm cannot open the dataset {name!r}, split {split!r}: {error or 'unknown'}."
             ) from error
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(f"{settings.dataset} is a stream, and the launcher needs images by number: use folders.")
         # timm takes the whole folder where it finds none for the split, and would validate on what it trained on.
         if folders and Path(dataset.reader.root).resolve() == Path(settings.data_dir).resolve():
             raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -171,8 +170,12 @@ def find_checkpoint(place: str | Path) -> Path | None:
         try:
             # All of it, not only what is read at first.
             torch.load(candidate, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, OSError) as error:
+        # What torch.load raises depends on where the damage is: IndexError and struct.error among others.
+        except Exception as error:
             _logger.warning("%s is damaged: %s", candidate, " ".join(str(error).split())[:200])
             continue
         return candidate
-    raise SettingsError(f"The checkpoints of {place} are damaged: {', '.join(path.name for path in candidates)}.")
+    raise SettingsError(
+        f"The checkpoints of {place} are damaged ({', '.join(path.name for path in candidates)}): name an earlier one, "
+        "checkpoint-EPOCH.pth.tar."
+    )

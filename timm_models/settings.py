@@ -147,6 +147,12 @@ class Settings:
             if getattr(self, name) not in choices:
                 shown = ", ".join(choice or "empty" for choice in choices)
                 raise SettingsError(f"{name} must be one of {shown}, got {getattr(self, name)!r}.")
+        if self.drop_path and self.torchcompile:
+            raise SettingsError(
+                "drop_path changes in every epoch, and torchcompile would compile anew each time: leave one out."
+            )
+        if self.sched == "plateau":
+            raise SettingsError("sched plateau needs figures that a resumed run would not have: choose another.")
         if self.global_batch_size is not None and self.grad_accum_steps != 1:
             raise SettingsError("global_batch_size sets grad_accum_steps: give one of them.")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -154,6 +155,10 @@ class Trainer:
                 checkpoint_path=settings.initial_checkpoint or None,
                 **arguments,
             )
+        except (EOFError, LookupError, pickle.UnpicklingError, RuntimeError) as error:
+            if not settings.initial_checkpoint:
+                raise
+            raise SettingsError(f"{settings.initial_checkpoint} cannot be loaded: {error or 'it is empty'}") from error
         except TypeError as error:
             advice = " (it has no auxiliary head: auxiliary_weight must be 0)" if "auxiliary" in str(error) else ""
             raise SettingsError(f"{settings.model} refuses its arguments{advice}: {error}") from error
