@@ -58,7 +58,7 @@ class Layers:
 
     def activate(self, inplace: bool = False) -> nn.Module:
         """An activation; in place where asked for and where the activation can."""
-        layer = self.act()
+        layer = self.act().to(**self.placement)
         if hasattr(layer, "inplace"):
             layer.inplace = inplace
         return layer

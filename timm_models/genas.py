@@ -68,7 +68,9 @@ class GenasNet(nn.Module):
             has it). They are outputs of convolutions and poolings, not activated.
 
     Raises:
-        ValueError: A genotype, ``init_channels``, ``num_cells`` or ``output_stride`` that cannot be.
+        ValueError: A genotype, ``init_channels``, ``num_cells``, ``output_stride``, ``drop_path_rate`` or a name of a
+            layer that cannot be.
+        TypeError: ``genotype`` is something else.
     """
 
     def __init__(
@@ -93,10 +95,9 @@ class GenasNet(nn.Module):
         if init_channels is None:
             init_channels = fit_channels(self.genotype)
         shapes = cell_shapes(init_channels, num_cells, "imagenet", output_stride)
-        try:
-            self._layers = Layers(get_norm_layer(norm_layer), get_act_layer(act_layer), device, dtype)
-        except KeyError as error:
-            raise ValueError(f"timm has no normalisation or activation layer {error}.") from error
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise ValueError(f"drop_path_rate must be at least 0 and below 1, got {drop_path_rate}.")
+        self._layers = _find_layers(norm_layer, act_layer, device, dtype)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -186,6 +187,12 @@ class GenasNet(nn.Module):
             self.auxiliary_head.classifier.train(self.training)
         self.global_pool.train(self.training)
         self.classifier.train(self.training)
+
+    @torch.jit.ignore
+    def stages(self) -> list[list[nn.Module]]:
+        """Modules by the feature that they lead to: the stem, and the cells up to each reduction."""
+        ends = zip(self._taps, self._taps[1:], strict=False)
+        return [[self.stem0, self.stem1], *(list(self.cells[start:end]) for start, end in ends)]
 
     def _run(self, x: Tensor, taps: list[int], last: int) -> tuple[Tensor, list[Tensor]]:
         """Stem and cells up to number ``last``; the features at ``taps`` beside the last ones."""
@@ -361,7 +368,22 @@ def _resolved(genotype: Genotype | str | Iterable[int]) -> Genotype:
         return genotype
     if isinstance(genotype, str) or hasattr(genotype, "__fspath__"):
         return find_genotype(genotype)
+    if not isinstance(genotype, Iterable):
+        raise TypeError(
+            "genotype must be a Genotype, a name of the zoo, the JSON file of a search, or 28 integers; "
+            f"got {genotype!r}."
+        )
     return Genotype.from_code(genotype)
+
+
+def _find_layers(norm: Any, act: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> Layers:
+    try:
+        layers = Layers(get_norm_layer(norm), get_act_layer(act), device, dtype)
+    except KeyError as error:
+        raise ValueError(f"timm has no normalisation or activation layer {error}.") from error
+    if layers.norm is None or layers.act is None:
+        raise ValueError(f"norm_layer and act_layer cannot be left out, got {norm!r} and {act!r}.")
+    return layers
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:

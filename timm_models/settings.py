@@ -123,10 +123,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
                 raise SettingsError(f"{name} must be at least {least} and finite, got {value}.")
-        for name in ("drop", "drop_path", "hflip", "reprob"):
+        for name in ("drop", "hflip", "reprob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingsError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
-        for name in ("smoothing", "model_ema_decay"):
+        for name in ("smoothing", "drop_path", "model_ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
         for name in ("lr", "clip_grad"):

@@ -335,3 +335,30 @@ def test_a_bad_genotype_file_is_refused_by_name(tmp_path, change, message):
     (tmp_path / "genotype.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match=rf"genotype\.json: .*{message}"):
         timm.create_model("genas_cell", genotype=str(tmp_path / "genotype.json"), device="meta")
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan")])
+def test_drop_path_rate_out_of_range_is_refused(rate: float) -> None:
+    with pytest.raises(ValueError, match=f"drop_path_rate must be at least 0 and below 1, got {rate}"):
+        timm.create_model("genas_flatness_c100", drop_path_rate=rate, device="meta")
+
+
+def test_foreign_arguments_are_refused_with_what_was_expected() -> None:
+    with pytest.raises(TypeError, match=r"genotype must be a Genotype, a name of the zoo.*got 5"):
+        timm.create_model("genas_cell", genotype=5)
+    for name in ("norm_layer", "act_layer"):
+        with pytest.raises(ValueError, match="cannot be left out"):
+            timm.create_model("genas_flatness_c100", device="meta", **{name: ""})
+
+
+def test_an_activation_with_weights_is_created_where_the_network_is() -> None:
+    model = timm.create_model("genas_flatness_c100", act_layer="prelu", device="meta")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_stages_hold_every_cell_once() -> None:
+    model = timm.create_model("genas_flatness_c100", device="meta")
+    stages = model.stages()
+    # Reduction cells at one and two thirds of 14 begin the later stages.
+    assert [len(stage) for stage in stages] == [2, 4, 5, 5]
+    assert [module for stage in stages[1:] for module in stage] == list(model.cells)
