@@ -637,6 +637,8 @@ def test_interrupted_and_continued(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     step, count = torch.optim.SGD.step, 0
+    # A shell that runs the tests in the background has them ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def watched(optimizer: torch.optim.SGD, *arguments: Any) -> Any:
         nonlocal count
@@ -647,7 +649,10 @@ def test_interrupted_and_continued(
         return step(optimizer, *arguments)
 
     monkeypatch.setattr(torch.optim.SGD, "step", watched)
-    status, _ = launch(*configured(tmp_path, images))
+    try:
+        status, _ = launch(*configured(tmp_path, images))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert status == 130
     assert "--resume" in capsys.readouterr().err.splitlines()[-1]
     assert launch("--resume", str(tmp_path / "run"))[0] == 0
