@@ -35,6 +35,11 @@ EXTRAS: dict[str, list[str]] = {
         "mmcv-lite>=2.0.0rc4,<2.2",
         "ftfy",
         "regex",
+        "timm>=1.0.31",
+        "torchvision",
+        "pillow",
+        # The pictures of which the quickstart's scenes are made.
+        "scikit-image",
     ],
     # What RetinaNet needs besides Detectron2 itself, which is not on PyPI and so cannot be listed here.
     "detectron2": [

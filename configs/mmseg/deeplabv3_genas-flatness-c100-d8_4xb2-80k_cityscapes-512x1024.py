@@ -1,0 +1,9 @@
+_base_ = [
+    "_base_/deeplabv3_genas-d8.py",
+    "mmseg::_base_/datasets/cityscapes.py",
+    "mmseg::_base_/default_runtime.py",
+    "mmseg::_base_/schedules/schedule_80k.py",
+]
+crop_size = (512, 1024)
+data_preprocessor = {"size": crop_size}
+model = {"data_preprocessor": data_preprocessor}

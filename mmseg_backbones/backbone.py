@@ -1,0 +1,141 @@
+"""A GeNAS network as MMSegmentation backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mmcv.cnn import build_norm_layer
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from genas_plugins.checkpoints import read_state
+from genas_plugins.zoo import ZOO
+from timm_models import GenasNet
+
+__all__ = ["GeNASBackbone"]
+
+
+@MODELS.register_module()
+class GeNASBackbone(BaseModule):
+    """The stem and the cells of a GeNAS network, from a few strides.
+
+    Stages: the stem (0), and the cells up to each reduction (1, 2, 3). Features: 0 is the stem's at stride 4, 1 to
+    3 are the stages', at strides 8, 16 and 32 where ``output_stride`` does not keep them lower.
+
+    Args:
+        arch: A name of the zoo, the JSON file of a search, or 28 integers.
+        init_channels: C. None: that of the zoo, or for other genotypes the largest within 600 M multiply-adds.
+        in_channels: Channels of the images.
+        out_indices: Features to return, ascending.
+        output_stride: 8, 16 or 32; see :class:`timm_models.GenasNet`.
+        norm_cfg: MMSegmentation's, for instance ``dict(type="SyncBN", requires_grad=True)``.
+        norm_eval: Keep the statistics of batch normalisation in training.
+        frozen_stages: Stages up to this one are not trained; -1: all are.
+        drop_path_rate: Probability to drop an operation for an image in training.
+        with_cp: Recompute activations: less memory, more time.
+        init_cfg: ``dict(type="Pretrained", checkpoint=FILE)`` for an official ImageNet checkpoint, a file of
+            ``genas convert`` or a checkpoint of timm's training; or any other of mmengine's.
+
+    Raises:
+        ValueError: An unknown ``arch``, an ``output_stride``, ``out_indices`` or ``frozen_stages`` that cannot be.
+    """
+
+    def __init__(
+        self,
+        arch: str | Sequence[int],
+        init_channels: int | None = None,
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        output_stride: int = 8,
+        norm_cfg: dict[str, Any] | None = None,
+        norm_eval: bool = False,
+        frozen_stages: int = -1,
+        drop_path_rate: float = 0.0,
+        with_cp: bool = False,
+        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        if not -1 <= frozen_stages <= 3:
+            raise ValueError(f"frozen_stages must be from -1 (none) to 3 (all), got {frozen_stages}.")
+        norm_cfg = {"type": "BN", "requires_grad": True} if norm_cfg is None else norm_cfg
+
+        def norm(channels: int, **placement: Any) -> nn.Module:
+            return build_norm_layer(norm_cfg, channels)[1]
+
+        if init_channels is None and arch in ZOO:
+            init_channels = ZOO[arch].init_channels
+        self.network = GenasNet(
+            arch,
+            init_channels,
+            num_classes=0,
+            in_chans=in_channels,
+            global_pool="",
+            output_stride=output_stride,
+            drop_path_rate=drop_path_rate,
+            norm_layer=norm,
+        )
+        self.out_indices = self.network.prune_intermediate_layers(list(out_indices))
+        self.network.set_grad_checkpointing(with_cp)
+        self.norm_eval = norm_eval
+        self.frozen_stages = frozen_stages
+        self._freeze()
+
+    @property
+    def out_channels(self) -> list[int]:
+        """Channels of the features that are returned."""
+        return [self.network.feature_info[index]["num_chs"] for index in self.out_indices]
+
+    @property
+    def out_strides(self) -> list[int]:
+        """Their strides."""
+        return [self.network.feature_info[index]["reduction"] for index in self.out_indices]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Features ``(N, C_i, H / s_i, W / s_i)``, rounded up, of images ``(N, in_channels, H, W)``.
+
+        Raises:
+            ValueError: The images are smaller than 32 pixels.
+        """
+        if min(x.shape[2:]) < 32:
+            raise ValueError(
+                f"Images must have at least 32 pixels on each side, got {tuple(x.shape[2:])}: choose a larger crop."
+            )
+        return tuple(self.network.forward_intermediates(x, self.out_indices, intermediates_only=True))
+
+    def init_weights(self) -> None:
+        """Initialise as ``init_cfg`` says; ``Pretrained`` weights must fit, or an error names those that do not.
+
+        Raises:
+            FileNotFoundError: There is no such checkpoint.
+            ValueError: It cannot be read.
+            RuntimeError: It does not fit.
+        """
+        configs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
+        pretrained = [config for config in configs if config and config["type"] == "Pretrained"]
+        if not pretrained:
+            super().init_weights()
+            return
+        checkpoint = pretrained[-1]["checkpoint"]
+        self.network.load_state_dict(read_state(checkpoint))
+        print_log(f"The backbone's weights are from {checkpoint}.", logger="current")
+        self._is_init = True
+
+    def train(self, mode: bool = True) -> GeNASBackbone:
+        """Set training mode, but for what is frozen."""
+        super().train(mode)
+        self._freeze()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def _freeze(self) -> None:
+        for stage in self.network.stages()[: self.frozen_stages + 1]:
+            for module in stage:
+                module.eval()
+                module.requires_grad_(False)

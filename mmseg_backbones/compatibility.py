@@ -1,0 +1,77 @@
+"""What MMSegmentation 1.2 lacks on current PyTorch: mmcv's compiled operations, and checkpoints that load as data.
+
+No mmcv that MMSegmentation accepts (below 2.2) compiles against current PyTorch. ``mmcv-lite`` has everything but
+the compiled operations, and ``mmseg.models`` imports some of these, although DeepLab-v3 and most other segmentors
+never call one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import pickle
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+
+__all__ = ["allow_checkpoints", "stand_in_for_mmcv_ops"]
+
+_EXTENSION = "mmcv._ext"
+
+
+class _StandIn(ModuleType):
+    """mmcv's compiled operations: any name can be imported, and none can be called."""
+
+    def __getattr__(self, name: str) -> Callable[..., NoReturn]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def missing(*arguments: Any, **keywords: Any) -> NoReturn:
+            raise RuntimeError(
+                f"{name} is one of mmcv's compiled operations, which mmcv-lite does not have: install mmcv >= 2.0 and "
+                "< 2.2 with a PyTorch that it compiles against (https://mmcv.readthedocs.io, Installation)."
+            )
+
+        return missing
+
+
+def stand_in_for_mmcv_ops() -> bool:
+    """Make ``mmseg.models`` importable with mmcv-lite; returns whether that was needed.
+
+    Where mmcv has its compiled operations, nothing is touched.
+    """
+    if _EXTENSION in sys.modules or importlib.util.find_spec(_EXTENSION) is not None:
+        return False
+    module = _StandIn(_EXTENSION)
+    # mmcv looks for the module by its specification.
+    module.__spec__ = importlib.machinery.ModuleSpec(_EXTENSION, None)
+    sys.modules[_EXTENSION] = module
+    return True
+
+
+def allow_checkpoints() -> None:
+    """Let ``torch.load`` read mmengine's checkpoints as data.
+
+    They hold the history of what was logged, as mmengine's ``HistoryBuffer`` of NumPy arrays. PyTorch refuses
+    such classes unless they are named; these only hold numbers. A ``HistoryBuffer`` refers to its own methods by
+    ``getattr``, in whose place stands a function that gives these and nothing else.
+    """
+    multiarray = importlib.import_module(
+        "numpy.core.multiarray" if np.__version__.startswith("1.") else "numpy._core.multiarray"
+    )
+    allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar]
+    allowed += [(_statistic, "builtins.getattr")]
+    allowed += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
+    torch.serialization.add_safe_globals(allowed)
+
+
+def _statistic(owner: Any, name: str) -> Any:
+    if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
+        raise pickle.UnpicklingError(f"A checkpoint refers to {name!r} of {owner!r}, which could execute code.")
+    return getattr(HistoryBuffer, name)

@@ -1,0 +1,144 @@
+"""mmcv-lite, mmengine's checkpoints and mmseg's own tools."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import load_checkpoint
+
+import mmseg_backbones  # noqa: F401
+from genas_plugins.files import packaged_configs
+from mmseg_backbones.compatibility import stand_in_for_mmcv_ops
+from mmseg_backbones.synthetic import CLASSES, PALETTE, draw_scene, write_scenes
+
+QUICKSTART = packaged_configs("mmseg", ".py")["deeplabv3_genas-flatness-c100-d8_1xb8-400_quickstart_synthetic"]
+
+
+def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment(), cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_compiled_operation_says_what_is_missing() -> None:
+    operations = pytest.importorskip("mmcv.ops")
+    if hasattr(sys.modules["mmcv._ext"], "__file__"):
+        pytest.skip("mmcv has its compiled operations here")
+    with pytest.raises(RuntimeError, match=r"nms is one of mmcv's compiled operations.*install mmcv >= 2.0"):
+        operations.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([0.5]), 0.5)
+
+
+def test_a_full_mmcv_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = ModuleType("mmcv._ext")
+    monkeypatch.setitem(sys.modules, "mmcv._ext", loaded)
+    assert stand_in_for_mmcv_ops() is False
+    assert sys.modules["mmcv._ext"] is loaded
+    # Installed and not yet imported.
+    monkeypatch.delitem(sys.modules, "mmcv._ext")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
+    assert stand_in_for_mmcv_ops() is False
+    assert "mmcv._ext" not in sys.modules
+    # Not installed.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert stand_in_for_mmcv_ops() is True
+    assert sys.modules["mmcv._ext"].__spec__.name == "mmcv._ext"
+
+
+def test_checkpoints_of_mmengine_load_as_data(tmp_path: Path) -> None:
+    history = HistoryBuffer([1.5, 2.5], [1, 1])
+    saved = {"meta": {"iter": 3}, "message_hub": {"log_scalars": {"train/loss": history, "value": np.float64(2.0)}}}
+    torch.save(saved, tmp_path / "iter_3.pth")
+    loaded = torch.load(tmp_path / "iter_3.pth", weights_only=True)
+    assert loaded["message_hub"]["log_scalars"]["train/loss"].mean() == 2.0
+    assert loaded["message_hub"]["log_scalars"]["value"] == 2.0
+
+
+class _Payload:
+    def __reduce__(self) -> Any:
+        return (os.mkdir, ("executed",))
+
+
+class _Roundabout:
+    """Gets hold of a function through what a HistoryBuffer may refer to."""
+
+    def __reduce__(self) -> Any:
+        return (getattr, (HistoryBuffer, "__init__"))
+
+
+@pytest.mark.parametrize("payload", [_Payload(), _Roundabout()])
+def test_nothing_else_is_unpickled(payload: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "meta": payload}, "bad.pth")
+    with pytest.raises(Exception, match=r"(?i)unsupported global|could execute code"):
+        load_checkpoint(torch.nn.Linear(1, 1), "bad.pth")
+    assert not Path("executed").exists()
+
+
+def test_scenes_are_exact_and_disjoint(tmp_path: Path) -> None:
+    folder = write_scenes(tmp_path / "scenes", training=3, validation=2, size=64, seed=1)
+    assert sorted(path.name for path in (folder / "masks" / "train").iterdir()) == ["0000.png", "0001.png", "0002.png"]
+    again = draw_scene(np.random.default_rng((1, False, 0)), 64, False)
+    image, mask = again
+    assert image.shape == (64, 64, 3) and mask.shape == (64, 64)
+    assert set(np.unique(mask)) <= set(range(len(CLASSES)))
+    from PIL import Image
+
+    assert np.array_equal(np.asarray(Image.open(folder / "images" / "train" / "0000.png")), image)
+    assert np.array_equal(np.asarray(Image.open(folder / "masks" / "train" / "0000.png")), mask)
+    # The sky is above, the lawn below.
+    assert mask[0, 0] in (0, 4) and mask[-1].max() in (1, 2)
+    with pytest.raises(FileExistsError, match="has scenes already"):
+        write_scenes(folder)
+
+
+def test_the_quickstart_names_the_classes_of_the_scenes() -> None:
+    meta = Config.fromfile(QUICKSTART).train_dataloader.dataset.metainfo
+    assert tuple(meta.classes) == CLASSES
+    assert tuple(map(tuple, meta.palette)) == PALETTE
+
+
+def test_a_killed_training_is_resumed_by_mmsegs_own_tool(tmp_path: Path) -> None:
+    write_scenes(tmp_path / "data" / "synthetic", training=4, validation=2, size=64)
+    options = ["train_dataloader.batch_size=2", "train_dataloader.num_workers=0", "val_dataloader.num_workers=0"]
+    options += ["train_dataloader.persistent_workers=False", "val_dataloader.persistent_workers=False"]
+    options += ["train_cfg.max_iters=6", "train_cfg.val_interval=6", "default_hooks.checkpoint.interval=2"]
+    options += ["default_hooks.logger.interval=1", "model.backbone.init_channels=2", "model.decode_head.in_channels=32"]
+    options += ["model.auxiliary_head.in_channels=16", "default_hooks.visualization.draw=False"]
+    command = ["-W", "ignore", "-m", "mmseg_backbones.train", str(QUICKSTART), "--work-dir", "work"]
+    command += ["--cfg-options", *options]
+    with subprocess.Popen(
+        [sys.executable, *command],
+        env=environment(),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as running:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "work" / "last_checkpoint").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        running.send_signal(signal.SIGKILL)
+    assert (tmp_path / "work" / "last_checkpoint").exists()
+    done = python(*command[:7], "--resume", *command[7:], folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    output = done.stdout + done.stderr
+    assert "resumed epoch" in output and "Iter(train) [6/6]" in output
+    assert "mIoU" in output
+    assert (tmp_path / "work" / "iter_6.pth").exists()
