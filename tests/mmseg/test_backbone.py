@@ -12,7 +12,6 @@ from mmseg.registry import MODELS
 from mmseg.utils import register_all_modules
 from torch import nn
 
-import mmseg_backbones  # noqa: F401  (before mmseg.models, which mmcv-lite alone cannot import)
 from genas_plugins import ZOO
 from genas_plugins.checkpoints import convert_network
 from genas_plugins.counting import count_parameters

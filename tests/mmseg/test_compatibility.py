@@ -20,7 +20,6 @@ from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import load_checkpoint
 
-import mmseg_backbones  # noqa: F401
 from genas_plugins.files import packaged_configs
 from mmseg_backbones.compatibility import stand_in_for_mmcv_ops
 from mmseg_backbones.synthetic import CLASSES, PALETTE, draw_scene, write_scenes

@@ -12,7 +12,6 @@ from mmengine.config import Config
 from mmseg.registry import MODELS
 from mmseg.utils import register_all_modules
 
-import mmseg_backbones  # noqa: F401
 from genas_plugins import ZOO
 from genas_plugins.files import packaged_configs
 
