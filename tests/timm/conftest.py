@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 
 import pytest
 import timm
@@ -13,6 +14,17 @@ import timm_models  # noqa: F401
 
 # Convolutions, poolings and skips of both cells; a third of a second for all that a test does with it.
 SMALL = {"genotype": "genas_flatness_c100", "init_channels": 4, "num_cells": 6, "num_classes": 10}
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """The command adds a handler for the standard error of its time, which a later test no longer has."""
+    loggers = logging.getLogger(), logging.getLogger("timm.utils.checkpoint_saver")
+    handlers, levels = list(loggers[0].handlers), [logger.level for logger in loggers]
+    yield
+    loggers[0].handlers[:] = handlers
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

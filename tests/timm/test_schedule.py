@@ -6,9 +6,7 @@ The rule is that of ``adjust_lr`` and ``main`` in retrain_architecture/retrain.p
 from __future__ import annotations
 
 import csv
-import logging
 from argparse import Namespace
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -76,17 +74,6 @@ class Pixels(nn.Module):
         if self.auxiliary_head is None or not self.training:
             return self.classifier(pixels)
         return self.classifier(pixels), self.auxiliary_head(pixels)
-
-
-@pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    """The command adds a handler for the standard error of its time, which a later test no longer has."""
-    loggers = logging.getLogger(), logging.getLogger("timm.utils.checkpoint_saver")
-    handlers, levels = list(loggers[0].handlers), [logger.level for logger in loggers]
-    yield
-    loggers[0].handlers[:] = handlers
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
 
 
 def test_the_fractions_are_those_worked_out_by_hand() -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import logging
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +90,6 @@ OTHER: dict[str, tuple[Any, list[str]]] = {
     "global_batch_size": (1024, ["1024"]),
     "tensorboard": (False, []),
 }
-
-
-@pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    """The command adds a handler for the standard error of its time, which a later test no longer has."""
-    loggers = logging.getLogger(), logging.getLogger("timm.utils.checkpoint_saver")
-    handlers, levels = list(loggers[0].handlers), [logger.level for logger in loggers]
-    yield
-    loggers[0].handlers[:] = handlers
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
 
 
 def options(*arguments: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -52,17 +51,6 @@ PAPER = {
 
 def each(paths: list[Path]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("config", paths, ids=lambda path: path.stem)
-
-
-@pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    """The command adds a handler for the standard error of its time, which a later test no longer has."""
-    loggers = logging.getLogger(), logging.getLogger("timm.utils.checkpoint_saver")
-    handlers, levels = list(loggers[0].handlers), [logger.level for logger in loggers]
-    yield
-    loggers[0].handlers[:] = handlers
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
 
 
 @pytest.fixture(scope="module")
