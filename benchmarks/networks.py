@@ -56,6 +56,8 @@ MODES = ("training", "inference")
 CLASSES, LOSS_WEIGHTS = 1000, (1.0, 0.4)
 LEAST_RATIO = 0.97
 
+MakeArm = Callable[[str, argparse.Namespace], "Arm"]
+
 conv = partial(nn.Conv2d, bias=False)
 
 
@@ -178,26 +180,43 @@ class Arm:
     """A network and what is timed of it."""
 
     def __init__(self, model: nn.Module, args: argparse.Namespace) -> None:
-        self.device, self.clock = args.device, CLOCKS[args.clock]
-        layout = torch.channels_last if args.channels_last else torch.contiguous_format
-        self.model = model.to(self.device, memory_format=layout)
-        self.network = torch.compile(self.model) if args.compile else self.model
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3, momentum=0.9)
+        self.args, self.device, self.clock = args, args.device, CLOCKS[args.clock]
+        self.layout = torch.channels_last if args.channels_last else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=self.layout)
+        self.network = torch.compile(self.model) if getattr(args, "compile", False) else self.model
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, 1e-3, momentum=0.9)
         self.scaler = torch.amp.GradScaler(self.device, enabled=args.amp == "float16")
         self.amp = {"dtype": getattr(torch, args.amp or "bfloat16"), "enabled": args.amp is not None}
         self.synchronize = torch.cuda.synchronize if self.device == "cuda" else lambda: None
-        generator = torch.Generator().manual_seed(0)
+        self.make_batch(torch.Generator().manual_seed(0))
+
+    def make_batch(self, generator: torch.Generator) -> None:
+        """Make the images and what training needs beside them."""
+        args = self.args
         images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, generator=generator)
-        self.images = images.to(self.device, memory_format=layout)
+        self.images = images.to(self.device, memory_format=self.layout)
         self.labels = torch.randint(CLASSES, (args.batch_size,), generator=generator).to(self.device)
+
+    def size(self) -> dict[str, int]:
+        """Parameters without the auxiliary head, and multiply-adds of an image."""
+        named = self.model.named_parameters()
+        parameters = sum(parameter.numel() for name, parameter in named if not name.startswith("auxiliary"))
+        return {"parameters": parameters, "macs": count_macs(self.model, self.args.image_size)}
+
+    def run(self) -> Tensor | None:
+        """A forward pass; the loss in training."""
+        out = self.network(self.images)
+        if not self.model.training:
+            return None
+        pairs = zip(LOSS_WEIGHTS, out if isinstance(out, tuple) else (out,), strict=False)
+        return sum(weight * F.cross_entropy(logits, self.labels) for weight, logits in pairs)
 
     def step(self) -> None:
         with torch.inference_mode(not self.model.training), torch.autocast(self.device, **self.amp):
-            out = self.network(self.images)
-            if not self.model.training:
-                return
-            pairs = zip(LOSS_WEIGHTS, out if isinstance(out, tuple) else (out,), strict=False)
-            loss = sum(weight * F.cross_entropy(logits, self.labels) for weight, logits in pairs)
+            loss = self.run()
+        if loss is None:
+            return
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -215,11 +234,18 @@ class Arm:
         return self.clock() - start
 
 
-def prepare(name: str, modes: Sequence[str], args: argparse.Namespace) -> tuple[Arm, dict[str, float]]:
+def make_arm(name: str, args: argparse.Namespace) -> Arm:
+    """A network with its images."""
+    return Arm(build(name), args)
+
+
+def prepare(
+    name: str, modes: Sequence[str], args: argparse.Namespace, make: MakeArm = make_arm
+) -> tuple[Arm, dict[str, float]]:
     """Build a network and warm it up; also the peak memory in MB that it adds, by mode, where that can be told."""
     measure = args.device == "cuda" or args.memory_of is not None
     before = memory(args.device)[0] if measure else 0.0
-    arm, peaks = Arm(build(name), args), {}
+    arm, peaks = make(name, args), {}
     # Inference first: the optimizer then has no momentum yet.
     for mode in sorted(modes):
         arm.seconds(mode, args.warmup)
@@ -229,6 +255,39 @@ def prepare(name: str, modes: Sequence[str], args: argparse.Namespace) -> tuple[
             arm.seconds(mode, 1)
             peaks[mode] = memory(args.device)[1] - before
     return arm, peaks
+
+
+def compare(
+    names: Sequence[str], args: argparse.Namespace, command: Sequence[str], make: MakeArm = make_arm
+) -> dict[str, dict[str, Any]]:
+    """Measure networks in turns; ratios are to the first.
+
+    Args:
+        names: Of the networks.
+        args: The settings.
+        command: What measures the memory of one network, whose name and mode are added, in a process of its own.
+        make: Builds a network with its images.
+
+    Returns:
+        By name: ``parameters``, ``macs``, and by mode ``images_per_second``, ``memory_mb``, ``ratio``.
+    """
+    arms, models = {}, {}
+    for name in names:
+        arms[name], peaks = prepare(name, MODES, args, make)
+        for mode in MODES if args.memory and not peaks else ():
+            done = subprocess.run([*command, name, mode], stdout=subprocess.PIPE, text=True, check=True)
+            peaks[mode] = float(done.stdout)
+        models[name] = {**arms[name].size(), "memory_mb": peaks, "images_per_second": {mode: [] for mode in MODES}}
+    for index in range(args.rounds):
+        for mode in MODES:
+            for name in list(arms)[:: -1 if index % 2 else 1]:
+                speed = args.steps * args.batch_size / arms[name].seconds(mode, args.steps)
+                models[name]["images_per_second"][mode].append(speed)
+    ours = models[names[0]]["images_per_second"]
+    for model in models.values():
+        other = model["images_per_second"]
+        model["ratio"] = {m: [a / b for a, b in zip(ours[m], other[m], strict=True)] for m in MODES}
+    return models
 
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
@@ -253,12 +312,9 @@ def report(models: dict[str, dict[str, Any]]) -> None:
     print_table(["ratio of speeds by round", *MODES, "target"], ratios[1:])
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of what takes turns."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--models", nargs="*", choices=RELATIVES, default=RELATIVES, help="relatives (default: all)")
-    parser.add_argument("--batch-size", type=int, help="(default: 16 on a CPU, 128 on CUDA)")
-    parser.add_argument("--image-size", type=int, default=224, help="a multiple of 32 (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, help="of a network and mode in a round (default: CPU 1, CUDA 10)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before all rounds (default: %(default)s)")
@@ -266,21 +322,37 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: of this process's work only")
     parser.add_argument("--amp", choices=["bfloat16", "float16"], help="automatic mixed precision")
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="takes minutes: name few --models")
-    parser.add_argument("--memory", action="store_true", help="on a CPU too, on Linux; not with --compile")
+    parser.add_argument("--memory", action="store_true", help="on a CPU too, on Linux")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--check", action="store_true", help="exit 1 when ours is slower than the plain one")
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
+
+
+def parse_options(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], batch_sizes: tuple[int, int]
+) -> argparse.Namespace:
+    """Parse, with defaults that differ between a CPU and CUDA, and refuse numbers that cannot be."""
     args = parser.parse_args(arguments)
     cuda = args.device == "cuda"
-    args.batch_size = (128 if cuda else 16) if args.batch_size is None else args.batch_size
+    args.batch_size = batch_sizes[cuda] if args.batch_size is None else args.batch_size
     args.steps = (10 if cuda else 1) if args.steps is None else args.steps
     for name in ("batch_size", "rounds", "steps", "warmup", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    return args
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--models", nargs="*", choices=RELATIVES, default=RELATIVES, help="relatives (default: all)")
+    parser.add_argument("--batch-size", type=int, help="(default: 16 on a CPU, 128 on CUDA)")
+    parser.add_argument("--image-size", type=int, default=224, help="a multiple of 32 (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="takes minutes: name few --models")
+    parser.add_argument("--check", action="store_true", help="exit 1 when ours is slower than the plain one")
+    args = parse_options(parser, arguments, (16, 128))
     if args.image_size < 32 or args.image_size % 32:
         parser.error(f"--image-size must be a multiple of 32, got {args.image_size}")
-    if args.memory and args.compile and not cuda:
+    if args.memory and args.compile and args.device != "cuda":
         parser.error("--memory on a CPU would count the compiler's own: leave out --compile")
     return args
 
@@ -299,24 +371,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = environment(args)
     print(", ".join(f"{key}: {value}" for key, value in record.items()), flush=True)
     check_agreement(build(OURS), build(PLAIN), args.image_size)
-    arms, models = {}, {}
-    for name in (OURS, PLAIN, *args.models):
-        arms[name], peaks = prepare(name, MODES, args)
-        for mode in MODES if args.memory and not peaks else ():
-            command = [sys.executable, __file__, *arguments, "--memory-of", name, mode]
-            peaks[mode] = float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-        model = arms[name].model
-        parameters = sum(p.numel() for key, p in model.named_parameters() if not key.startswith("auxiliary"))
-        models[name] = {"parameters": parameters, "macs": count_macs(model, args.image_size), "memory_mb": peaks}
-        models[name]["images_per_second"] = {mode: [] for mode in MODES}
-    for index in range(args.rounds):
-        for mode in MODES:
-            for name in list(arms)[:: -1 if index % 2 else 1]:
-                speed = args.steps * args.batch_size / arms[name].seconds(mode, args.steps)
-                models[name]["images_per_second"][mode].append(speed)
-    for model in models.values():
-        ours, other = models[OURS]["images_per_second"], model["images_per_second"]
-        model["ratio"] = {m: [a / b for a, b in zip(ours[m], other[m], strict=True)] for m in MODES}
+    command = [sys.executable, __file__, *arguments, "--memory-of"]
+    models = compare((OURS, PLAIN, *args.models), args, command)
     report(models)
     if args.output:
         args.output.write_text(json.dumps({**record, "models": models}, indent=1, default=str) + "\n")

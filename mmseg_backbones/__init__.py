@@ -6,8 +6,16 @@ mmcv-lite, import this package before ``mmseg.models``.
 
 from genas_plugins._optional import require
 
-for _package in ("timm", "mmengine", "mmcv", "ftfy", "regex", "mmseg"):
+for _package in ("timm", "mmengine", "mmcv", "ftfy", "regex"):
     require(_package, extra="mmseg", purpose="mmseg_backbones")
+try:
+    require("mmseg", extra="mmseg", purpose="mmseg_backbones")
+except AssertionError as error:
+    # How MMSegmentation refuses mmcv 2.2; its message names the lower limit only.
+    raise ImportError(
+        "MMSegmentation refuses the mmcv that is installed, it takes 2.0.0rc4 to 2.1: pip install 'mmcv-lite<2.2'. "
+        f"({error})"
+    ) from error
 
 from mmseg_backbones.compatibility import allow_checkpoints, stand_in_for_mmcv_ops  # noqa: E402
 

@@ -46,7 +46,7 @@ def draw_scene(rng: np.random.Generator, size: int, held_out: bool) -> tuple[_Im
     vanishing, left, width = rng.uniform(0.2, 0.8), rng.uniform(0.0, 0.5), rng.uniform(0.25, 0.5)
     columns = size * np.array([vanishing, left, left + width])
     mask[draw.polygon([horizon, size, size], columns, shape=mask.shape)] = 2
-    radius = rng.uniform(0.06, 0.12) * size
+    radius = rng.uniform(0.09, 0.16) * size
     center = rng.uniform(radius, horizon - radius), rng.uniform(radius, size - radius)
     mask[draw.disk(center, radius, shape=mask.shape)] = 4
     wide, high = (rng.uniform(0.2, 0.4, 2) * size).astype(int)

@@ -24,7 +24,7 @@ from genas_plugins.files import packaged_configs
 from mmseg_backbones.compatibility import stand_in_for_mmcv_ops
 from mmseg_backbones.synthetic import CLASSES, PALETTE, draw_scene, write_scenes
 
-QUICKSTART = packaged_configs("mmseg", ".py")["deeplabv3_genas-flatness-c100-d8_1xb8-400_quickstart_synthetic"]
+QUICKSTART = packaged_configs("mmseg", ".py")["deeplabv3_genas-flatness-c100-d8_1xb8-600_quickstart_synthetic"]
 
 
 def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -114,30 +114,66 @@ def test_the_quickstart_names_the_classes_of_the_scenes() -> None:
     assert tuple(map(tuple, meta.palette)) == PALETTE
 
 
-def test_a_killed_training_is_resumed_by_mmsegs_own_tool(tmp_path: Path) -> None:
-    write_scenes(tmp_path / "data" / "synthetic", training=4, validation=2, size=64)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
+    """A small training that was killed and resumed: its folder, its options, and what the second run printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_scenes(folder / "data" / "synthetic", training=4, validation=2, size=64)
     options = ["train_dataloader.batch_size=2", "train_dataloader.num_workers=0", "val_dataloader.num_workers=0"]
     options += ["train_dataloader.persistent_workers=False", "val_dataloader.persistent_workers=False"]
     options += ["train_cfg.max_iters=6", "train_cfg.val_interval=6", "default_hooks.checkpoint.interval=2"]
     options += ["default_hooks.logger.interval=1", "model.backbone.init_channels=2", "model.decode_head.in_channels=32"]
     options += ["model.auxiliary_head.in_channels=16", "default_hooks.visualization.draw=False"]
-    command = ["-W", "ignore", "-m", "mmseg_backbones.train", str(QUICKSTART), "--work-dir", "work"]
-    command += ["--cfg-options", *options]
+    options = ["--work-dir", "work", "--cfg-options", *options]
+    command = ["-W", "ignore", "-m", "mmseg_backbones.train", str(QUICKSTART)]
     with subprocess.Popen(
-        [sys.executable, *command],
+        [sys.executable, *command, *options],
         env=environment(),
-        cwd=tmp_path,
+        cwd=folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as running:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "work" / "last_checkpoint").exists() and time.monotonic() < deadline:
+        while not (folder / "work" / "last_checkpoint").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         running.send_signal(signal.SIGKILL)
-    assert (tmp_path / "work" / "last_checkpoint").exists()
-    done = python(*command[:7], "--resume", *command[7:], folder=tmp_path)
+    assert (folder / "work" / "last_checkpoint").exists()
+    assert not (folder / "work" / "iter_6.pth").exists(), "the run ended before it was killed"
+    done = python(*command, "--resume", *options, folder=folder)
     assert done.returncode == 0, done.stderr[-2000:]
-    output = done.stdout + done.stderr
+    return folder, options, done.stdout + done.stderr
+
+
+def test_a_killed_training_is_resumed_by_mmsegs_own_tool(trained: tuple[Path, list[str], str]) -> None:
+    folder, _, output = trained
     assert "resumed epoch" in output and "Iter(train) [6/6]" in output
+    assert "Iter(train) [1/6]" not in output
     assert "mIoU" in output
-    assert (tmp_path / "work" / "iter_6.pth").exists()
+    assert (folder / "work" / "iter_6.pth").exists()
+
+
+def test_a_checkpoint_is_tested_at_several_scales_and_flips(trained: tuple[Path, list[str], str]) -> None:
+    folder, options, _ = trained
+    said = []
+    for flags in ([], ["--tta"]):
+        changes = [option.replace("val_dataloader", "test_dataloader") for option in options]
+        command = ["-W", "ignore", "-m", "mmseg_backbones.test", str(QUICKSTART), "work/iter_6.pth", *flags, *changes]
+        done = python(*command, folder=folder)
+        assert done.returncode == 0, done.stderr[-2000:]
+        said.append(done.stdout + done.stderr)
+    assert all("Iter(test) [2/2]" in output and "mIoU" in output for output in said)
+    assert "SegTTAModel" in said[1] and "SegTTAModel" not in said[0].split("tta_model")[0]
+
+
+def test_a_checkpoint_serves_mmsegs_inference(trained: tuple[Path, list[str], str]) -> None:
+    from mmseg.apis import inference_model, init_model
+
+    folder, options, _ = trained
+    changes = dict(option.split("=") for option in options[3:] if option.startswith("model."))
+    changes = {name: int(value) for name, value in changes.items()}
+    model = init_model(str(QUICKSTART), str(folder / "work" / "iter_6.pth"), device="cpu", cfg_options=changes)
+    assert tuple(model.dataset_meta["classes"]) == CLASSES
+    saved = torch.load(folder / "work" / "iter_6.pth", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    image = draw_scene(np.random.default_rng(0), 97, True)[0]
+    assert inference_model(model, image).pred_sem_seg.data.shape == (1, 97, 97)
