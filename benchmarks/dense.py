@@ -88,7 +88,11 @@ class DetectionArm(DenseArm):
             self.images.append({"image": image.to(self.device), "instances": instances.to(self.device)})
 
     def run(self) -> Tensor | None:
-        out = self.model(self.images)
+        from detectron2.utils.events import EventStorage
+
+        # Where its losses log what they count.
+        with EventStorage():
+            out = self.model(self.images)
         return sum(out.values()) if self.model.training else None
 
 
