@@ -14,6 +14,7 @@ normalisation is per process. From a checkout that is installed::
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
@@ -98,12 +99,12 @@ class DetectionArm(DenseArm):
 
 def build_segmentor(name: str) -> nn.Module:
     """DeepLab-v3 of stride 8 for the 19 classes of Cityscapes."""
+    # Before mmseg, which mmcv-lite cannot do without it.
+    importlib.import_module("mmseg_backbones")
     from mmengine.config import Config
     from mmengine.hub import get_config
     from mmseg.registry import MODELS
     from mmseg.utils import register_all_modules
-
-    import mmseg_backbones  # noqa: F401
 
     register_all_modules()
     if name == RESNET:
