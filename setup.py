@@ -45,7 +45,8 @@ EXTRAS: dict[str, list[str]] = {
     "detectron2": [
         "yacs",
         "fvcore",
-        "iopath",
+        # As Detectron2 has it.
+        "iopath<0.1.10",
         "omegaconf",
         "hydra-core",
         "pycocotools",
@@ -53,6 +54,15 @@ EXTRAS: dict[str, list[str]] = {
         "tabulate",
         "termcolor",
         "tensorboard",
+        "matplotlib>=3.6",
+        "opencv-python",
+        # Detectron2's model zoo imports pkg_resources, which setuptools 82 dropped.
+        "setuptools<82",
+        "timm>=1.0.31",
+        "torchvision",
+        "pillow",
+        # The pictures of which the quickstart's images are made.
+        "scikit-image",
     ],
     "plots": ["matplotlib>=3.6"],
 }

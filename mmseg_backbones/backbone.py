@@ -66,7 +66,7 @@ class GeNASBackbone(BaseModule):
         def norm(channels: int, **placement: Any) -> nn.Module:
             return build_norm_layer(norm_cfg, channels)[1]
 
-        if init_channels is None and arch in ZOO:
+        if init_channels is None and isinstance(arch, str) and arch in ZOO:
             init_channels = ZOO[arch].init_channels
         self.network = GenasNet(
             arch,

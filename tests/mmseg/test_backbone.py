@@ -81,6 +81,12 @@ def test_parameters_are_those_of_the_zoo_without_the_classifier(name: str) -> No
     assert backbone.out_channels == [entry.init_channels * factor for factor in (1, 4, 8, 16)]
 
 
+def test_a_genotype_of_28_integers_is_fitted_to_600_million() -> None:
+    backbone = build(arch=list(ZOO[NAME].genotype.code), init_channels=None)
+    # The zoo's 46 channels are the most that fit, as the paper chose them.
+    assert backbone.out_channels == [46, 184, 368, 736]
+
+
 @pytest.mark.parametrize(("frozen", "cells"), [(-1, 0), (0, 0), (1, 4), (2, 9), (3, 14)])
 def test_frozen_stages_stay_frozen(frozen: int, cells: int) -> None:
     backbone = build(frozen_stages=frozen)

@@ -1,0 +1,124 @@
+"""What both launchers share: options, the configuration's file, data sets of this package, and errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from detectron2.engine import default_argument_parser, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+from torch.multiprocessing import ProcessRaisedException
+
+from detectron2_backbones.backbone import GeNASBackbone
+from genas_plugins.files import packaged_configs
+
+__all__ = ["available_device", "check_backbones", "register_datasets", "run_launcher", "start_logging"]
+
+_logger = logging.getLogger(__name__)
+
+_INTERRUPTED = 130
+_SYNTHETIC = ("genas_synthetic_train", "genas_synthetic_val")
+
+
+def run_launcher(
+    name: str, suffix: str, work: Callable[[argparse.Namespace], object], arguments: Sequence[str] | None
+) -> int:
+    """Parse the command line and run ``work`` on every process.
+
+    Args:
+        name: The command's.
+        suffix: Of its configurations, ``.yaml`` or ``.py``.
+        work: What each process runs, with the options; can be pickled.
+        arguments: Command line without the program's name; None: the process's own.
+
+    Returns:
+        Exit status: 0, 1 with one line on standard error if something is wrong, 130 after Ctrl-C.
+    """
+    parser = default_argument_parser()
+    parser.prog = f"python -m {name}"
+    parser.epilog = (
+        f"--config-file takes a file or a name: {', '.join(packaged_configs('detectron2', suffix))}. "
+        "An override that needs spaces is put in quotes."
+    )
+    parser.formatter_class = argparse.HelpFormatter
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(arguments)
+    try:
+        options.config_file = str(_config_path(options.config_file, suffix))
+        gpus = torch.cuda.device_count()
+        if not 1 <= options.num_gpus <= max(gpus, 1):
+            raise ValueError(f"--num-gpus {options.num_gpus} does not fit this machine, which has {gpus}.")
+        launch(
+            work,
+            options.num_gpus,
+            num_machines=options.num_machines,
+            machine_rank=options.machine_rank,
+            dist_url=options.dist_url,
+            args=(options,),
+        )
+    except KeyboardInterrupt:
+        print("Interrupted. Continue with --resume.", file=sys.stderr)
+        return _INTERRUPTED
+    # Detectron2 and its configurations raise whatever a wrong setting leads to.
+    except Exception as error:
+        if options.debug:
+            raise
+        message = str(error)
+        if isinstance(error, ProcessRaisedException):
+            # The whole traceback of another process; its last line has the reason.
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+        message = " ".join(message.split()) or type(error).__name__
+        print(f"{name}: {message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _config_path(name: str, suffix: str) -> Path:
+    known = packaged_configs("detectron2", suffix)
+    if Path(name).is_file():
+        return Path(name)
+    if name not in known:
+        raise FileNotFoundError(f"There is no configuration {name!r}; the package has: {', '.join(known)}.")
+    return known[name]
+
+
+def start_logging() -> None:
+    """Log this package's messages as Detectron2 logs its own."""
+    setup_logger(distributed_rank=comm.get_rank(), name="detectron2_backbones", abbrev_name="genas")
+
+
+def available_device(device: str) -> str:
+    """``device``, or the CPU where that is CUDA and there is none."""
+    if not device.startswith("cuda") or torch.cuda.is_available():
+        return device
+    _logger.warning("There is no CUDA device: the run is on the CPU, in single precision.")
+    return "cpu"
+
+
+def check_backbones(model: nn.Module) -> None:
+    """Refuse to train frozen normalisation without weights before the first images are loaded.
+
+    Raises:
+        ValueError: See :meth:`GeNASBackbone.check_weights`.
+    """
+    for module in model.modules():
+        if isinstance(module, GeNASBackbone):
+            module.check_weights()
+
+
+def register_datasets(names: Iterable[str]) -> None:
+    """Register the quickstart's generated sets, if one of them is asked for.
+
+    They lie in ``genas_synthetic`` under ``DETECTRON2_DATASETS``, or ``datasets``, as Detectron2 has it.
+    """
+    if not set(names).isdisjoint(_SYNTHETIC):
+        from detectron2_backbones.synthetic import register
+
+        register(os.environ.get("DETECTRON2_DATASETS", "datasets"))

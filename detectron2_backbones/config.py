@@ -1,0 +1,33 @@
+"""The settings of the backbone in a yacs configuration."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+
+__all__ = ["add_genas_config"]
+
+
+def add_genas_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.GENAS``, with its default values, to Detectron2's configuration.
+
+    What is frozen is Detectron2's own ``MODEL.BACKBONE.FREEZE_AT`` (2 by default: the stem and the cells up to
+    ``res3``); pixel order and statistics are its ``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD``,
+    which must be ``RGB``, 0 and 255 for the official ImageNet weights.
+    """
+    node = CfgNode()
+    # A name of the zoo, the JSON file of a search, or 28 integers in one string, separated by spaces.
+    node.ARCH = "genas_flatness_c100"
+    # C, channels of the first cells. 0: the zoo's, or for other genotypes the largest within 600 M multiply-adds.
+    node.INIT_CHANNELS = 0
+    # Some of stem, res3, res4, res5 (strides 4, 8, 16, 32).
+    node.OUT_FEATURES = ["res3", "res4", "res5"]
+    # BN, SyncBN, FrozenBN (only with weights) or GN.
+    node.NORM = "BN"
+    # Probability to drop an operation for an image in training.
+    node.DROP_PATH_RATE = 0.0
+    # Recompute activations in the backward pass: less memory, more time.
+    node.CHECKPOINTING = False
+    # Weights that do not fit the backbone are an error; False: what fits is loaded, the rest is logged. Only the
+    # launcher and the checkpointer of this package read it, not Detectron2's own.
+    node.STRICT_WEIGHTS = True
+    cfg.MODEL.GENAS = node

@@ -1,0 +1,99 @@
+"""``python -m detectron2_backbones.train_net --config-file FILE``: train or evaluate a yacs configuration.
+
+The options are those of Detectron2's own ``tools/train_net.py``. A bare name is one of the package's configurations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import DefaultTrainer, HookBase, default_setup
+from detectron2.evaluation import COCOEvaluator, verify_results
+from detectron2.utils import comm
+
+from detectron2_backbones._launch import (
+    available_device,
+    check_backbones,
+    register_datasets,
+    run_launcher,
+    start_logging,
+)
+from detectron2_backbones.config import add_genas_config
+from detectron2_backbones.weights import GenasCheckpointer
+
+__all__ = ["Trainer", "main", "read_config"]
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's trainer with COCO's evaluation and a checkpointer that knows GeNAS weights."""
+
+    def build_hooks(self) -> list[HookBase]:
+        """Detectron2's hooks; what saves and loads knows GeNAS weights."""
+        # Here, because the hook that saves is made next and keeps the checkpointer.
+        self.checkpointer = GenasCheckpointer(
+            self.model,
+            self.cfg.OUTPUT_DIR,
+            strict=self.cfg.MODEL.GENAS.STRICT_WEIGHTS,
+            trainer=weakref.proxy(self),
+        )
+        return super().build_hooks()
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+        """Average precision of boxes, written under ``OUTPUT_DIR/inference``."""
+        return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
+    """Read a yacs configuration.
+
+    Args:
+        path: The file.
+        overrides: Keys and values in turn.
+
+    Returns:
+        Detectron2's configuration with ``MODEL.GENAS``, on the CPU where there is no CUDA.
+    """
+    cfg = get_cfg()
+    add_genas_config(cfg)
+    cfg.merge_from_file(str(path))
+    cfg.merge_from_list(list(overrides))
+    device = available_device(cfg.MODEL.DEVICE)
+    if device != cfg.MODEL.DEVICE:
+        cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED = device, False
+    cfg.freeze()
+    return cfg
+
+
+def _work(options: argparse.Namespace) -> dict[str, Any]:
+    start_logging()
+    cfg = read_config(options.config_file, options.opts)
+    default_setup(cfg, options)
+    register_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    if options.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = GenasCheckpointer(model, cfg.OUTPUT_DIR, strict=cfg.MODEL.GENAS.STRICT_WEIGHTS)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=options.resume)
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=options.resume)
+    check_backbones(trainer.model)
+    return trainer.train()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; exit status 0, 1 with one line on standard error, or 130 after Ctrl-C."""
+    return run_launcher("detectron2_backbones.train_net", ".yaml", _work, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

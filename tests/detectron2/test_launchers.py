@@ -1,0 +1,255 @@
+"""The launchers: training, evaluation, resuming after a kill, and what they refuse, with yacs and LazyConfig."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from genas_plugins import ZOO
+from genas_plugins.checkpoints import convert_network
+from genas_plugins.files import packaged_configs
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed: docs/detectron2.md says how")
+
+from torch.multiprocessing import ProcessRaisedException
+
+from detectron2_backbones import _launch, lazy_train_net, train_net
+from detectron2_backbones._launch import available_device, register_datasets
+
+pytestmark = pytest.mark.detectron2
+
+NAME = "genas_flatness_c100"
+YACS = """
+    MODEL.GENAS.INIT_CHANNELS 2 MODEL.FPN.OUT_CHANNELS 8 INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64
+    SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 6 SOLVER.STEPS () SOLVER.CHECKPOINT_PERIOD 2 DATALOADER.NUM_WORKERS 0 SEED 1
+    MODEL.RETINANET.SCORE_THRESH_TEST 0.0
+"""
+LAZY = """
+    model.backbone.bottom_up.init_channels=2 model.backbone.top_block.in_channels=32 model.head.conv_dims=[8]
+    dataloader.train.mapper.augmentations.0.short_edge_length=[64] dataloader.train.total_batch_size=2
+    dataloader.test.mapper.augmentations.0.short_edge_length=64 dataloader.train.num_workers=0
+    dataloader.test.num_workers=0 train.max_iter=6 train.checkpointer.period=2 train.log_period=1 train.seed=1
+    model.test_score_thresh=0.0
+"""
+KINDS = {
+    "yacs": ("train_net", f"retinanet_{NAME}_FPN_1x", YACS.split()),
+    "lazy": ("lazy_train_net", f"retinanet_{NAME}_fpn_1x", LAZY.split()),
+}
+SETTINGS = {
+    "yacs": {"output": "OUTPUT_DIR {}", "weights": "MODEL.WEIGHTS {}", "norm": "MODEL.GENAS.NORM {}"},
+    "lazy": {
+        "output": "train.output_dir={}",
+        "weights": "train.init_checkpoint={}",
+        "norm": "model.backbone.bottom_up.norm={}",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory, write_official: Callable[..., Any]) -> Path:
+    """An ImageNet file, as ``genas convert`` writes it."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    write_official(folder / "official.pth.tar")
+    convert_network(folder / "official.pth.tar", folder / "clean.safetensors", ZOO[NAME].genotype)
+    return folder / "clean.safetensors"
+
+
+def arguments_of(kind: str, *flags: str, **settings: Any) -> list[str]:
+    _, config, overrides = KINDS[kind]
+    chosen = [part for name, value in settings.items() for part in SETTINGS[kind][name].format(value).split()]
+    return [*flags, "--config-file", config, *overrides, *chosen]
+
+
+def command(kind: str, *flags: str, **settings: Any) -> list[str]:
+    module = f"detectron2_backbones.{KINDS[kind][0]}"
+    return [sys.executable, "-W", "ignore", "-m", module, *arguments_of(kind, *flags, **settings)]
+
+
+def in_one_process(*runs: tuple[str, list[str]]) -> list[str]:
+    """Several runs of a kind with these arguments; the imports take longer than the runs."""
+    calls = [f"{KINDS[kind][0]}.main({arguments!r})" for kind, arguments in runs]
+    code = f"from detectron2_backbones import lazy_train_net, train_net; print([{', '.join(calls)}])"
+    return [sys.executable, "-W", "ignore", "-c", code]
+
+
+def environment(data: Path) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, sys.path))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DETECTRON2_DATASETS": str(data)}
+
+
+def run(arguments: list[str], data: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, env=environment(data), cwd=folder, capture_output=True, text=True, check=False, timeout=200
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_training_is_resumed(kind: str, tiny_coco: Path, weights: Path, tmp_path: Path) -> None:
+    last = tmp_path / "run" / "last_checkpoint"
+    with subprocess.Popen(
+        command(kind, output="run", weights=weights),
+        env=environment(tiny_coco),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as running:
+        deadline = time.monotonic() + 120
+        while not last.exists() and running.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        running.send_signal(signal.SIGKILL)
+    assert running.returncode == -signal.SIGKILL
+    done_before = int(last.read_text().removeprefix("model_").removesuffix(".pth"))
+    assert done_before < 5
+    done = run(command(kind, "--resume", output="run", weights=weights), tiny_coco, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"Starting training from iteration {done_before + 1}" in done.stdout
+    final = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
+    assert final["iteration"] == 5
+    # The optimizer goes on, too: its momentum is in the checkpoint.
+    trainer = final["trainer"].get("_trainer", final["trainer"])
+    assert trainer["optimizer"]["state"]
+    # Statistics of frozen normalisation, and the stem, are still those of the ImageNet file.
+    reference = convert_network(weights, tmp_path / "again.safetensors").state_dict()
+    prefix = "backbone.bottom_up.network."
+    still = [name for name in final["model"] if name.startswith((f"{prefix}stem", f"{prefix}cells.0."))]
+    still += [name for name in final["model"] if name.startswith(prefix) and ".running_" in name]
+    assert len(still) > 400
+    assert all(torch.equal(final["model"][name], reference[name.removeprefix(prefix)]) for name in still)
+    moved = "cells.13.preprocess1.op.1.weight"
+    assert not torch.equal(final["model"][prefix + moved], reference[moved])
+    # And COCO's evaluation ran at the end.
+    assert "copypaste: AP,AP50,AP75,APs,APm,APl" in done.stdout
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
+    assert "bbox/AP50" in metrics[-1]
+
+
+def test_weights_are_evaluated_without_training(tiny_coco: Path, weights: Path, tmp_path: Path) -> None:
+    runs = [(kind, arguments_of(kind, "--eval-only", output=kind, weights=weights)) for kind in KINDS]
+    done = run(in_one_process(*runs), tiny_coco, tmp_path)
+    assert done.stdout.endswith("[0, 0]\n"), done.stderr[-2000:]
+    assert done.stdout.count("Evaluate annotation type *bbox*") == 2
+    assert "Starting training" not in done.stdout
+
+
+def test_frozen_normalisation_without_weights_is_refused_before_training(tiny_coco: Path, tmp_path: Path) -> None:
+    runs = [(kind, arguments_of(kind, output=kind)) for kind in KINDS]
+    done = run(in_one_process(*runs), tiny_coco, tmp_path)
+    assert done.stdout.endswith("[1, 1]\n"), done.stderr[-2000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("detectron2_backbones.")]
+    assert [line.partition(" layers")[0] for line in lines] == [
+        f"detectron2_backbones.{module}: 201 of 201 FrozenBN" for module, _, _ in KINDS.values()
+    ]
+    assert "Traceback" not in done.stderr and "Traceback" not in done.stdout
+    assert "Starting training" not in done.stdout
+    assert torch.cuda.is_available() or "There is no CUDA device: the run is on the CPU" in done.stdout
+
+
+def test_the_same_seed_gives_the_same_weights(tiny_coco: Path, tmp_path: Path) -> None:
+    names = ("first", "second", "other")
+    runs = [("yacs", [*arguments_of("yacs", output=name, norm="GN"), "DATASETS.TEST", "()"]) for name in names]
+    for _, arguments in runs:
+        arguments.extend(["SOLVER.MAX_ITER", "2"])
+    runs[2][1].extend(["SEED", "2"])
+    done = run(in_one_process(*runs), tiny_coco, tmp_path)
+    assert done.stdout.endswith("[0, 0, 0]\n"), done.stderr[-2000:]
+    first, second, other = (
+        torch.load(tmp_path / name / "model_final.pth", weights_only=True)["model"] for name in names
+    )
+    # Not to the last bit: the first run of a process may round differently.
+    torch.testing.assert_close(second, first)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(other, first)
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(tiny_coco: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    # One process for each of two machines, on the CPU; DDP takes no device there.
+    common = ["train.device=cpu", "train.ddp.device_ids=null", "train.max_iter=2", "train.eval_period=0"]
+    common.append("dataloader.train.total_batch_size=4")
+    processes = []
+    for rank in range(2):
+        flags = ["--num-machines", "2", "--machine-rank", str(rank), "--dist-url", url]
+        line = [*command("lazy", *flags, output="run", norm="GN"), *common]
+        output = (tmp_path / f"{rank}.txt").open("w")
+        processes.append(
+            subprocess.Popen(line, env=environment(tiny_coco), cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT)
+        )
+    assert [process.wait(200) for process in processes] == [0, 0], (tmp_path / "0.txt").read_text()[-2000:]
+    assert "World size: 2" in (tmp_path / "0.txt").read_text()
+    assert "Making batched data loader with batch_size=2" in (tmp_path / "0.txt").read_text()
+    assert torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["iteration"] == 1
+
+
+def test_another_processs_error_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: Any, **keywords: Any) -> None:
+        raise ProcessRaisedException(
+            "-- Process 0 terminated:\nTraceback:\n  File x\nValueError: no such: thing\n", 0, 1
+        )
+
+    monkeypatch.setattr(_launch, "launch", fail)
+    assert train_net.main(["--config-file", KINDS["yacs"][1]]) == 1
+    assert capsys.readouterr().err == "detectron2_backbones.train_net: no such: thing\n"
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (train_net.main, ["--config-file", "nowhere"], "no configuration 'nowhere'; the package has: Base-RetinaNet"),
+        (train_net.main, [], "There is no configuration ''"),
+        (lazy_train_net.main, ["--config-file", "nowhere"], "the package has: retinanet_genas_flatness_c100_fpn_1x"),
+        (train_net.main, ["--config-file", KINDS["yacs"][1], "--num-gpus", "99"], "--num-gpus 99 does not fit"),
+        (train_net.main, ["--config-file", KINDS["yacs"][1], "MODEL.GENAS.ARCHS", "x"], "ARCHS"),
+        (train_net.main, ["--config-file", KINDS["yacs"][1], "MODEL.GENAS.ARCH"], "MODEL.GENAS.ARCH"),
+    ],
+)
+def test_a_wrong_command_is_refused_in_one_line(
+    main: Callable[..., int], arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 1
+    error = capfd.readouterr().err
+    assert error.startswith(f"{main.__module__}: ") and error.count("\n") == 1
+    assert message in error
+
+
+def test_overrides_take_non_strict_weights() -> None:
+    path = packaged_configs("detectron2", ".py")[KINDS["lazy"][1]]
+    assert lazy_train_net.read_config(str(path), ["train.strict=False"]).train.strict is False
+    path = packaged_configs("detectron2", ".yaml")[KINDS["yacs"][1]]
+    assert train_net.read_config(path, ["MODEL.GENAS.STRICT_WEIGHTS", "False"]).MODEL.GENAS.STRICT_WEIGHTS is False
+
+
+def test_the_device_that_is_there_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [available_device(name) for name in ("cuda", "cuda:1", "cpu", "mps")] == ["cpu", "cpu", "cpu", "mps"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert available_device("cuda:1") == "cuda:1"
+
+
+def test_only_the_quickstarts_sets_are_registered_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from detectron2_backbones import synthetic
+
+    asked: list[str] = []
+    monkeypatch.setattr(synthetic, "register", lambda root: asked.append(str(root)))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    register_datasets(["coco_2017_train"])
+    assert asked == []
+    register_datasets(["coco_2017_train", "genas_synthetic_val"])
+    monkeypatch.delenv("DETECTRON2_DATASETS")
+    register_datasets(["genas_synthetic_train"])
+    assert asked == [str(tmp_path), "datasets"]
