@@ -56,8 +56,9 @@ EXTRAS: dict[str, list[str]] = {
         "tensorboard",
         "matplotlib>=3.6",
         "opencv-python",
-        # Detectron2's model zoo imports pkg_resources, which setuptools 82 dropped.
-        "setuptools<82",
+        # Detectron2 is built without isolation, for which setuptools has bdist_wheel since 70.1; its model zoo
+        # imports pkg_resources, which setuptools 82 dropped.
+        "setuptools>=70.1,<82",
         "timm>=1.0.31",
         "torchvision",
         "pillow",

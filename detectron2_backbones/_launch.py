@@ -19,7 +19,7 @@ from torch.multiprocessing import ProcessRaisedException
 from detectron2_backbones.backbone import GeNASBackbone
 from genas_plugins.files import packaged_configs
 
-__all__ = ["available_device", "check_backbones", "register_datasets", "run_launcher", "start_logging"]
+__all__ = ["available_device", "check_backbones", "config_path", "register_datasets", "run_launcher", "start_logging"]
 
 _logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def run_launcher(
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
     try:
-        options.config_file = str(_config_path(options.config_file, suffix))
+        options.config_file = str(config_path(options.config_file, suffix))
         gpus = torch.cuda.device_count()
         if not 1 <= options.num_gpus <= max(gpus, 1):
             raise ValueError(f"--num-gpus {options.num_gpus} does not fit this machine, which has {gpus}.")
@@ -80,7 +80,12 @@ def run_launcher(
     return 0
 
 
-def _config_path(name: str, suffix: str) -> Path:
+def config_path(name: str, suffix: str) -> Path:
+    """The file that ``--config-file`` names: a path, or one of the package's configurations.
+
+    Raises:
+        FileNotFoundError: Neither; the message has the names.
+    """
     known = packaged_configs("detectron2", suffix)
     if Path(name).is_file():
         return Path(name)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from detectron2_backbones._launch import _config_path, register_datasets
+from detectron2_backbones._launch import config_path, register_datasets
 from detectron2_backbones.train_net import read_config
 from detectron2_backbones.weights import GenasCheckpointer
 
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="overrides of the configuration")
     options = parser.parse_args(arguments)
     try:
-        cfg = read_config(_config_path(options.config_file, ".yaml"), options.opts)
+        cfg = read_config(config_path(options.config_file, ".yaml"), options.opts)
         choice = {name: getattr(options, name) for name in ("dataset", "images", "threshold", "limit")}
         files = visualize(cfg, options.weights, options.output, **choice)
         print(f"{len(files)} drawings in {options.output}")
