@@ -9,32 +9,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from functools import singledispatch
 
 import torch
 from torch import Tensor, nn
 
 from genas_plugins.genotype import NODES, CellGene, Genotype, cell_edges
+from genas_plugins.nasbench201 import NasBench201SuperNet, SuperCell
 from genas_plugins.operations import Identity
 from genas_plugins.scoring.flatness import MeasurementError
+from genas_plugins.spaces.nasbench201 import NasBench201Architecture
 from genas_plugins.supernet import SuperNet
 
 __all__ = ["angle", "parameter_angle", "path_counts"]
 
 
-def angle(initial: SuperNet, trained: SuperNet, genotype: Genotype, normalize: bool = False) -> float:
+def angle(
+    initial: SuperNet | NasBench201SuperNet,
+    trained: SuperNet | NasBench201SuperNet,
+    genotype: Genotype | NasBench201Architecture,
+    normalize: bool = False,
+) -> float:
     """Angle between the architecture vectors of ``genotype`` in two supernets.
 
-    A vector holds, for each cell, the weights along each of the 30 paths from an input to an intermediate
-    node whose edges all exist, so that an edge on several paths counts several times; then the convolution
+    In the DARTS space, a vector holds, for each cell, the weights along each of the 30 paths from an input to an
+    intermediate node whose edges all exist, so that an edge on several paths counts several times; then the convolution
     and batch normalisation of the stem and of every preprocessing, and the classifier's weight without its
     bias. An operation contributes its convolutions and the weight and bias of its batch normalisation;
     pooling a constant kernel of 1/9 of shape ``(C, 3, 3)`` and its batch normalisation; an identity the
     ``(C, C)`` identity matrix.
 
+    In the NAS-Bench-201 space it is RLNAS's: for each cell, the convolutions (with batch normalisation's weight
+    and bias, if it has them) and the same pooling kernels along each of the paths from input to output, and
+    nothing for a skip connection; then all parameters of stem, residual blocks and head, the classifier's bias
+    included. A cell without such a path has angle 0.
+
     Args:
         initial: The supernet before training.
         trained: The same supernet after it.
-        genotype: The architecture.
+        genotype: The architecture, of the supernets' space.
         normalize: Divide by pi, to [0, 1].
 
     Returns:
@@ -49,6 +62,8 @@ def angle(initial: SuperNet, trained: SuperNet, genotype: Genotype, normalize: b
             f"The initial supernet {dict(initial.arguments)} and the trained one {dict(trained.arguments)} "
             "differ; the angle needs two states of one supernet."
         )
+    if isinstance(genotype, NasBench201Architecture) and not genotype.connected:
+        return 0.0
     dot = squared_initial = squared_trained = torch.zeros((), dtype=torch.float64)
     pieces = zip(_vector_pieces(initial, genotype), _vector_pieces(trained, genotype), strict=True)
     for (before, count), (after, _) in pieces:
@@ -103,7 +118,14 @@ def path_counts(gene: CellGene) -> tuple[int, ...]:
     return tuple(arriving[source] * leaving[node] for node, _, source in cell_edges(gene))
 
 
-def _vector_pieces(supernet: SuperNet, genotype: Genotype) -> Iterator[tuple[Tensor, int]]:
+@singledispatch
+def _vector_pieces(supernet: nn.Module, genotype: Genotype) -> Iterator[tuple[Tensor, int]]:
+    """The tensors of an architecture vector, and how often each occurs in it."""
+    raise TypeError(f"The angle needs a SuperNet or a NasBench201SuperNet, got {type(supernet).__name__}.")
+
+
+@_vector_pieces.register(SuperNet)
+def _darts_pieces(supernet: SuperNet, genotype: Genotype) -> Iterator[tuple[Tensor, int]]:
     for name, child in supernet.named_children():
         if name not in ("cells", "classifier"):
             yield from ((parameter, 1) for parameter in child.parameters())
@@ -123,6 +145,24 @@ def _vector_pieces(supernet: SuperNet, genotype: Genotype) -> Iterator[tuple[Ten
                 )
             yield from ((parameter, count) for parameter in operation.parameters())
     yield supernet.classifier.weight, 1
+
+
+@_vector_pieces.register(NasBench201SuperNet)
+def _nasbench201_pieces(
+    supernet: NasBench201SuperNet, architecture: NasBench201Architecture
+) -> Iterator[tuple[Tensor, int]]:
+    device = supernet.classifier.weight.device
+    for module in (supernet.stem, supernet.lastact, supernet.classifier):
+        yield from ((parameter, 1) for parameter in module.parameters())
+    for cell in supernet.cells:
+        if not isinstance(cell, SuperCell):
+            yield from ((parameter, 1) for parameter in cell.parameters())
+            continue
+        layers = zip(architecture.operations, cell.layers(architecture), architecture.path_counts, strict=True)
+        for name, layer, count in layers:
+            if name == "avg_pool_3x3":
+                yield torch.full((cell.channels, 3, 3), 1 / 9, dtype=torch.float64, device=device), count
+            yield from ((parameter, count) for parameter in layer.parameters())
 
 
 def _angle(dot: Tensor, squared_a: Tensor, squared_b: Tensor, normalize: bool) -> float:

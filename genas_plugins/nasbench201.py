@@ -1,0 +1,314 @@
+"""Networks of the NAS-Bench-201 space (Dong and Yang, ICLR 2020): one architecture, and the weight-sharing supernet.
+
+A 3x3 stem, three stages of cells with a residual block of stride 2 between them, channels C, 2C and 4C. Parameter
+names follow the official code (D-X-Y/AutoDL-Projects@94a149b; megvii-model/RLNAS@5a8d1b7 for the supernet).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from genas_plugins.spaces.nasbench201 import EDGES, NODES, OPERATIONS, NasBench201Architecture
+from genas_plugins.supernet import share_parameters
+
+__all__ = [
+    "NasBench201Costs",
+    "NasBench201Network",
+    "NasBench201SubNet",
+    "NasBench201SuperNet",
+    "SuperCell",
+    "nasbench201_costs",
+]
+
+_STAGES = 3
+
+
+class _ConvBlock(nn.Module):
+    """ReLU, convolution, batch normalisation: ``(N, C_in, H, W)`` to ``(N, C_out, ceil(H/s), ceil(W/s))``."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, affine: bool = True
+    ) -> None:
+        super().__init__()
+        self.op = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False),
+            nn.BatchNorm2d(out_channels, affine=affine),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class _Zero(nn.Module):
+    """The operation ``none``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+class _ResidualBlock(nn.Module):
+    """Halves the resolution and doubles the channels."""
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        out_channels = 2 * in_channels
+        self.conv_a = _ConvBlock(in_channels, out_channels, 3, stride=2)
+        self.conv_b = _ConvBlock(out_channels, out_channels, 3)
+        self.downsample = nn.Sequential(
+            # Rounds odd sizes up, as the convolution does; the official code only takes even ones.
+            nn.AvgPool2d(2, stride=2, ceil_mode=True, count_include_pad=False),
+            nn.Conv2d(in_channels, out_channels, 1, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.downsample(x) + self.conv_b(self.conv_a(x))
+
+
+def _build_operation(name: str, channels: int, affine: bool = True) -> nn.Module:
+    if name == "none":
+        return _Zero()
+    if name == "skip_connect":
+        return nn.Identity()
+    if name == "avg_pool_3x3":
+        return nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+    return _ConvBlock(channels, channels, {"nor_conv_1x1": 1, "nor_conv_3x3": 3}[name], affine=affine)
+
+
+def _run_cell(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
+    """The output node of a cell, from one layer per edge."""
+    states = [x]
+    for node in NODES:
+        outputs = [
+            layer(states[source])
+            for layer, (source, end) in zip(layers, EDGES, strict=True)
+            if end == node and not isinstance(layer, _Zero)
+        ]
+        total = outputs[0] if outputs else torch.zeros_like(x)
+        for output in outputs[1:]:
+            total = total + output
+        states.append(total)
+    return states[-1]
+
+
+class _Cell(nn.Module):
+    """A cell with one layer on each of the six edges."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _run_cell(x, self.layers)
+
+
+class SuperCell(nn.Module):
+    """A cell with all five operations on each edge, under the official keys ``node<-source``."""
+
+    def __init__(self, channels: int, affine: bool) -> None:
+        super().__init__()
+        self.channels = channels
+        self.edges = nn.ModuleDict(
+            {
+                f"{node}<-{source}": nn.ModuleList(_build_operation(name, channels, affine) for name in OPERATIONS)
+                for source, node in EDGES
+            }
+        )
+
+    def layers(self, architecture: NasBench201Architecture) -> list[nn.Module]:
+        """The operations of ``architecture``, one per edge."""
+        return [
+            choices[OPERATIONS.index(name)]
+            for choices, name in zip(self.edges.values(), architecture.operations, strict=True)
+        ]
+
+    def forward(self, x: Tensor, architecture: NasBench201Architecture) -> Tensor:
+        return _run_cell(x, self.layers(architecture))
+
+
+class _Stack(nn.Module):
+    """What the networks share: stem, residual blocks, head; ``cells`` holds the blocks where the stages meet."""
+
+    def __init__(
+        self, init_channels: int, cells_per_stage: int, num_classes: int, build_cell: Callable[[int], nn.Module]
+    ) -> None:
+        super().__init__()
+        sizes = {"init_channels": init_channels, "cells_per_stage": cells_per_stage, "num_classes": num_classes}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
+        self.init_channels = init_channels
+        self.cells_per_stage = cells_per_stage
+        self.num_classes = num_classes
+        self.stem = nn.Sequential(nn.Conv2d(3, init_channels, 3, padding=1, bias=False), nn.BatchNorm2d(init_channels))
+        self.cells = nn.ModuleList()
+        for channels in _stage_channels(init_channels):
+            if channels > init_channels:
+                self.cells.append(_ResidualBlock(channels // 2))
+            self.cells.extend(build_cell(channels) for _ in range(cells_per_stage))
+        self.lastact = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
+        self.classifier = nn.Linear(channels, num_classes)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` from the last cell's output."""
+        return self.classifier(self.lastact(x).mean((2, 3)))
+
+
+class NasBench201Network(_Stack):
+    """One architecture as a network with its own freshly initialised weights.
+
+    Args:
+        architecture: The cell.
+        init_channels: C, channels of the first stage; the benchmark has 16.
+        cells_per_stage: N, cells in each of the three stages; the benchmark has 5.
+        num_classes: Outputs of the classifier.
+
+    Raises:
+        ValueError: A number is below 1.
+    """
+
+    def __init__(
+        self,
+        architecture: NasBench201Architecture,
+        init_channels: int = 16,
+        cells_per_stage: int = 5,
+        num_classes: int = 10,
+    ) -> None:
+        def build_cell(channels: int) -> nn.Module:
+            return _Cell(_build_operation(name, channels) for name in architecture.operations)
+
+        super().__init__(init_channels, cells_per_stage, num_classes, build_cell)
+        self.architecture = architecture
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``."""
+        x = self.stem(x)
+        for cell in self.cells:
+            x = cell(x)
+        return self.head(x)
+
+
+class NasBench201SuperNet(_Stack):
+    """Every architecture of the space in one network; a call or a subnet picks one.
+
+    Args:
+        init_channels: C, channels of the first stage.
+        cells_per_stage: N, cells in each of the three stages.
+        num_classes: Outputs of the classifier.
+        affine: Whether batch normalisation in the cells has weight and bias, as in the benchmark's networks. RLNAS
+            trains its supernet without. Stem, residual blocks and head always have them.
+
+    Raises:
+        ValueError: A number is below 1.
+    """
+
+    def __init__(
+        self, init_channels: int = 16, cells_per_stage: int = 5, num_classes: int = 10, affine: bool = True
+    ) -> None:
+        super().__init__(init_channels, cells_per_stage, num_classes, lambda channels: SuperCell(channels, affine))
+        self.affine = affine
+
+    @property
+    def arguments(self) -> Mapping[str, int | bool]:
+        """The constructor's arguments, enough to build a supernet of the same shape."""
+        return {
+            "init_channels": self.init_channels,
+            "cells_per_stage": self.cells_per_stage,
+            "num_classes": self.num_classes,
+            "affine": self.affine,
+        }
+
+    def forward(self, x: Tensor, architecture: NasBench201Architecture) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)`` along the path of ``architecture``."""
+        x = self.stem(x)
+        for cell in self.cells:
+            x = cell(x, architecture) if isinstance(cell, SuperCell) else cell(x)
+        return self.head(x)
+
+    def subnet(self, architecture: NasBench201Architecture) -> NasBench201SubNet:
+        """The path of ``architecture`` as a small module that shares this supernet's parameters.
+
+        Its buffers (the statistics of batch normalisation) are its own copies: recalibrating the subnet does
+        not touch the supernet. Its parameter names are those of :class:`NasBench201Network`.
+        """
+        return NasBench201SubNet(self, architecture)
+
+
+class NasBench201SubNet(nn.Module):
+    """One path of a supernet; see :meth:`NasBench201SuperNet.subnet`. Its parameters *are* the supernet's."""
+
+    def __init__(self, supernet: NasBench201SuperNet, architecture: NasBench201Architecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.stem = share_parameters(supernet.stem)
+        self.cells = nn.ModuleList(
+            _Cell(share_parameters(layer) for layer in cell.layers(architecture))
+            if isinstance(cell, SuperCell)
+            else share_parameters(cell)
+            for cell in supernet.cells
+        )
+        self.lastact = share_parameters(supernet.lastact)
+        self.classifier = share_parameters(supernet.classifier)
+        self.train(supernet.training)
+
+    head = _Stack.head
+    forward = NasBench201Network.forward
+
+
+@dataclass(frozen=True)
+class NasBench201Costs:
+    """What one architecture costs.
+
+    Attributes:
+        parameters: Number of parameters.
+        flops: Multiply-adds of one image: convolutions, and the classifier with its bias, as the benchmark counts.
+    """
+
+    parameters: int
+    flops: int
+
+
+def nasbench201_costs(
+    architecture: NasBench201Architecture,
+    init_channels: int = 16,
+    cells_per_stage: int = 5,
+    num_classes: int = 10,
+    image_size: int = 32,
+    live: bool = False,
+) -> NasBench201Costs:
+    """Parameters and FLOPs of :class:`NasBench201Network`, without building it.
+
+    Args:
+        architecture: The cell.
+        init_channels: C, channels of the first stage.
+        cells_per_stage: N, cells in each of the three stages.
+        num_classes: Outputs of the classifier.
+        image_size: Pixels, square.
+        live: Count only what reaches the output: edges on a path of operations that are not ``none``. The
+            benchmark's own figures count every edge.
+    """
+    counted = (architecture.live() if live else architecture).operations
+    kernels = [9] * counted.count("nor_conv_3x3") + [1] * counted.count("nor_conv_1x1")
+    size = image_size
+    parameters = 27 * init_channels + 2 * init_channels
+    flops = 27 * init_channels * size**2
+    for channels in _stage_channels(init_channels):
+        if channels > init_channels:
+            size = (size + 1) // 2
+            # Two 3x3 convolutions, the second with twice the inputs, and the shortcut's 1x1.
+            weights = (9 + 18 + 1) * channels // 2 * channels
+            parameters += weights + 2 * 2 * channels
+            flops += weights * size**2
+        weights = cells_per_stage * sum(kernels) * channels**2
+        parameters += weights + cells_per_stage * len(kernels) * 2 * channels
+        flops += weights * size**2
+    classifier = (channels + 1) * num_classes
+    return NasBench201Costs(parameters + 2 * channels + classifier, flops + classifier)
+
+
+def _stage_channels(init_channels: int) -> list[int]:
+    return [init_channels * 2**stage for stage in range(_STAGES)]

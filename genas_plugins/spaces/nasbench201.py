@@ -1,0 +1,252 @@
+"""The NAS-Bench-201 space (Dong and Yang, ICLR 2020, arXiv 2001.00326): six edges, five operations."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["EDGES", "NODES", "OPERATIONS", "NasBench201Architecture", "NasBench201SearchSpace"]
+
+OPERATIONS: tuple[str, ...] = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
+"""The benchmark's operation names in its order."""
+
+NODES: tuple[int, ...] = (1, 2, 3)
+"""Nodes that add what arrives; node 0 is the cell's input, node 3 its output."""
+
+EDGES: tuple[tuple[int, int], ...] = tuple((source, node) for node in NODES for source in range(node))
+"""The six edges ``(source, node)`` in the order of the benchmark's strings."""
+
+_OUTPUT = NODES[-1]
+_FORM = "|op~0|+|op~0|op~1|+|op~0|op~1|op~2|"
+
+
+@dataclass(frozen=True)
+class NasBench201Architecture:
+    """One cell: an operation on each edge. ``str`` gives the benchmark's notation, :meth:`from_string` reads it.
+
+    Attributes:
+        operations: Six of :data:`OPERATIONS`, in the order of :data:`EDGES`.
+
+    Raises:
+        ValueError: Not six operations, or an unknown one.
+    """
+
+    operations: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        operations = tuple(self.operations)
+        if len(operations) != len(EDGES):
+            raise ValueError(
+                f"An architecture has {len(EDGES)} operations, one for each edge; got {len(operations)}: {operations}."
+            )
+        for operation, (source, node) in zip(operations, EDGES, strict=True):
+            if operation not in OPERATIONS:
+                raise ValueError(
+                    f"Unknown operation {operation!r} on the edge from node {source} to node {node}; "
+                    f"valid operations: {', '.join(OPERATIONS)}."
+                )
+        object.__setattr__(self, "operations", operations)
+
+    @classmethod
+    def from_string(cls, text: str) -> NasBench201Architecture:
+        """Read ``|op~0|+|op~0|op~1|+|op~0|op~1|op~2|``: the inputs of nodes 1, 2 and 3.
+
+        Raises:
+            ValueError: Another number of nodes or inputs, a wrong input number, or an unknown operation.
+            TypeError: ``text`` is not a string.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"An architecture string like {_FORM} is needed, got {type(text).__name__}: {text!r}.")
+        parts = text.split("+")
+        if len(parts) != len(NODES):
+            raise ValueError(f"{text!r} has {len(parts)} nodes, expected {len(NODES)}: {_FORM}.")
+        operations: list[str] = []
+        for node, part in zip(NODES, parts, strict=True):
+            inputs = part[1:-1].split("|")
+            if len(inputs) != node or part[:1] + part[-1:] != "||":
+                raise ValueError(
+                    f"Node {node} in {text!r} is {part!r}, expected {node} inputs, each between bars: {_FORM}."
+                )
+            for source, given in enumerate(inputs):
+                operation, _, number = given.partition("~")
+                if number != str(source):
+                    raise ValueError(
+                        f"Input {source} of node {node} in {text!r} is {given!r}, expected an operation and ~{source}."
+                    )
+                operations.append(operation)
+        try:
+            return cls(tuple(operations))
+        except ValueError as error:
+            raise ValueError(f"{text!r}: {error}") from error
+
+    @classmethod
+    def from_index(cls, index: int) -> NasBench201Architecture:
+        """The inverse of :attr:`index`.
+
+        Raises:
+            ValueError: ``index`` is not in 0..15,624.
+        """
+        count = len(OPERATIONS) ** len(EDGES)
+        if index not in range(count):
+            raise ValueError(f"An index must be an integer from 0 to {count - 1}, got {index!r}.")
+        digits = [int(index) // len(OPERATIONS) ** place % len(OPERATIONS) for place in reversed(range(len(EDGES)))]
+        return cls(tuple(OPERATIONS[digit] for digit in digits))
+
+    @property
+    def index(self) -> int:
+        """Position in the order of :meth:`NasBench201SearchSpace.architectures`; the benchmark's own is shuffled.
+
+        A number in base 5 whose digits are the operations, the first edge leading.
+        """
+        index = 0
+        for operation in self.operations:
+            index = len(OPERATIONS) * index + OPERATIONS.index(operation)
+        return index
+
+    def __str__(self) -> str:
+        nodes = []
+        for node in NODES:
+            inputs = (f"{op}~{source}" for op, (source, end) in zip(self.operations, EDGES, strict=True) if end == node)
+            nodes.append(f"|{'|'.join(inputs)}|")
+        return "+".join(nodes)
+
+    @property
+    def path_counts(self) -> tuple[int, ...]:
+        """For each edge, how many paths from the cell's input to its output run through it and have no ``none``."""
+        edges = [edge for edge, operation in zip(EDGES, self.operations, strict=True) if operation != "none"]
+        arriving, leaving = Counter({0: 1}), Counter({_OUTPUT: 1})
+        # The edges are sorted by the node they enter; leaving a node needs them sorted by their source.
+        for source, node in edges:
+            arriving[node] += arriving[source]
+        for source, node in sorted(edges, reverse=True):
+            leaving[source] += leaving[node]
+        return tuple(arriving[source] * leaving[node] if (source, node) in edges else 0 for source, node in EDGES)
+
+    @property
+    def connected(self) -> bool:
+        """Whether any path leads from the cell's input to its output."""
+        return any(self.path_counts)
+
+    def live(self) -> NasBench201Architecture:
+        """The same cell with ``none`` on every edge that lies on no path from input to output.
+
+        9,445 of these differ. The output is the same but for one thing: a convolution of zeros gives the bias of
+        its batch normalisation, which an architecture whose inputs to a node are all ``none`` keeps and this one
+        does not.
+        """
+        pairs = zip(self.operations, self.path_counts, strict=True)
+        return NasBench201Architecture(tuple(operation if count else "none" for operation, count in pairs))
+
+    def canonical(self) -> str:
+        """Equal for architectures that the benchmark's authors call isomorphic: 6,466 of 15,625 differ.
+
+        A node is written as the sorted sum of its inputs; a skip connection stands for its source, ``none`` and
+        every operation on ``none`` for zero (``#``). This is the published procedure, kept so that the published
+        count holds. It is not quite "computes the same function": zeros stay in a sum, so that 0 + f is not f,
+        and one convolution used twice looks like two. :meth:`function` has neither flaw.
+        """
+        values = {0: "0"}
+        inputs: dict[int, list[str]] = {node: [] for node in NODES}
+        for operation, (source, node) in zip(self.operations, EDGES, strict=True):
+            # A node's inputs are complete before an edge leaves it.
+            if source not in values:
+                values[source] = "+".join(sorted(inputs[source]))
+            value = values[source]
+            if operation == "none" or value == "#":
+                value = "#"
+            elif operation != "skip_connect":
+                value = f"({value})@{operation}"
+            inputs[node].append(value)
+        return "+".join(sorted(inputs[_OUTPUT]))
+
+    def function(self) -> str:
+        """Equal exactly for cells that compute the same function once their weights are matched: 5,044 differ.
+
+        Sums, skip connections and the linearity of average pooling are multiplied out; a convolution that is
+        used twice is not two convolutions. As in :meth:`live`, an operation on zeros counts as zero.
+        """
+        live = self.live()
+        edges = [edge for edge, operation in enumerate(live.operations) if operation.startswith("nor_conv")]
+        # Which weights go by which number is free: take the first of all ways to write it.
+        numberings = itertools.permutations(range(len(edges)))
+        return min(live._expression(dict(zip(edges, numbers, strict=True))) for numbers in numberings)
+
+    def _expression(self, numbers: Mapping[int, int]) -> str:
+        # A node's value: how often each term occurs in the sum. A pooled sum is the sum of the pooled terms.
+        values: list[Counter[str]] = [Counter({"x": 1}), Counter(), Counter(), Counter()]
+        for edge, (operation, (source, node)) in enumerate(zip(self.operations, EDGES, strict=True)):
+            terms = values[source]
+            if operation == "none" or not terms:
+                continue
+            if operation == "skip_connect":
+                values[node] += terms
+            elif operation == "avg_pool_3x3":
+                values[node] += Counter({f"pool({term})": count for term, count in terms.items()})
+            else:
+                values[node][f"{operation}#{numbers[edge]}({_sum(terms)})"] += 1
+        return _sum(values[_OUTPUT])
+
+
+class NasBench201SearchSpace:
+    """Draws, mutates and crosses architectures. All randomness comes from the generator passed in."""
+
+    @property
+    def size(self) -> int:
+        """Number of architectures: 5 operations to the power of 6 edges, 15,625."""
+        return len(OPERATIONS) ** len(EDGES)
+
+    def architectures(self) -> Iterator[NasBench201Architecture]:
+        """All architectures, in the order of their index."""
+        for operations in itertools.product(OPERATIONS, repeat=len(EDGES)):
+            yield NasBench201Architecture(operations)
+
+    def sample(self, rng: np.random.Generator) -> NasBench201Architecture:
+        """Draw uniformly; unconnected cells are part of the space."""
+        return NasBench201Architecture(tuple(OPERATIONS[n] for n in rng.integers(len(OPERATIONS), size=len(EDGES))))
+
+    def mutate(
+        self, architecture: NasBench201Architecture, probability: float, rng: np.random.Generator
+    ) -> NasBench201Architecture:
+        """Redraw each of the six edges with ``probability``, from all five operations."""
+        operations = list(architecture.operations)
+        for edge in range(len(EDGES)):
+            if rng.random() < probability:
+                operations[edge] = OPERATIONS[int(rng.integers(len(OPERATIONS)))]
+        return NasBench201Architecture(tuple(operations))
+
+    def crossover(
+        self, first: NasBench201Architecture, second: NasBench201Architecture, rng: np.random.Generator
+    ) -> NasBench201Architecture:
+        """Take each edge from either parent with equal chance."""
+        triples = zip(first.operations, second.operations, rng.random(len(EDGES)) < 0.5, strict=True)
+        return NasBench201Architecture(tuple(a if pick else b for a, b, pick in triples))
+
+    def neighbours(self, architecture: NasBench201Architecture) -> Iterator[NasBench201Architecture]:
+        """The 24 architectures that differ in the operation of one edge."""
+        operations = architecture.operations
+        for edge, present in enumerate(operations):
+            for operation in OPERATIONS:
+                if operation != present:
+                    yield NasBench201Architecture((*operations[:edge], operation, *operations[edge + 1 :]))
+
+    def to_json(self, architecture: NasBench201Architecture) -> str:
+        """The benchmark's string, for a history or a state."""
+        return str(architecture)
+
+    def from_json(self, data: Any) -> NasBench201Architecture:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: Not an architecture of this space.
+            TypeError: Not a string.
+        """
+        return NasBench201Architecture.from_string(data)
+
+
+def _sum(terms: Counter[str]) -> str:
+    return "+".join(f"{count}*{term}" for term, count in sorted(terms.items()))
