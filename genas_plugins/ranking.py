@@ -1,0 +1,399 @@
+"""How well scores rank architectures: rank correlations with bootstrap intervals, and what the top is worth.
+
+All intervals are percentile bootstrap intervals (Efron 1979): the architectures are drawn with replacement, and the
+statistic is computed anew on each resample. An architecture that is drawn twice is tied with itself in every column,
+and tau-b leaves such pairs out. The same seed draws the same resamples for any columns of that length, so that
+figures computed with one seed are comparable in pairs.
+
+Kendall's tau is SciPy's, O(n log n). On one CPU core 1,000 resamples of :func:`rank_correlation` take 1 s for 1,000
+architectures and 8 s for all 15,625 of NAS-Bench-201, where 200 resamples do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+__all__ = [
+    "Estimate",
+    "Ranking",
+    "compare",
+    "correlation_matrix",
+    "ndcg",
+    "partial_kendall",
+    "precision_at",
+    "rank_correlation",
+]
+
+_Array = NDArray[np.float64]
+_FEWEST = 3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic and its confidence interval.
+
+    Attributes:
+        value: On the architectures given; NaN where it is not defined.
+        low: Lower end of the interval.
+        high: Upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the whole interval is above or below zero, else 0."""
+        return int(self.low > 0) - int(self.high < 0)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How well a score ranks architectures.
+
+    Where architectures share a score, precision, nDCG and the best pick are what breaking ties at random gives in
+    the mean.
+
+    Attributes:
+        count: Architectures.
+        tau: Kendall's tau-b with the accuracy.
+        rho: Spearman's rho.
+        tau_better_half: Tau-b among the architectures whose accuracy is at least the median; NaN where they are
+            fewer than 3 or all have one score or one accuracy.
+        k: Size of the top that ``precision`` and ``ndcg`` look at.
+        precision: See :func:`precision_at`.
+        ndcg: See :func:`ndcg`.
+        best_accuracy: Accuracy in percent of the architecture with the highest score.
+        gap: What it lacks to the best accuracy, in percentage points.
+    """
+
+    count: int
+    tau: Estimate
+    rho: Estimate
+    tau_better_half: Estimate
+    k: int
+    precision: float
+    ndcg: float
+    best_accuracy: float
+    gap: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, with None for what is not defined."""
+        return {
+            name: {key: _plain(part) for key, part in value.items()} if isinstance(value, dict) else _plain(value)
+            for name, value in asdict(self).items()
+        }
+
+
+def rank_correlation(
+    scores: ArrayLike,
+    truth: ArrayLike,
+    *,
+    seed: int,
+    top: float = 0.1,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+) -> Ranking:
+    """Measure how well scores rank architectures.
+
+    Args:
+        scores: One for each architecture, higher is better, shape ``(n,)``.
+        truth: Test accuracies in percent, shape ``(n,)``.
+        seed: Of the bootstrap.
+        top: What counts as the top: an integer number of architectures, or a float for a fraction of them.
+        resamples: Of the bootstrap; each costs two tau and one rho.
+        confidence: Of the intervals.
+
+    Raises:
+        ValueError: The lengths differ, there are fewer than 3 architectures, a score is not finite (architectures
+            that failed are for the caller to leave out and report), all scores or all accuracies are the same, an
+            accuracy is not in 0..100, or an option is out of its range.
+        TypeError: A column is not numeric.
+    """
+    columns = _columns(scores=scores, truth=truth)
+    values, accuracies = columns["scores"], columns["truth"]
+    _check_percent(accuracies)
+    k = _top_size(top, len(values))
+    tau, rho, half = _bootstrap(
+        lambda x, y: (_tau(x, y), _rho(x, y), _tau_better_half(x, y)),
+        [values, accuracies],
+        seed=seed,
+        resamples=resamples,
+        confidence=confidence,
+    )
+    best_accuracy = float(accuracies[values == values.max()].mean())
+    return Ranking(
+        count=len(values),
+        tau=tau,
+        rho=rho,
+        tau_better_half=half,
+        k=k,
+        precision=precision_at(values, accuracies, k),
+        ndcg=ndcg(values, accuracies, k),
+        best_accuracy=best_accuracy,
+        gap=float(accuracies.max()) - best_accuracy,
+    )
+
+
+def precision_at(scores: ArrayLike, truth: ArrayLike, top: float) -> float:
+    """Which share of the k best by the score are among the k best by the truth.
+
+    Architectures that share the k-th best accuracy all count as among the best. Where the k-th best score is
+    shared, the share is the mean over all ways to break the tie.
+
+    Args:
+        scores: Shape ``(n,)``, higher is better.
+        truth: Shape ``(n,)``.
+        top: k as an integer, or as a float for a fraction of n.
+
+    Raises:
+        ValueError: As :func:`rank_correlation`.
+        TypeError: As :func:`rank_correlation`.
+    """
+    values, accuracies = _columns(scores=scores, truth=truth).values()
+    k = _top_size(top, len(values))
+    threshold = np.sort(values)[-k]
+    above, tied = values > threshold, values == threshold
+    picked = above + tied * ((k - above.sum()) / tied.sum())
+    return float((picked * (accuracies >= np.sort(accuracies)[-k])).sum() / k)
+
+
+def ndcg(scores: ArrayLike, truth: ArrayLike, top: float) -> float:
+    r"""Normalised discounted cumulative gain, as VKDNW defines it (Tybl and Neumann, CVPR 2025, Eq. 14).
+
+    .. math:: \frac1Z \sum_{j=1}^{k} \frac{2^{a_j} - 1}{\log_2(1 + j)}
+
+    where :math:`a_j` is the accuracy in percent of the architecture with the j-th highest score and Z is the sum
+    for the ideal order. In percent the gain doubles with each percentage point, so that only the very best
+    count; with accuracies as fractions nearly every ranking has 0.98. The paper takes k = 1000. Architectures that
+    share a score get the mean of their gains (McSherry and Najork, ECIR 2008), as in scikit-learn.
+
+    Args:
+        scores: Shape ``(n,)``, higher is better.
+        truth: Test accuracies in percent, shape ``(n,)``.
+        top: k as an integer, or as a float for a fraction of n.
+
+    Raises:
+        ValueError: As :func:`rank_correlation`.
+        TypeError: As :func:`rank_correlation`.
+    """
+    values, accuracies = _columns(scores=scores, truth=truth).values()
+    _check_percent(accuracies)
+    k = _top_size(top, len(values))
+    gains = 2.0**accuracies - 1
+    _, group = np.unique(-values, return_inverse=True)
+    expected = (np.bincount(group, gains) / np.bincount(group))[np.sort(group)]
+    discount = 1 / np.log2(np.arange(2, k + 2))
+    return float((expected[:k] @ discount) / (-np.sort(-gains)[:k] @ discount))
+
+
+def compare(
+    first: ArrayLike,
+    second: ArrayLike,
+    truth: ArrayLike,
+    *,
+    seed: int,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+) -> Estimate:
+    """Estimate by how much the first score's tau-b with the truth exceeds the second's.
+
+    Both are computed on the same resamples. Their errors have much in common, so that the interval is narrower than
+    those of the two taus suggest. ``sign`` of the result says which score wins by more than the interval.
+
+    Args:
+        first: Scores, shape ``(n,)``.
+        second: Scores of the same architectures, shape ``(n,)``.
+        truth: Accuracies, shape ``(n,)``.
+        seed: Of the bootstrap.
+        resamples: Of the bootstrap.
+        confidence: Of the interval.
+
+    Raises:
+        ValueError: As :func:`rank_correlation`.
+        TypeError: As :func:`rank_correlation`.
+    """
+    columns = _columns(first=first, second=second, truth=truth)
+    return _bootstrap(
+        lambda a, b, y: (_tau(a, y) - _tau(b, y),),
+        list(columns.values()),
+        seed=seed,
+        resamples=resamples,
+        confidence=confidence,
+    )[0]
+
+
+def partial_kendall(
+    x: ArrayLike,
+    y: ArrayLike,
+    given: ArrayLike,
+    *,
+    seed: int,
+    normal: bool = False,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+) -> Estimate:
+    r"""Estimate Kendall's partial tau of ``x`` and ``y`` given a third column (Kendall, Biometrika 32, 1942).
+
+    .. math:: \frac{\tau_{xy} - \tau_{xz}\tau_{yz}}{\sqrt{(1 - \tau_{xz}^2)(1 - \tau_{yz}^2)}}
+
+    It is **not** zero in general where x and y are independent given z (Korn, The American Statistician 38, 1984):
+    two normal variables that correlate with z at 0.9 and have nothing else in common have a partial tau of 0.19.
+    ``normal=True`` removes this where the columns are monotone functions of normal ones: the same formula on
+    the correlations :math:`\sin(\pi\tau/2)`, turned back into a tau, is zero there.
+
+    Args:
+        x: Shape ``(n,)``, a score for instance.
+        y: Shape ``(n,)``, the accuracies for instance.
+        given: Shape ``(n,)``, what x and y may owe their agreement to.
+        seed: Of the bootstrap.
+        normal: Compute it through the correlations of normal variables with these taus.
+        resamples: Of the bootstrap.
+        confidence: Of the interval.
+
+    Returns:
+        The estimate. NaN where ``given`` orders as ``x`` or ``y`` does: nothing is left to correlate.
+
+    Raises:
+        ValueError: As :func:`rank_correlation`.
+        TypeError: As :func:`rank_correlation`.
+    """
+    columns = _columns(x=x, y=y, given=given)
+
+    def partial(a: _Array, b: _Array, c: _Array) -> tuple[float]:
+        taus = _tau(a, b), _tau(a, c), _tau(b, c)
+        if normal:
+            return (2 / math.pi * math.asin(_partial(*(math.sin(math.pi / 2 * tau) for tau in taus))),)
+        return (_partial(*taus),)
+
+    return _bootstrap(partial, list(columns.values()), seed=seed, resamples=resamples, confidence=confidence)[0]
+
+
+def correlation_matrix(columns: Mapping[str, ArrayLike]) -> _Array:
+    """Compute tau-b between all pairs of columns.
+
+    Args:
+        columns: Scores by name, each of shape ``(n,)``.
+
+    Returns:
+        Shape ``(m, m)``, in the order of the columns; symmetric with ones on the diagonal.
+
+    Raises:
+        ValueError: As :func:`rank_correlation`; the message names the column.
+        TypeError: As :func:`rank_correlation`.
+    """
+    arrays = list(_columns(**columns).values())
+    matrix = np.eye(len(arrays))
+    for row, first in enumerate(arrays):
+        for column, second in enumerate(arrays[:row]):
+            matrix[row, column] = matrix[column, row] = _tau(first, second)
+    return matrix
+
+
+def _columns(**given: ArrayLike) -> dict[str, _Array]:
+    columns: dict[str, _Array] = {}
+    for name, values in given.items():
+        try:
+            column = np.asarray(values, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name} must be a list of numbers: {error}.") from error
+        if column.ndim != 1 or len(column) < _FEWEST:
+            raise ValueError(f"{name} must be a list of {_FEWEST} or more numbers, got shape {column.shape}.")
+        bad = np.flatnonzero(~np.isfinite(column))
+        if len(bad):
+            raise ValueError(
+                f"{len(bad)} of {len(column)} values of {name} are not finite, the first at position {bad[0]}: "
+                f"{column[bad[0]]}; leave these architectures out of all columns and report how many they are."
+            )
+        if np.ptp(column) == 0:
+            raise ValueError(f"All {len(column)} values of {name} are {column[0]}: they rank nothing.")
+        columns[name] = column
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"The columns must be of one length, one value for each architecture; got {lengths}.")
+    return columns
+
+
+def _check_percent(accuracies: _Array) -> None:
+    if accuracies.min() < 0 or accuracies.max() > 100:
+        worst = accuracies.min() if accuracies.min() < 0 else accuracies.max()
+        raise ValueError(f"truth must be accuracies in percent, from 0 to 100, got {worst}.")
+
+
+def _top_size(top: float, count: int) -> int:
+    if isinstance(top, float) and 0 < top <= 1:
+        return max(1, round(top * count))
+    if not isinstance(top, float) and 1 <= top <= count:
+        return int(top)
+    raise ValueError(
+        f"top must be a number of architectures, an integer from 1 to {count}, or a fraction of them, a float "
+        f"above 0 and up to 1.0; got {top!r}."
+    )
+
+
+def _bootstrap(
+    statistic: Callable[..., Sequence[float]],
+    columns: Sequence[_Array],
+    *,
+    seed: int,
+    resamples: int,
+    confidence: float,
+) -> list[Estimate]:
+    """Estimate each figure that ``statistic`` computes; resamples where it is not defined (NaN) are left out."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}.")
+    # Fewer than one resample beyond either end would make the interval the extremes of what was drawn.
+    fewest = math.ceil(round(2 / (1 - confidence), 6))
+    if resamples < fewest:
+        raise ValueError(f"An interval of confidence {confidence} needs {fewest} resamples or more, got {resamples}.")
+    rng = np.random.default_rng(seed)
+    count = len(columns[0])
+    draws = []
+    for _ in range(resamples):
+        drawn = rng.integers(count, size=count)
+        draws.append(statistic(*(column[drawn] for column in columns)))
+    tail = (1 - confidence) / 2
+    estimates = []
+    for value, drawn_values in zip(statistic(*columns), np.array(draws).T, strict=True):
+        defined = drawn_values[~np.isnan(drawn_values)]
+        low, high = np.quantile(defined, [tail, 1 - tail]) if len(defined) else (math.nan, math.nan)
+        estimates.append(Estimate(float(value), float(low), float(high)))
+    return estimates
+
+
+def _tau(x: _Array, y: _Array) -> float:
+    # The method concerns the p-value only; the exact one would cost O(n^2). Rounding makes a perfect order exactly
+    # 1, of which the partial tau takes the square root of the difference; one pair of a million differs by 4e-12.
+    return round(float(stats.kendalltau(x, y, method="asymptotic").statistic), 12)
+
+
+def _rho(x: _Array, y: _Array) -> float:
+    first, second = (ranks - ranks.mean() for ranks in (stats.rankdata(x), stats.rankdata(y)))
+    scale = math.sqrt((first @ first) * (second @ second))
+    return float(first @ second) / scale if scale else math.nan
+
+
+def _tau_better_half(scores: _Array, truth: _Array) -> float:
+    better = truth >= np.median(truth)
+    return _tau(scores[better], truth[better]) if better.sum() >= _FEWEST else math.nan
+
+
+def _partial(xy: float, xz: float, yz: float) -> float:
+    scale = math.sqrt(max(0.0, (1 - xz**2) * (1 - yz**2)))
+    # Rounding may carry it past 1, for which there is no arcsine.
+    return min(1.0, max(-1.0, (xy - xz * yz) / scale)) if scale else math.nan
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
