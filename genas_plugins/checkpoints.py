@@ -25,6 +25,7 @@ from torch import Tensor
 
 from genas_plugins.files import atomic_path
 from genas_plugins.genotype import Genotype
+from genas_plugins.nasbench201 import NasBench201SuperNet
 from genas_plugins.network import CellNetwork
 from genas_plugins.supernet import SuperNet
 from genas_plugins.zoo import ZOO
@@ -46,11 +47,11 @@ __all__ = [
 _SUPERNET, _NETWORK = "genas-supernet", "genas-network"
 _OWN_KEYS = ("format", "arguments", "genotype")
 _PROFILER_BUFFERS = ("total_ops", "total_params")
-_PREFIX = re.compile(r"(?:.*\.)?(?=cells\.0\.preprocess0\.)")
+_PREFIX = re.compile(r"(?:.*\.)?(?=cells\.0\.(?:preprocess0|edges)\.)")
 # What torch.load raises on damaged or foreign files: found by truncating files and by changing their bytes.
 _DAMAGE = (pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError, TypeError, LookupError)
 _DAMAGE += (ArithmeticError, AssertionError, AttributeError, MemoryError)
-_Model = TypeVar("_Model", SuperNet, CellNetwork)
+_Model = TypeVar("_Model", SuperNet, NasBench201SuperNet, CellNetwork)
 
 
 class CheckpointError(ValueError):
@@ -158,8 +159,10 @@ def load_official_network(
     return _filled(lambda: CellNetwork(genotype, **arguments, auxiliary=auxiliary), state, path, description)
 
 
-def load_supernet(path: str | Path) -> SuperNet:
+def load_supernet(path: str | Path) -> SuperNet | NasBench201SuperNet:
     """Load a supernet of :func:`save_supernet`, or any other that :func:`load_official_supernet` reads.
+
+    That of NAS-Bench-201 is told by its names, which are also those of RLNAS.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -167,10 +170,14 @@ def load_supernet(path: str | Path) -> SuperNet:
     """
     if read_metadata(path).get("format") == _NETWORK:
         raise CheckpointError(f"{path} holds a fixed network, no supernet: use load_official_network.")
+    state = network_state(read_state(path), path)
+    if any(name.startswith("cells.0.edges.") for name in state):
+        arguments = _arguments201(state, path)
+        return _filled(lambda: NasBench201SuperNet(**arguments), state, path, "a NAS-Bench-201 supernet")
     return load_official_supernet(path)
 
 
-def save_supernet(supernet: SuperNet, path: str | Path, **metadata: Any) -> Path:
+def save_supernet(supernet: SuperNet | NasBench201SuperNet, path: str | Path, **metadata: Any) -> Path:
     """Write a supernet's parameters and buffers, whole or not at all.
 
     Args:
@@ -184,7 +191,7 @@ def save_supernet(supernet: SuperNet, path: str | Path, **metadata: Any) -> Path
             the meta device and has no values.
         OSError: The file cannot be written; an older one of that name is left as it was.
     """
-    return _save(supernet, SuperNet, path, _SUPERNET, metadata)
+    return _save(supernet, (SuperNet, NasBench201SuperNet), path, _SUPERNET, metadata)
 
 
 def save_network(network: CellNetwork, path: str | Path, **metadata: Any) -> Path:
@@ -193,7 +200,7 @@ def save_network(network: CellNetwork, path: str | Path, **metadata: Any) -> Pat
     The genotype keeps the order of its pairs, which its code would lose and which numbers the operations.
     Arguments and errors are those of :func:`save_supernet`.
     """
-    return _save(network, CellNetwork, path, _NETWORK, metadata)
+    return _save(network, (CellNetwork,), path, _NETWORK, metadata)
 
 
 def convert_network(
@@ -324,6 +331,24 @@ def _arguments(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
     return {"num_classes": classes, "init_channels": channels, "num_cells": len(cells), "stem": stem}
 
 
+def _arguments201(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
+    """The constructor's arguments of a NAS-Bench-201 supernet, from the shapes."""
+    needed = ("stem.0.weight", "classifier.weight")
+    missing = [name for name in needed if name not in state or state[name].dim() == 0]
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}, so the size of its network is unknown.")
+    cells = {found[1] for name in state if (found := re.match(r"cells\.(\d+)\.edges\.", name))}
+    if len(cells) % 3:
+        raise CheckpointError(f"{path} has {len(cells)} cells, expected as many in each of three stages.")
+    return {
+        "init_channels": state["stem.0.weight"].shape[0],
+        "cells_per_stage": len(cells) // 3,
+        "num_classes": state["classifier.weight"].shape[0],
+        # An operation's batch normalisation is the third of its layers.
+        "affine": any(re.match(r"cells\.0\.edges\..*\.op\.2\.weight", name) for name in state),
+    }
+
+
 def _resolved_genotype(path: str | Path, genotype: Genotype | None) -> Genotype:
     written = read_metadata(path).get("genotype")
     if written is None and genotype is None:
@@ -354,10 +379,11 @@ def _filled(build: Callable[[], _Model], state: Mapping[str, Tensor], path: str 
     return model
 
 
-def _save(model: _Model, expected: type, path: str | Path, kind: str, metadata: Mapping[str, Any]) -> Path:
+def _save(model: _Model, expected: tuple[type, ...], path: str | Path, kind: str, metadata: Mapping[str, Any]) -> Path:
     path = Path(path)
     if not isinstance(model, expected):
-        raise TypeError(f"Expected a {expected.__name__}, got {type(model).__name__}; unwrap it first.")
+        names = " or ".join(kind.__name__ for kind in expected)
+        raise TypeError(f"Expected a {names}, got {type(model).__name__}; unwrap it first.")
     if path.suffix != ".safetensors":
         raise ValueError(f"Networks are saved as .safetensors, got the file name {path.name!r}.")
     if taken := [name for name in metadata if name in _OWN_KEYS]:
@@ -365,7 +391,8 @@ def _save(model: _Model, expected: type, path: str | Path, kind: str, metadata: 
     state = model.state_dict()
     if any(_is_hollow(value) for value in state.values()):
         raise ValueError("The network is on the meta device and has no values to save.")
-    entries = {"arguments": _arguments(state, path), **metadata}
+    arguments = dict(model.arguments) if isinstance(model, NasBench201SuperNet) else _arguments(state, path)
+    entries = {"arguments": arguments, **metadata}
     if isinstance(model, CellNetwork):
         entries["arguments"]["auxiliary"] = model.auxiliary_head is not None
         entries["genotype"] = model.genotype.to_dict()

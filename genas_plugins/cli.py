@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from genas_plugins._version import __version__
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _INTERRUPTED = 130
+# Below this share of Eq. 4 the slope term decides next to nothing.
+_LEAST_SLOPE = 0.01
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return _INTERRUPTED
-    except (ImportError, OSError, ValueError, RuntimeError, ArithmeticError) as error:
+    except (ImportError, OSError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         if options.debug:
             raise
         print(f"genas: {' '.join(str(error).split())}", file=sys.stderr)
@@ -81,11 +83,39 @@ def _parser() -> argparse.ArgumentParser:
         "score one genotype with the supernet of a run",
         "genas score genas_flatness_c10 --run runs/cifar10 --metric accuracy",
     )
-    score.add_argument("genotype", help="a name of the zoo, a JSON file, or 28 integers in quotes")
+    score.add_argument(
+        "genotype", help="a name of the zoo, a JSON file, 28 integers, or a string of NAS-Bench-201, in quotes"
+    )
     score.add_argument("--run", required=True, metavar="DIR", help="the folder of a search")
     score.add_argument("--metric", help="another metric than the run's")
     score.add_argument("--sigmas", nargs="+", type=float, metavar="SIGMA", help="other sigmas than the run's")
     score.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+
+    correlate = _command(
+        commands,
+        "correlate",
+        _correlate,
+        "hold scores of NAS-Bench-201 architectures against the accuracies that training each gives",
+        "genas correlate --run runs/nasbench201 --truth accuracies.csv --sample 500 --output runs/correlation",
+    )
+    correlate.add_argument("--run", metavar="DIR", help="the folder of a search in NAS-Bench-201")
+    correlate.add_argument("--config", metavar="FILE", help="instead: train and search first, into DIR/search")
+    correlate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="with it")
+    correlate.add_argument(
+        "--truth",
+        required=True,
+        metavar="SOURCE",
+        help="a CSV with the columns arch and that of the data set, a NATS-Bench archive, or: nni",
+    )
+    correlate.add_argument("--dataset", default="cifar10", help="cifar10 (default), cifar100 or imagenet16_120")
+    correlate.add_argument("--settings", default="paper_tables", metavar="FILE", help="YAML; default: %(default)s")
+    correlate.add_argument("--sample", type=int, metavar="N", help="so many architectures; default: all 15,625")
+    correlate.add_argument("--training-free", action="store_true", help="also NASWOT, SynFlow and ZiCo")
+    correlate.add_argument("--seed", type=int, default=0, help="of the sample and the bootstrap; default: %(default)s")
+    correlate.add_argument("--output", required=True, metavar="DIR", help="where tables, scores and pictures go")
+    correlate.add_argument("--resume", action="store_true", help="continue what the folder holds")
+    correlate.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+    correlate.add_argument("--quiet", action="store_true", help="no progress bars")
 
     zoo = _command(commands, "zoo", _zoo, "list the published genotypes", "genas zoo")
     zoo.add_argument(
@@ -213,20 +243,29 @@ def _report(outcome: Outcome) -> Iterable[str]:
         )
     yield from _table(rows)
     yield "\nslope: share of the slope term in Eq. 4; test top-1: with the supernet's weights."
-    yield f"Genotype, history and pictures are in {outcome.folder}."
+    shares = [found.record["shares"]["slope"] for found in outcome.best if "slope" in found.record["shares"]]
+    if shares and max(shares) < _LEAST_SLOPE:
+        yield (
+            f"The slope term decides less than {_LEAST_SLOPE:.0%} of these scores, which rank nearly as the loss does: "
+            "larger score.sigmas or a smaller score.alpha give it weight."
+        )
+    yield f"The best architecture, the history and pictures are in {outcome.folder}."
 
 
 def _score(options: argparse.Namespace) -> int:
     import nni_strategy  # noqa: F401
+    from genas_plugins.spaces import NasBench201Architecture
     from genas_plugins.zoo import find_genotype
     from nni_strategy.trained import TrainedSupernet
 
-    genotype = find_genotype(options.genotype)
+    # A string of NAS-Bench-201 begins with a bar.
+    is_cell = options.genotype.startswith("|")
+    candidate = NasBench201Architecture.from_string(options.genotype) if is_cell else find_genotype(options.genotype)
     trained = TrainedSupernet.from_run(options.run, device=options.device)
     changes = {name: getattr(options, name) for name in ("metric", "sigmas") if getattr(options, name) is not None}
     score = dataclasses.replace(trained.score, **changes)
-    measured = trained.measure(genotype, score)
-    accuracy = trained.test_accuracy(genotype)
+    measured = trained.measure(candidate, score)
+    accuracy = trained.test_accuracy(candidate)
     rows = [("metric", score.metric), ("score", f"{measured.score:.6g}")]
     rows += [(f"share of {name}", f"{share:.1%}") for name, share in measured.shares.items()]
     if measured.flatness is not None:
@@ -240,6 +279,76 @@ def _score(options: argparse.Namespace) -> int:
         rows.append(("test top-1", f"{accuracy.top1:.2%}"))
     print("\n".join(_table(rows)))
     return 0
+
+
+def _correlate(options: argparse.Namespace) -> int:
+    from genas_plugins._optional import require
+
+    require("matplotlib", extra="plots", purpose="the pictures")
+    import nni_strategy  # noqa: F401
+    from genas_plugins.truth import read_truth
+    from nni_strategy import config, correlate
+    from nni_strategy.progress import Bar
+    from nni_strategy.run import run_experiment
+    from nni_strategy.trained import TrainedSupernet
+
+    if (options.run is None) == (options.config is None):
+        raise ValueError("Name either --run, the folder of a search, or --config, to train first.")
+    # All that can be wrong is found before anything takes long.
+    truth = read_truth(options.truth, options.dataset)
+    settings = correlate.load_settings(options.settings)
+    architectures = correlate.choose(truth, options.sample, options.seed)
+    folder = Path(options.output)
+    progress = None if options.quiet else Bar
+    run = Path(options.run) if options.run else folder / "search"
+    if options.config is not None:
+        _quiet_hosts()
+        experiment = config.load(options.config, options.overrides)
+        if experiment.space.name != "nasbench201":
+            raise ValueError(f"{options.config} searches the space {experiment.space.name}, expected nasbench201.")
+        run_experiment(experiment, run, resume=options.resume and (run / "config.yaml").exists(), progress=progress)
+    trained = TrainedSupernet.from_run(run, device=options.device)
+    raws = correlate.measure_all(
+        trained,
+        architectures,
+        settings,
+        folder,
+        training_free=options.training_free,
+        resume=options.resume,
+        progress=progress,
+    )
+    rows, left_out = correlate.write_report(folder, raws, settings, truth, seed=options.seed)
+    print("\n".join(_correlation_report(rows, left_out, folder)))
+    return 0
+
+
+def _correlation_report(rows: Sequence[Any], left_out: int, folder: Path) -> Iterable[str]:
+    head = ("score", "tau [95 %]", "rho", "better half", "top k", "nDCG", "best pick", "gap", "tau given loss", "slope")
+    table = [head]
+    for row in rows:
+        r = row.ranking
+        table.append(
+            (
+                row.name,
+                str(r.tau),
+                f"{r.rho.value:.3f}",
+                f"{r.tau_better_half.value:.3f}",
+                f"{r.precision:.2f}",
+                f"{r.ndcg:.3f}",
+                f"{r.best_accuracy:.2f}",
+                f"{r.gap:.2f}",
+                "-" if row.given_loss is None else str(row.given_loss),
+                "-" if row.slope_share is None else f"{row.slope_share:.2%}",
+            )
+        )
+    yield from _table(table)
+    count = rows[0].ranking.count
+    yield f"\n{count} architectures" + (f"; {left_out} without a finite score are left out." if left_out else ".")
+    yield f"top k: share of the best {rows[0].ranking.k}; slope: median share of the slope term in Eq. 4."
+    weak = [row.name for row in rows if row.slope_share is not None and row.slope_share < _LEAST_SLOPE]
+    if weak:
+        yield f"The slope term decides less than {_LEAST_SLOPE:.0%} of the score in: {'; '.join(weak)}."
+    yield f"correlations.csv, scores.csv and scatter.png are in {folder}."
 
 
 def _zoo(options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ with warnings.catch_warnings():
         require(_package, extra="nni", purpose="nni_strategy")
 
 from nni_strategy.evaluators import CombinedEvaluator, FlatnessEvaluator
-from nni_strategy.space import DartsSpace
+from nni_strategy.space import DartsSpace, NasBench201Space
 from nni_strategy.strategy import GeNAS
 from nni_strategy.training import SupernetModule, supernet_evaluator
 
@@ -20,6 +20,7 @@ __all__ = [
     "DartsSpace",
     "FlatnessEvaluator",
     "GeNAS",
+    "NasBench201Space",
     "SupernetModule",
     "supernet_evaluator",
 ]

@@ -19,7 +19,7 @@ from genas_plugins.scoring import CombinedScore
 from genas_plugins.search import Evolution
 from genas_plugins.spaces import DartsSearchSpace
 
-__all__ = ["ConfigError", "Experiment", "config_names", "dump", "find_config", "load", "parse"]
+__all__ = ["ConfigError", "Experiment", "build", "config_names", "dump", "find_config", "load", "parse"]
 
 
 class ConfigError(ValueError):
@@ -28,14 +28,25 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """The supernet: ``init_channels`` and ``num_cells`` of the official supernet by default."""
+    """The supernet: ``init_channels`` and the numbers of cells of the official supernets by default.
 
+    ``num_cells`` and ``stem`` are of the DARTS space, ``cells_per_stage`` is of NAS-Bench-201.
+    """
+
+    name: Literal["darts", "nasbench201"] = "darts"
     init_channels: int = 16
     num_cells: int = 8
     stem: Literal["cifar", "imagenet"] = "cifar"
+    cells_per_stage: int = 5
 
     def check(self) -> None:
-        cell_shapes(self.init_channels, self.num_cells, self.stem)
+        if self.name == "darts":
+            cell_shapes(self.init_channels, self.num_cells, self.stem)
+        elif self.init_channels < 1 or self.cells_per_stage < 1:
+            raise ValueError(
+                f"init_channels and cells_per_stage must be at least 1, got {self.init_channels} and "
+                f"{self.cells_per_stage}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +206,7 @@ def parse(data: Mapping[str, Any]) -> Experiment:
     Raises:
         ConfigError: An unknown key, a wrong type, a value out of its range. One sentence, with the valid choices.
     """
-    return _build(Experiment, data, "")
+    return build(Experiment, data, "")
 
 
 def dump(experiment: Experiment) -> str:
@@ -219,7 +230,12 @@ def _apply(data: dict[str, Any], override: str) -> None:
     data[last] = value
 
 
-def _build(kind: type, data: Any, where: str) -> Any:
+def build(kind: type, data: Any, where: str = "") -> Any:
+    """Build a dataclass from plain data, checked against its types.
+
+    Raises:
+        ConfigError: An unknown key, a wrong type, a value out of its range.
+    """
     fields = {item.name: item for item in dataclasses.fields(kind)}
     section = where.rstrip(".") or "the experiment"
     if not isinstance(data, Mapping):
@@ -234,7 +250,7 @@ def _build(kind: type, data: Any, where: str) -> Any:
             )
         wanted = types_of[key]
         nested = dataclasses.is_dataclass(wanted)
-        values[key] = _build(wanted, value, f"{where}{key}.") if nested else _convert(wanted, value, f"{where}{key}")
+        values[key] = build(wanted, value, f"{where}{key}.") if nested else _convert(wanted, value, f"{where}{key}")
     built = kind(**values)
     try:
         getattr(built, "check", lambda: None)()

@@ -16,10 +16,11 @@ from genas_plugins.checkpoints import load_supernet
 from genas_plugins.datasets import load_search_data
 from genas_plugins.genotype import Genotype
 from genas_plugins.scoring import CombinedScore, Measurement
+from genas_plugins.spaces.nasbench201 import NasBench201Architecture
 from nni_strategy.samples import SampleSpace
-from nni_strategy.space import DartsSpace, sample_to_genotype
+from nni_strategy.space import SupernetSpace, space_around
 from nni_strategy.strategy import GeNAS
-from nni_strategy.trained import TrainedSupernet, darts_space, load_space_weights
+from nni_strategy.trained import TrainedSupernet, load_space_weights
 
 __all__ = ["CombinedEvaluator", "FlatnessEvaluator"]
 
@@ -46,7 +47,7 @@ class CombinedEvaluator(Evaluator):
         recalibration_momentum: Of the running average.
         data: With a checkpoint: keyword arguments of
             :func:`genas_plugins.datasets.load_search_data`. With a run folder, the run's data is used.
-        space: With a checkpoint of another space than :class:`DartsSpace`: the model space, unmutated. It is
+        space: With a checkpoint of another space than those of this package: the model space, unmutated. It is
             left as it is.
         initial: With a checkpoint: the weights before training, for metrics with the angle.
         seed: Of the noise, with a checkpoint. With a run folder, the run's.
@@ -112,23 +113,24 @@ class CombinedEvaluator(Evaluator):
         return self._trained
 
     def measure(self, model: Any) -> Measurement:
-        """Score a genotype, a network that has one, or an NNI sample.
+        """Score a genotype or NAS-Bench-201 architecture, a network that has one, or an NNI sample.
 
         Raises:
             TypeError: The model does not tell its architecture.
         """
         trained = self.trained
-        if isinstance(model, Genotype):
+        if isinstance(model, Genotype | NasBench201Architecture):
             return trained.measure(model)
         if isinstance(model, Mapping):
-            if isinstance(trained.space, DartsSpace):
-                return trained.measure(sample_to_genotype(model))
+            if isinstance(trained.space, SupernetSpace):
+                return trained.measure(trained.space.from_sample(model))
             search_space = trained.paths.search_space
             assert isinstance(search_space, SampleSpace)
             return trained.measure(search_space.from_json(dict(model)))
         network = getattr(model, "network", model)
-        if isinstance(getattr(network, "genotype", None), Genotype):
-            return trained.measure(network.genotype)
+        for own in (getattr(network, name, None) for name in ("genotype", "architecture")):
+            if isinstance(own, Genotype | NasBench201Architecture):
+                return trained.measure(own)
         raise TypeError(
             f"{type(model).__name__} does not tell its architecture; expected a Genotype, a network with a "
             "genotype, or an NNI sample."
@@ -174,7 +176,7 @@ class CombinedEvaluator(Evaluator):
 
 def _opened(space: ModelSpace | None, path: str | Path) -> ModelSpace:
     if space is None:
-        return darts_space(load_supernet(path))
+        return space_around(load_supernet(path))
     load_space_weights(space, path)
     return space
 

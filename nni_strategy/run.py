@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import platform
 import time
 from collections.abc import Callable
@@ -28,9 +29,10 @@ from genas_plugins.genotype import Genotype
 from genas_plugins.plotting import LossCurve, plot_cells, plot_loss_curves, plot_search
 from genas_plugins.scoring import mean_loss, recalibrate_batchnorm
 from genas_plugins.search import History
+from genas_plugins.spaces.nasbench201 import NasBench201Architecture
 from nni_strategy import config
 from nni_strategy.progress import SearchProgress, TrainingProgress
-from nni_strategy.space import DartsSpace
+from nni_strategy.space import DartsSpace, NasBench201Space, SupernetSpace
 from nni_strategy.strategy import GeNAS
 from nni_strategy.trained import (
     CONFIG_FILE,
@@ -45,6 +47,7 @@ from nni_strategy.training import supernet_evaluator
 __all__ = ["Found", "Outcome", "run_experiment"]
 
 GENOTYPE_FILE = "genotype.json"
+ARCHITECTURE_FILE = "architecture.json"
 _TOP = 5
 
 
@@ -59,7 +62,7 @@ class Found:
             without test images.
     """
 
-    genotype: Genotype
+    genotype: Genotype | NasBench201Architecture
     record: dict[str, Any]
     test_top1: float | None
 
@@ -92,7 +95,8 @@ def run_experiment(
 
     The folder holds ``config.yaml`` (every setting), ``initial.safetensors``, ``supernet.ckpt``,
     ``history.jsonl``, ``genotype.json``, ``cells.svg``, ``cells.png``, ``search.png`` and
-    ``loss_curves.png``; Lightning's figures lie under ``training``. A killed run continues with ``resume`` and
+    ``loss_curves.png``; Lightning's figures lie under ``training``. In the NAS-Bench-201 space the best is in
+    ``architecture.json``, as the benchmark's string, and not drawn. A killed run continues with ``resume`` and
     ends as an uninterrupted one would have.
 
     Args:
@@ -118,8 +122,7 @@ def run_experiment(
         _check_folder(folder, experiment, resume)
     torch.manual_seed(experiment.seed)
     data = load_data(experiment)
-    settings = experiment.space
-    space = DartsSpace(data.num_classes, settings.init_channels, settings.num_cells, settings.stem)
+    space = _space(experiment.space, data.num_classes)
     history = History(folder / HISTORY_FILE, read_only=not primary)
     shown = progress if primary else None
     evaluator = _evaluator(experiment, data, folder, shown)
@@ -157,6 +160,12 @@ def run_experiment(
     if not primary:
         return Outcome(folder, (), 0, 0)
     return _hand_over(folder, experiment, strategy, scorer, time.time() - start)
+
+
+def _space(settings: config.Space, num_classes: int) -> SupernetSpace:
+    if settings.name == "nasbench201":
+        return NasBench201Space(num_classes, settings.init_channels, settings.cells_per_stage)
+    return DartsSpace(num_classes, settings.init_channels, settings.num_cells, settings.stem)
 
 
 class SearchFailedError(RuntimeError):
@@ -236,7 +245,7 @@ def _difference(before: config.Experiment, now: config.Experiment) -> str:
     return "in its settings"
 
 
-def _initial_weights(space: DartsSpace, path: Path, primary: bool) -> None:
+def _initial_weights(space: SupernetSpace, path: Path, primary: bool) -> None:
     if path.exists():
         space.supernet.load_state_dict(load_supernet(path).state_dict())
     elif primary:
@@ -304,7 +313,7 @@ def _evaluator(
         raise config.ConfigError(f"training: {error}") from error
 
 
-def _run_nni(space: DartsSpace, evaluator: Any, strategy: GeNAS, folder: Path) -> None:
+def _run_nni(space: SupernetSpace, evaluator: Any, strategy: GeNAS, folder: Path) -> None:
     settings = NasExperimentConfig("sequential", "raw", experiment_working_directory=str(folder.resolve()))
     experiment = _QuietExperiment(space, evaluator, strategy, settings)
     try:
@@ -323,11 +332,12 @@ def _hand_over(
     folder: Path, experiment: config.Experiment, strategy: GeNAS, scorer: TrainedSupernet, seconds: float
 ) -> Outcome:
     records = strategy.records
-    by_code = {tuple(record["candidate"]): record for record in records}
+    plain = strategy.paths.search_space.to_json
+    by_candidate = {json.dumps(record["candidate"]): record for record in records}
     best = []
     curves = []
     for rank, (genotype, _) in enumerate(strategy.evolution.best(_TOP), 1):
-        record = by_code[genotype.code]
+        record = by_candidate[json.dumps(plain(genotype))]
         accuracy = scorer.test_accuracy(genotype)
         best.append(Found(genotype, record, None if accuracy is None else accuracy.top1))
         if "losses" in record:
@@ -339,16 +349,14 @@ def _hand_over(
             f"the first failed because: {records[0]['reason']}"
         )
     plot_search(records, folder / "search.png", title=f"Search by {experiment.score.metric}")
-    plot_cells(best[0].genotype, folder / "cells.svg", title="Best architecture")
-    plot_cells(best[0].genotype, folder / "cells.png", title="Best architecture")
     if curves:
         plot_loss_curves(curves, folder / "loss_curves.png", title="Loss around the weights of the best five")
-    best[0].genotype.save(
-        folder / GENOTYPE_FILE,
-        record=best[0].record,
-        test_top1=best[0].test_top1,
-        top=[{"code": list(f.genotype.code), "score": f.record["score"], "test_top1": f.test_top1} for f in best],
-        provenance={
+    found = best[0]
+    details = {
+        "record": found.record,
+        "test_top1": found.test_top1,
+        "top": [{"code": plain(f.genotype), "score": f.record["score"], "test_top1": f.test_top1} for f in best],
+        "provenance": {
             "genas_plugins": genas_plugins.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -360,11 +368,18 @@ def _hand_over(
             "failed": failed,
             "seconds": round(seconds, 1),
         },
-    )
+    }
+    if isinstance(found.genotype, Genotype):
+        plot_cells(found.genotype, folder / "cells.svg", title="Best architecture")
+        plot_cells(found.genotype, folder / "cells.png", title="Best architecture")
+        found.genotype.save(folder / GENOTYPE_FILE, **details)
+    else:
+        content = {"architecture": plain(found.genotype), **details}
+        write_text(folder / ARCHITECTURE_FILE, json.dumps(content, indent=2) + "\n")
     return Outcome(folder, tuple(best), len(records), failed)
 
 
-def _curve(scorer: TrainedSupernet, genotype: Genotype, record: dict[str, Any], label: str) -> LossCurve:
+def _curve(scorer: TrainedSupernet, genotype: Any, record: dict[str, Any], label: str) -> LossCurve:
     example, _ = next(iter(scorer.validation))
     with scorer.paths.open(genotype, example) as (model, _):
         if scorer.recalibration is not None:

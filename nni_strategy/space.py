@@ -1,10 +1,10 @@
-"""The paper's search space as an NNI model space."""
+"""The paper's search spaces as NNI model spaces, each its own weight-sharing supernet."""
 
 from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 # NNI's one-shot module and its list of strategies import each other: entered through the former, the latter
@@ -18,14 +18,28 @@ from nni.nas.space import current_model
 from torch import Tensor, nn
 
 from genas_plugins.genotype import NODES, OPERATIONS, Genotype, cell_edges
+from genas_plugins.nasbench201 import NasBench201Network, NasBench201SuperNet
 from genas_plugins.network import CellNetwork, Stem
 from genas_plugins.scoring import angle
 from genas_plugins.spaces import DartsSearchSpace
-from genas_plugins.supernet import SubNet, SuperNet
+from genas_plugins.spaces import nasbench201 as cell201
+from genas_plugins.spaces.nasbench201 import NasBench201Architecture, NasBench201SearchSpace
+from genas_plugins.supernet import SuperNet
 
-__all__ = ["DartsSpace", "genotype_to_sample", "sample_to_genotype"]
+__all__ = [
+    "DartsSpace",
+    "NasBench201Space",
+    "SupernetSpace",
+    "architecture_to_sample",
+    "genotype_to_sample",
+    "sample_to_architecture",
+    "sample_to_genotype",
+    "space_around",
+]
 
 _CELLS = ("normal", "reduce")
+_CELL = "cell"
+_EDGE_LABELS = tuple(f"{_CELL}/{source}_{node}" for source, node in cell201.EDGES)
 
 
 def sample_to_genotype(sample: Mapping[str, Any]) -> Genotype:
@@ -56,19 +70,51 @@ def genotype_to_sample(genotype: Genotype) -> dict[str, Any]:
     return sample
 
 
-class _DartsSuperNet(BaseSuperNetModule):
-    """The supernet behind NNI's protocol: it resamples a path, and runs the one that was sampled last."""
+def sample_to_architecture(sample: Mapping[str, Any]) -> NasBench201Architecture:
+    """Read an NNI sample of :class:`NasBench201Space`.
 
-    def __init__(self, supernet: SuperNet) -> None:
+    Raises:
+        KeyError: A label is missing.
+        ValueError: An unknown operation.
+    """
+    return NasBench201Architecture(tuple(sample[label] for label in _EDGE_LABELS))
+
+
+def architecture_to_sample(architecture: NasBench201Architecture) -> dict[str, Any]:
+    """The NNI sample of an architecture: the operation of each edge."""
+    return dict(zip(_EDGE_LABELS, architecture.operations, strict=True))
+
+
+def _darts_choices() -> Iterable[Categorical | CategoricalMultiple]:
+    for cell in _CELLS:
+        with label_scope(cell):
+            for node in NODES:
+                yield CategoricalMultiple(range(node), n_chosen=2, label=f"inputs_{node}")
+                for position in range(2):
+                    yield Categorical(OPERATIONS[1:], label=f"op_{node}_{position}")
+
+
+def _nasbench201_choices() -> Iterable[Categorical]:
+    with label_scope(_CELL):
+        for source, node in cell201.EDGES:
+            yield Categorical(cell201.OPERATIONS, label=f"{source}_{node}")
+
+
+class _SuperNetModule(BaseSuperNetModule):
+    """A supernet behind NNI's protocol: it resamples a path, and runs the one that was sampled last."""
+
+    def __init__(
+        self,
+        supernet: Any,
+        choices: Iterable[Categorical | CategoricalMultiple],
+        from_sample: Callable[[Mapping[str, Any]], Any],
+    ) -> None:
         super().__init__()
         self.supernet = supernet
-        for cell in _CELLS:
-            with label_scope(cell):
-                for node in NODES:
-                    self.add_mutable(CategoricalMultiple(range(node), n_chosen=2, label=f"inputs_{node}"))
-                    for position in range(2):
-                        self.add_mutable(Categorical(OPERATIONS[1:], label=f"op_{node}_{position}"))
-        self._genotype = sample_to_genotype({mutable.label: mutable.default() for mutable in self.mutables})
+        for choice in choices:
+            self.add_mutable(choice)
+        self._from_sample = from_sample
+        self._candidate = from_sample({mutable.label: mutable.default() for mutable in self.mutables})
 
     def resample(self, memo: dict[str, Any]) -> dict[str, Any]:
         # NNI's own strategies draw from Python's global generator; GeNAS passes a complete memo.
@@ -78,20 +124,111 @@ class _DartsSuperNet(BaseSuperNetModule):
                 values = list(mutable.values)
                 multiple = isinstance(mutable, CategoricalMultiple)
                 drawn[mutable.label] = sorted(random.sample(values, 2)) if multiple else random.choice(values)
-        self._genotype = sample_to_genotype({**memo, **drawn})
+        self._candidate = self._from_sample({**memo, **drawn})
         return drawn
 
     def export(self, memo: dict[str, Any]) -> dict[str, Any]:
         return self.resample(memo)
 
     def freeze(self, sample: dict[str, Any]) -> nn.Module:
-        return copy.deepcopy(self.supernet.subnet(sample_to_genotype(sample)))
+        return copy.deepcopy(self.supernet.subnet(self._from_sample(sample)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.supernet(x, self._genotype)
+        return self.supernet(x, self._candidate)
 
 
-class DartsSpace(ModelSpace):
+class SupernetSpace(ModelSpace, disable_init_wrapper=True):
+    """A space that is its own supernet, so that a one-shot strategy needs no conversion.
+
+    Its candidates are those of :attr:`search_space`, of the type :attr:`candidate`; they are measured as subnets.
+    """
+
+    network: nn.Module
+    candidate: type
+    _before: tuple[Mapping[str, Tensor], torch.device, Any] | None = None
+
+    @property
+    def supernet(self) -> Any:
+        """The weight-sharing supernet.
+
+        Raises:
+            AttributeError: The space is frozen.
+        """
+        return self.network.supernet
+
+    @property
+    def search_space(self) -> Any:
+        """How the evolution samples, mutates and crosses."""
+        raise NotImplementedError
+
+    def to_sample(self, candidate: Any) -> dict[str, Any]:
+        """The NNI sample of a candidate of :attr:`search_space`."""
+        raise NotImplementedError
+
+    def from_sample(self, sample: Mapping[str, Any]) -> Any:
+        """The inverse of :meth:`to_sample`.
+
+        Raises:
+            KeyError: A label is missing.
+            ValueError: Not a candidate of the space.
+        """
+        raise NotImplementedError
+
+    def extra_oneshot_hooks(self, strategy: Any) -> list[Callable[..., bool]]:
+        """For NNI's one-shot strategies: keep the supernet as it is, and do not look inside."""
+        return [lambda module, name, memo, kwargs: isinstance(module, _SuperNetModule)]
+
+    def subnet(self, candidate: Any) -> nn.Module:
+        """One path as a small module that shares the supernet's parameters and owns its buffers.
+
+        Raises:
+            TypeError: ``candidate`` is of another space.
+        """
+        if not isinstance(candidate, self.candidate):
+            raise TypeError(f"{type(self).__name__} has a {self.candidate.__name__}, got {candidate!r}.")
+        return self.supernet.subnet(candidate)
+
+    def angle(self, initial: Mapping[str, Tensor], candidate: Any) -> float:
+        """Angle to the initial weights as a fraction of pi.
+
+        Args:
+            initial: The parameters before training by name; an earlier ``state_dict()`` will do.
+            candidate: The architecture.
+
+        Raises:
+            ValueError: ``initial`` lacks a parameter.
+        """
+        device = next(self.parameters()).device
+        # Building a supernet takes longer than the angle, and a search asks for a thousand.
+        if self._before is None or self._before[0] is not initial or self._before[1] != device:
+            self._before = (initial, device, self._supernet_with(initial, device))
+        return angle(self._before[2], self.supernet, candidate, normalize=True)
+
+    def _supernet_with(self, values: Mapping[str, Tensor], device: torch.device) -> Any:
+        # On the meta device nothing is drawn from the global generator. Statistics stay there: nobody reads them.
+        with torch.device("meta"):
+            supernet = type(self.supernet)(**self.supernet.arguments)
+        prefix = "network.supernet."
+        own = {name: values.get(prefix + name) for name, _ in supernet.named_parameters()}
+        missing = [name for name, value in own.items() if value is None]
+        if missing:
+            raise ValueError(
+                f"The initial weights lack {len(missing)} of {len(own)} parameters, for instance {prefix}{missing[0]}."
+            )
+        supernet.load_state_dict({name: value.to(device) for name, value in own.items()}, strict=False, assign=True)
+        return supernet
+
+    def freeze(self, sample: dict[str, Any]) -> nn.Module:
+        """One path with a copy of the supernet's trained weights."""
+        self.validate(sample)
+        return self.network.freeze(sample)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)`` along the path sampled last."""
+        return self.network(x)
+
+
+class DartsSpace(SupernetSpace):
     """Exactly the space of the paper: every node takes two *distinct* inputs, each through one of seven operations.
 
     (NNI hub's ``DARTS`` lets a node take one input twice.) Labels are ``{normal,reduce}/inputs_{2..5}``, a pair
@@ -111,79 +248,81 @@ class DartsSpace(ModelSpace):
         ValueError: See :func:`genas_plugins.network.cell_shapes`.
     """
 
+    candidate = Genotype
+
     def __init__(
         self, num_classes: int = 10, init_channels: int = 16, num_cells: int = 8, stem: Stem = "cifar"
     ) -> None:
         super().__init__()
         sample = current_model()
         if sample is None:
-            self.network: nn.Module = _DartsSuperNet(SuperNet(num_classes, init_channels, num_cells, stem))
+            supernet = SuperNet(num_classes, init_channels, num_cells, stem)
+            self.network = _SuperNetModule(supernet, _darts_choices(), sample_to_genotype)
         else:
             genotype = sample_to_genotype(sample)
             self.network = CellNetwork(genotype, init_channels, num_cells, num_classes, stem)
-        self._before: tuple[Mapping[str, Tensor], torch.device, SuperNet] | None = None
-
-    @property
-    def supernet(self) -> SuperNet:
-        """The weight-sharing supernet.
-
-        Raises:
-            AttributeError: The space is frozen.
-        """
-        return self.network.supernet
 
     @property
     def search_space(self) -> DartsSearchSpace:
         """How the evolution samples, mutates and crosses; its candidates are genotypes."""
         return DartsSearchSpace()
 
-    def extra_oneshot_hooks(self, strategy: Any) -> list[Callable[..., bool]]:
-        """For NNI's one-shot strategies: keep the supernet as it is, and do not look inside."""
-        return [lambda module, name, memo, kwargs: isinstance(module, _DartsSuperNet)]
-
     def to_sample(self, candidate: Genotype) -> dict[str, Any]:
-        """The NNI sample of a candidate of :attr:`search_space`."""
+        """The NNI sample of a genotype."""
         return genotype_to_sample(candidate)
 
-    def subnet(self, candidate: Genotype) -> SubNet:
-        """One path as a small module that shares the supernet's parameters and owns its buffers."""
-        return self.supernet.subnet(candidate)
+    def from_sample(self, sample: Mapping[str, Any]) -> Genotype:
+        """See :func:`sample_to_genotype`."""
+        return sample_to_genotype(sample)
 
-    def angle(self, initial: Mapping[str, Tensor], candidate: Genotype) -> float:
-        """Angle to the initial weights as a fraction of pi.
 
-        Args:
-            initial: The parameters before training by name; an earlier ``state_dict()`` will do.
-            candidate: The architecture.
+class NasBench201Space(SupernetSpace):
+    """The NAS-Bench-201 space (Dong and Yang, ICLR 2020): six edges, five operations on each.
 
-        Raises:
-            ValueError: ``initial`` lacks a parameter.
-        """
-        device = next(self.parameters()).device
-        # Building a supernet takes longer than the angle, and a search asks for a thousand.
-        if self._before is None or self._before[0] is not initial or self._before[1] != device:
-            self._before = (initial, device, self._supernet_with(initial, device))
-        return angle(self._before[2], self.supernet, candidate, normalize=True)
+    Labels are those of NNI hub's space of the same name, ``cell/0_1`` to ``cell/2_3``; operations have the benchmark's
+    names. Under NNI's model context it is one fixed network with fresh weights.
 
-    def _supernet_with(self, values: Mapping[str, Tensor], device: torch.device) -> SuperNet:
-        # On the meta device nothing is drawn from the global generator. Statistics stay there: nobody reads them.
-        with torch.device("meta"):
-            supernet = SuperNet(**self.supernet.arguments)
-        prefix = "network.supernet."
-        own = {name: values.get(prefix + name) for name, _ in supernet.named_parameters()}
-        missing = [name for name, value in own.items() if value is None]
-        if missing:
-            raise ValueError(
-                f"The initial weights lack {len(missing)} of {len(own)} parameters, for instance {prefix}{missing[0]}."
-            )
-        supernet.load_state_dict({name: value.to(device) for name, value in own.items()}, strict=False, assign=True)
-        return supernet
+    Args:
+        num_classes: Outputs of the classifier.
+        init_channels: C, channels of the first stage; the benchmark has 16.
+        cells_per_stage: N, cells in each of the three stages; the benchmark has 5.
+        affine: Whether batch normalisation in the supernet's cells has weight and bias.
 
-    def freeze(self, sample: dict[str, Any]) -> nn.Module:
-        """One path with a copy of the supernet's trained weights."""
-        self.validate(sample)
-        return self.network.freeze(sample)
+    Raises:
+        ValueError: A number is below 1.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)`` along the path sampled last."""
-        return self.network(x)
+    candidate = NasBench201Architecture
+
+    def __init__(
+        self, num_classes: int = 10, init_channels: int = 16, cells_per_stage: int = 5, affine: bool = True
+    ) -> None:
+        super().__init__()
+        sample = current_model()
+        if sample is None:
+            supernet = NasBench201SuperNet(init_channels, cells_per_stage, num_classes, affine)
+            self.network = _SuperNetModule(supernet, _nasbench201_choices(), sample_to_architecture)
+        else:
+            architecture = sample_to_architecture(sample)
+            self.network = NasBench201Network(architecture, init_channels, cells_per_stage, num_classes)
+
+    @property
+    def search_space(self) -> NasBench201SearchSpace:
+        """How the evolution samples, mutates and crosses; its candidates are architectures."""
+        return NasBench201SearchSpace()
+
+    def to_sample(self, candidate: NasBench201Architecture) -> dict[str, Any]:
+        """The NNI sample of an architecture."""
+        return architecture_to_sample(candidate)
+
+    def from_sample(self, sample: Mapping[str, Any]) -> NasBench201Architecture:
+        """See :func:`sample_to_architecture`."""
+        return sample_to_architecture(sample)
+
+
+def space_around(supernet: SuperNet | NasBench201SuperNet) -> SupernetSpace:
+    """The space of a supernet, with a copy of its weights."""
+    kind = NasBench201Space if isinstance(supernet, NasBench201SuperNet) else DartsSpace
+    space = kind(**supernet.arguments)
+    space.supernet.load_state_dict(supernet.state_dict())
+    return space

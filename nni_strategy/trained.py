@@ -16,10 +16,10 @@ from genas_plugins.scoring import Accuracy, CombinedScore, Measurement, accuracy
 from genas_plugins.scoring.data import TensorBatches
 from nni_strategy import config
 from nni_strategy.samples import SupernetPaths
-from nni_strategy.space import DartsSpace
+from nni_strategy.space import space_around
 from nni_strategy.strategy import measure_candidate
 
-__all__ = ["TrainedSupernet", "batch_size_for", "darts_space", "load_data", "load_space_weights"]
+__all__ = ["TrainedSupernet", "batch_size_for", "load_data", "load_space_weights"]
 
 CONFIG_FILE = "config.yaml"
 INITIAL_FILE = "initial.safetensors"
@@ -115,7 +115,7 @@ class TrainedSupernet:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} is not the folder of a search with a trained supernet: no {name}.")
         experiment = config.load(folder / CONFIG_FILE)
-        space = darts_space(load_supernet(folder / SUPERNET_FILE))
+        space = space_around(load_supernet(folder / SUPERNET_FILE))
         initial = None
         if (folder / INITIAL_FILE).is_file():
             initial = {f"{_PREFIX}{name}": value for name, value in read_state(folder / INITIAL_FILE).items()}
@@ -132,7 +132,7 @@ class TrainedSupernet:
         )
 
     def measure(self, candidate: Any, score: CombinedScore | None = None) -> Measurement:
-        """Score one candidate of the space (a genotype, for :class:`DartsSpace`)."""
+        """Score one candidate of the space (of its ``search_space``)."""
         return measure_candidate(
             self.paths, candidate, score or self.score, self.recalibration, self.validation, self.seed
         )
@@ -149,13 +149,6 @@ class TrainedSupernet:
 
     def _batches(self, images: ImageTensors, size: int) -> TensorBatches:
         return TensorBatches(images, size, self.data.mean, self.data.std, device=self.device)
-
-
-def darts_space(supernet: Any) -> DartsSpace:
-    """A :class:`DartsSpace` around a trained :class:`~genas_plugins.SuperNet`."""
-    space = DartsSpace(**supernet.arguments)
-    space.supernet.load_state_dict(supernet.state_dict())
-    return space
 
 
 def load_space_weights(space: ModelSpace, path: str | Path) -> None:

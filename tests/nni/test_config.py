@@ -19,6 +19,8 @@ SHIPPED = (
     "darts_cifar10_flatness",
     "darts_cifar10_reduced",
     "darts_imagenet_flatness",
+    "nasbench201_cifar10_flatness",
+    "nasbench201_cifar10_reduced",
     "quickstart_digits",
 )
 # Section 4.1 of the paper, its Table 8 for gamma, and the official supernet for what the paper leaves out.
@@ -33,7 +35,8 @@ def test_the_shipped_files_are_these() -> None:
 def test_a_shipped_file_loads_and_its_name_is_true(name: str) -> None:
     experiment = load(name)
     parts = name.split("_")
-    if parts[0] == "darts":
+    assert experiment.space.name == ("nasbench201" if parts[0] == "nasbench201" else "darts")
+    if parts[0] in ("darts", "nasbench201"):
         data = {"imagenet": "image_folder"}.get(parts[1], parts[1])
         assert experiment.data.name == ("image_folder" if "reduced" in parts else data)
         assert parts[1] in (experiment.data.root or "")
@@ -48,10 +51,19 @@ def test_a_shipped_file_loads_and_its_name_is_true(name: str) -> None:
     assert experiment.score.build().metric == experiment.score.metric
 
 
+def test_the_search_in_nas_bench_201_has_the_settings_of_the_paper() -> None:
+    experiment = load("nasbench201_cifar10_flatness")
+    assert (experiment.space.init_channels, experiment.space.cells_per_stage) == (16, 5)
+    assert (experiment.training.epochs, experiment.training.weight_decay) == (250, 5e-4)
+    assert experiment.score.sigmas == (2e-3, 1e-2, 2e-2)
+    assert (experiment.search.population, experiment.search.generations) == (100, 20)
+
+
 @pytest.mark.parametrize("name", ["darts_cifar10_flatness", "darts_cifar100_flatness", "darts_cifar100_angle_flatness"])
 def test_the_searches_of_the_paper_have_its_settings(name: str) -> None:
     experiment = load(name)
-    assert dataclasses.asdict(experiment.space) == {"init_channels": 16, "num_cells": 8, "stem": "cifar"}
+    space = experiment.space
+    assert (space.name, space.init_channels, space.num_cells, space.stem) == ("darts", 16, 8, "cifar")
     training = experiment.training
     assert (training.epochs, training.batch_size) == (250, 64)
     assert (training.learning_rate, training.final_learning_rate) == (0.025, 0.001)

@@ -1,0 +1,204 @@
+"""Do scores rank architectures? Many metrics and settings measured in one pass, and held against the ground truth.
+
+An architecture is measured once, raw: its losses and accuracies, with and without noise. All that settings have in
+common (a recalibration, the losses at the same noise) is measured once for all of them, and what only combines
+measured numbers (alpha, gamma, the metric) costs nothing more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genas_plugins.scoring import Accuracy, CombinedScore, Flatness, flatness, flatness_from_losses
+from genas_plugins.scoring.batchnorm import evaluation_mode, preserve_batchnorm, recalibrate_batchnorm
+from genas_plugins.scoring.flatness import MeasurementError
+
+__all__ = ["Setting", "columns", "evaluate", "measure_raw", "slope_shares"]
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A column of the table: a score, and how often its noise is drawn.
+
+    Attributes:
+        name: Of the column.
+        score: What is measured.
+        draws: Draws of the noise; Eq. 4 is computed from their mean losses.
+
+    Raises:
+        ValueError: ``draws`` is below 1.
+    """
+
+    name: str
+    score: CombinedScore
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ValueError(f"{self.name}: draws must be at least 1, got {self.draws}.")
+
+
+def measure_raw(
+    model: nn.Module,
+    settings: Sequence[Setting],
+    batches: Batches,
+    *,
+    recalibration: Batches | None = None,
+    angle: Callable[[], float] | None = None,
+    seed: int = 0,
+    parameters: Collection[str] | None = None,
+) -> dict[str, Any]:
+    """Measure on one architecture all that ``settings`` need, each number once.
+
+    Args:
+        model: A candidate that owns its statistics of batch normalisation; it is left as it was.
+        settings: The columns.
+        batches: Validation images and labels on the model's device, iterated anew for each loss.
+        recalibration: Training images for the statistics; ``None`` keeps those that the model has.
+        angle: Gives the angle to the initial weights as a fraction of pi, where a setting needs it.
+        seed: Of the noise; draw number ``d`` has the generator ``seed + d``.
+        parameters: Names of the parameters to perturb; ``None`` for all.
+
+    Returns:
+        Plain data for JSON: ``angle``, and under ``statistics`` for each recalibration ``loss`` (nats), ``top1`` and
+        ``top5`` (fractions) without noise, and ``losses``: for each noise its draws, each a list of the losses at
+        the sigmas. What is not finite is ``None``.
+
+    Raises:
+        ValueError: A setting needs the angle and ``angle`` is missing, or there are no batches.
+    """
+    raw: dict[str, Any] = {"statistics": {}}
+    if any("angle" in setting.score.metrics for setting in settings):
+        if angle is None:
+            raise ValueError("A setting needs the angle to the initial weights; pass angle=.")
+        raw["angle"] = _finite(angle)
+    with preserve_batchnorm(model):
+        # In the order of first use: the same settings give the same numbers.
+        for momentum in dict.fromkeys(setting.score.momentum for setting in settings):
+            if recalibration is not None:
+                recalibrate_batchnorm(model, recalibration, momentum)
+            part: dict[str, Any] = _without_noise(model, batches)
+            part["losses"] = {}
+            raw["statistics"][_momentum_key(momentum)] = part
+            for setting in settings:
+                if setting.score.momentum != momentum or "flatness" not in setting.score.metrics:
+                    continue
+                draws = part["losses"].setdefault(_noise_key(setting.score), [])
+                while len(draws) < setting.draws:
+                    draws.append(_losses(model, setting.score, batches, seed + len(draws), parameters))
+    return raw
+
+
+def evaluate(setting: Setting, raw: Mapping[str, Any]) -> float:
+    """The score of a setting from what :func:`measure_raw` gave; NaN where it is not defined.
+
+    Raises:
+        KeyError: ``raw`` was measured for other settings.
+    """
+    score = setting.score
+    part = raw["statistics"][_momentum_key(score.momentum)]
+    flat = _flatness(setting, part) if "flatness" in score.metrics else None
+    angle = raw["angle"] if "angle" in score.metrics else None
+    top = Accuracy(part["top1"], part["top5"]) if "accuracy" in score.metrics else None
+    if ("flatness" in score.metrics and flat is None) or ("angle" in score.metrics and angle is None):
+        return math.nan
+    try:
+        return score.combine(flat, angle, top).score
+    except MeasurementError:
+        return math.nan
+
+
+def columns(settings: Sequence[Setting], raws: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Scores by setting, and what they are made of; higher is better in every column.
+
+    Beside each setting's own column: for each recalibration minus the loss without noise, and for each noise and
+    recalibration minus the slope term and minus the depth term of Eq. 4.
+
+    Args:
+        settings: The columns.
+        raws: What :func:`measure_raw` gave for each architecture.
+    """
+    table = {setting.name: [evaluate(setting, raw) for raw in raws] for setting in settings}
+    for setting in settings:
+        key = _momentum_key(setting.score.momentum)
+        suffix = "" if setting.score.momentum is None else f" (momentum {key})"
+        parts = [raw["statistics"][key] for raw in raws]
+        table.setdefault(f"-loss{suffix}", [math.nan if part["loss"] is None else -part["loss"] for part in parts])
+        if "flatness" in setting.score.metrics:
+            flats = [_flatness(setting, part) for part in parts]
+            draws = f", {setting.draws} draws" if setting.draws > 1 else ""
+            name = f"{_noise_key(setting.score)}{draws}{suffix}"
+            table.setdefault(f"-slope: {name}", [math.nan if flat is None else -flat.slope for flat in flats])
+            table.setdefault(f"-depth: {name}", [math.nan if flat is None else -flat.depth for flat in flats])
+    return table
+
+
+def slope_shares(setting: Setting, raws: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Fraction of ``1 / F`` that the slope term makes up, for each architecture; NaN where it is not defined."""
+    key = _momentum_key(setting.score.momentum)
+    flats = [_flatness(setting, raw["statistics"][key]) for raw in raws]
+    return [math.nan if flat is None else flat.slope_share for flat in flats]
+
+
+def _flatness(setting: Setting, part: Mapping[str, Any]) -> Flatness | None:
+    draws = part["losses"][_noise_key(setting.score)][: setting.draws]
+    if any(loss is None for losses in draws for loss in losses):
+        return None
+    means = [sum(losses) / len(draws) for losses in zip(*draws, strict=True)]
+    return flatness_from_losses(means, setting.score.sigmas, setting.score.alpha)
+
+
+def _without_noise(model: nn.Module, batches: Batches) -> dict[str, float | None]:
+    """Loss and accuracies of one pass over the images."""
+    sums: Tensor | None = None
+    count = 0
+    with evaluation_mode(model), torch.no_grad():
+        for images, labels in batches:
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels, reduction="sum").double()
+            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            found = torch.stack([loss, hits[:, 0].sum().double(), hits.sum().double()])
+            sums = found if sums is None else sums + found
+            count += len(labels)
+    if sums is None:
+        raise ValueError("Architectures are measured on at least one batch of images, got none.")
+    loss, top1, top5 = (sums / count).tolist()
+    return {"loss": loss if math.isfinite(loss) else None, "top1": top1, "top5": top5}
+
+
+def _losses(
+    model: nn.Module, score: CombinedScore, batches: Batches, seed: int, parameters: Collection[str] | None
+) -> list[float | None]:
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    try:
+        measured = flatness(
+            model, batches, score.sigmas, 1.0, score.noise, score.where, generator, parameters=parameters
+        )
+    except MeasurementError:
+        return [None] * len(score.sigmas)
+    return list(measured.losses)
+
+
+def _finite(measure: Callable[[], float]) -> float | None:
+    try:
+        return measure()
+    except MeasurementError:
+        return None
+
+
+def _momentum_key(momentum: float | None) -> str:
+    return "cumulative" if momentum is None else f"{momentum:g}"
+
+
+def _noise_key(score: CombinedScore) -> str:
+    sigmas = " ".join(f"{sigma:g}" for sigma in score.sigmas)
+    return f"{score.noise}, {score.where}, {sigmas}"

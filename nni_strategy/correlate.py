@@ -1,0 +1,313 @@
+"""Scores of NAS-Bench-201 architectures with a trained supernet, against the accuracy that training each gives."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from genas_plugins.correlation import Setting, columns, measure_raw, slope_shares
+from genas_plugins.files import packaged_configs, write_text
+from genas_plugins.nasbench201 import NasBench201Network, nasbench201_costs
+from genas_plugins.plotting import plot_scatter
+from genas_plugins.ranking import Estimate, Ranking, partial_kendall, rank_correlation
+from genas_plugins.scoring import CombinedScore
+from genas_plugins.scoring.training_free import naswot, synflow, zico
+from genas_plugins.search import History, HistoryError, candidate_seed
+from genas_plugins.spaces.nasbench201 import NasBench201Architecture, NasBench201SearchSpace
+from genas_plugins.truth import lookup
+from nni_strategy import config
+from nni_strategy.space import NasBench201Space
+from nni_strategy.trained import TrainedSupernet
+
+__all__ = ["Row", "choose", "load_settings", "measure_all", "write_report"]
+
+SETTINGS_FILE = "settings.json"
+MEASUREMENTS_FILE = "measurements.jsonl"
+
+_RESERVED = {"architecture", "truth", "parameters", "live FLOPs", "NASWOT", "SynFlow", "ZiCo"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        name: The column of scores.
+        ranking: How it ranks.
+        given_loss: Kendall's partial tau with the accuracy given the loss without noise, through normal variables, so
+            that it is zero where a score owes all to the loss; None for references and terms.
+        slope_share: Median share of the slope term; None where there is none.
+    """
+
+    name: str
+    ranking: Ranking
+    given_loss: Estimate | None
+    slope_share: float | None
+
+
+def load_settings(name_or_path: str | Path) -> list[Setting]:
+    """Read settings from a YAML file: a list, each with a ``name``, ``draws`` and the fields of ``CombinedScore``.
+
+    Raises:
+        ConfigError: There is no such file, or it says something that cannot be measured.
+    """
+    known = packaged_configs("correlate")
+    path = Path(name_or_path) if Path(name_or_path).is_file() else known.get(str(name_or_path))
+    if path is None:
+        raise config.ConfigError(f"There are no settings {str(name_or_path)!r}; the package has: {', '.join(known)}.")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise config.ConfigError(f"{path} is not a YAML file: {' '.join(str(error).split())}.") from error
+    if not isinstance(data, list) or not data:
+        raise config.ConfigError(f"{path.name} must hold a list of settings, got {type(data).__name__}.")
+    settings = [_setting(item, f"{path.name}, number {number}") for number, item in enumerate(data, 1)]
+    names = [setting.name for setting in settings]
+    if taken := sorted(_RESERVED.intersection(names)):
+        raise config.ConfigError(f"{path.name}: the table itself has columns of the name {', '.join(taken)}.")
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise config.ConfigError(f"{path.name} has several settings of the name {', '.join(sorted(twice))}.")
+    return settings
+
+
+def _setting(data: Any, where: str) -> Setting:
+    if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
+        raise config.ConfigError(f"{where}: a setting holds keys and values, among them a name; got {data!r}.")
+    rest = {key: value for key, value in data.items() if key not in ("name", "draws")}
+    draws = data.get("draws", 1)
+    if not isinstance(draws, int) or isinstance(draws, bool):
+        raise config.ConfigError(f"{where}: draws must be a whole number, got {draws!r}.")
+    try:
+        return Setting(name=data["name"], draws=draws, score=config.build(CombinedScore, rest))
+    except ValueError as error:
+        raise config.ConfigError(f"{where}: {error}") from error
+
+
+def choose(truth: Mapping[str, float], sample: int | None, seed: int) -> list[NasBench201Architecture]:
+    """The architectures to measure: all, or a seeded sample without repetition, in the order of their index.
+
+    Raises:
+        ValueError: ``sample`` is out of range, or the truth lacks one of them.
+    """
+    space = NasBench201SearchSpace()
+    if sample is not None and not 3 <= sample <= space.size:
+        raise ValueError(f"The sample must have 3 to {space.size} architectures, got {sample}.")
+    numbers = range(space.size)
+    if sample is not None:
+        numbers = sorted(np.random.default_rng(seed).choice(space.size, sample, replace=False).tolist())
+    chosen = [NasBench201Architecture.from_index(number) for number in numbers]
+    lookup(truth, map(str, chosen))
+    return chosen
+
+
+def measure_all(
+    trained: TrainedSupernet,
+    architectures: Sequence[NasBench201Architecture],
+    settings: Sequence[Setting],
+    folder: str | Path,
+    *,
+    training_free: bool = False,
+    resume: bool = False,
+    progress: Callable[[str, int, int], Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Measure architectures one by one; a killed run goes on with ``resume`` behind the last that it measured.
+
+    Args:
+        trained: The supernet, of NAS-Bench-201.
+        architectures: What to measure.
+        settings: The columns.
+        folder: Where ``measurements.jsonl`` and ``settings.json`` are written.
+        training_free: Also NASWOT, SynFlow and ZiCo, on freshly initialised networks of the benchmark's size.
+        resume: Go on with what the folder holds.
+        progress: Makes the progress display.
+
+    Returns:
+        What :func:`genas_plugins.correlation.measure_raw` gave, with ``architecture``.
+
+    Raises:
+        TypeError: The supernet is of another space.
+        ConfigError: The folder holds measurements and ``resume`` is not set, or those of other settings.
+        OSError: The folder cannot be written to.
+    """
+    if not isinstance(trained.space, NasBench201Space):
+        raise TypeError(f"The supernet is one of {type(trained.space).__name__}, expected NasBench201Space.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    told = json.dumps(
+        {
+            "settings": [_plain(setting) for setting in settings],
+            "seed": trained.seed,
+            "training_free": training_free,
+            "architectures": list(map(str, architectures)),
+        },
+        indent=1,
+    )
+    if (folder / SETTINGS_FILE).exists():
+        if not resume:
+            raise config.ConfigError(
+                f"{folder} already holds measurements: go on with --resume, or name another folder."
+            )
+        if (folder / SETTINGS_FILE).read_text(encoding="utf-8") != told:
+            raise config.ConfigError(f"{folder} holds measurements of other settings or architectures: name another.")
+    else:
+        write_text(folder / SETTINGS_FILE, told)
+    history = History(folder / MEASUREMENTS_FILE)
+    done = [record.get("architecture") for record in history.records]
+    if done != [str(architecture) for architecture in architectures[: len(done)]]:
+        raise HistoryError(f"{history.path} holds other architectures than these: name another folder.")
+    display = None if progress is None else progress("measuring", len(architectures), len(done))
+    example, _ = next(iter(trained.validation))
+    for architecture in architectures[len(done) :]:
+        with trained.paths.open(architecture, example) as (model, names):
+            raw = measure_raw(
+                model,
+                settings,
+                trained.validation,
+                recalibration=trained.recalibration,
+                angle=lambda chosen=architecture, names=names: trained.paths.angle(chosen, names),
+                seed=candidate_seed(trained.seed, str(architecture)),
+                parameters=names,
+            )
+        if training_free:
+            raw["training_free"] = _training_free(architecture, trained)
+        history.append({"architecture": str(architecture), **raw})
+        if display is not None:
+            display.step({})
+    if display is not None:
+        display.close()
+    return history.records
+
+
+def _training_free(architecture: NasBench201Architecture, trained: TrainedSupernet) -> dict[str, float | None]:
+    """Scores of a network that was never trained; None where one is not finite (NASWOT of a cell cut off)."""
+    if trained.recalibration is None:
+        raise ValueError("The training-free scores need training images: the run has score.recalibration_images 0.")
+    batches = list(itertools.islice(trained.recalibration, 2))
+    images = torch.cat([batch for batch, _ in batches])
+    # The same draws for each architecture, as far as their layers agree; nothing else draws from this generator.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(trained.seed)
+        network = NasBench201Network(architecture, num_classes=trained.data.num_classes).to(images.device)
+    scores = {
+        "NASWOT": naswot(network, images),
+        "SynFlow": synflow(network, tuple(images.shape[1:])),
+        "ZiCo": zico(network, batches),
+    }
+    return {name: score if math.isfinite(score) else None for name, score in scores.items()}
+
+
+def write_report(
+    folder: str | Path,
+    raws: Sequence[Mapping[str, Any]],
+    settings: Sequence[Setting],
+    truth: Mapping[str, float],
+    *,
+    seed: int = 0,
+) -> tuple[list[Row], int]:
+    """Write ``correlations.csv``, ``scores.csv`` and ``scatter.png``.
+
+    An architecture whose score is not defined in any column is left out of all; a column with one value for all of them
+    ranks nothing and is left out. A training-free score that is not finite counts as the lowest.
+
+    Args:
+        folder: Where to.
+        raws: Of :func:`measure_all`.
+        settings: The columns.
+        truth: Accuracy in percent by architecture.
+        seed: Of the bootstrap.
+
+    Returns:
+        The table, highest tau first, and how many architectures were left out.
+    """
+    folder = Path(folder)
+    names = [raw["architecture"] for raw in raws]
+    table = {**_references(names), **_training_free_columns(raws), **columns(settings, raws)}
+    defined = [all(math.isfinite(column[i]) for column in table.values()) for i in range(len(names))]
+    kept = [name for name, fine in zip(names, defined, strict=True) if fine]
+    table = {name: [v for v, fine in zip(column, defined, strict=True) if fine] for name, column in table.items()}
+    table = {name: column for name, column in table.items() if len(set(column)) > 1}
+    accuracies = lookup(truth, kept)
+    shares = {
+        setting.name: [s for s, fine in zip(slope_shares(setting, raws), defined, strict=True) if fine]
+        for setting in settings
+        if "flatness" in setting.score.metrics
+    }
+    loss = next(column for name, column in table.items() if name.startswith("-loss"))
+    rows = []
+    for name, column in table.items():
+        given = None
+        if name in {setting.name for setting in settings}:
+            given = partial_kendall(column, accuracies, loss, seed=seed, normal=True)
+        share = statistics.median(shares[name]) if name in shares else None
+        rows.append(Row(name, rank_correlation(column, accuracies, seed=seed), given, share))
+    rows.sort(key=lambda row: -row.ranking.tau.value)
+    write_text(folder / "correlations.csv", _csv(_lines(rows)))
+    lines = [["architecture", "truth", *table]]
+    lines += [[name, accuracies[i], *(column[i] for column in table.values())] for i, name in enumerate(kept)]
+    write_text(folder / "scores.csv", _csv(lines))
+    shown = {row.name: table[row.name] for row in rows}
+    taus = {row.name: row.ranking.tau.value for row in rows}
+    plot_scatter(shown, accuracies, folder / "scatter.png", taus)
+    return rows, len(names) - len(kept)
+
+
+def _references(names: Sequence[str]) -> dict[str, list[float]]:
+    """The two that need no training: what every score is shown beside."""
+    architectures = [NasBench201Architecture.from_string(name) for name in names]
+    return {
+        "parameters": [float(nasbench201_costs(a).parameters) for a in architectures],
+        "live FLOPs": [float(nasbench201_costs(a, live=True).flops) for a in architectures],
+    }
+
+
+def _training_free_columns(raws: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    table = {}
+    for name in raws[0].get("training_free", {}):
+        scores = [raw["training_free"][name] for raw in raws]
+        lowest = min((score for score in scores if score is not None), default=0.0)
+        table[name] = [lowest - 1.0 if score is None else score for score in scores]
+    return table
+
+
+def _lines(rows: Sequence[Row]) -> list[list[Any]]:
+    lines: list[list[Any]] = [
+        [
+            *("score", "architectures", "tau", "tau_low", "tau_high", "rho", "rho_low", "rho_high"),
+            *("tau_better_half", "k", "precision_at_k", "ndcg_at_k", "best_accuracy", "gap"),
+            *("tau_given_loss", "tau_given_loss_low", "tau_given_loss_high", "median_slope_share"),
+        ]
+    ]
+    for row in rows:
+        r, given = row.ranking, row.given_loss
+        lines.append(
+            [
+                *(row.name, r.count, r.tau.value, r.tau.low, r.tau.high, r.rho.value, r.rho.low, r.rho.high),
+                *(r.tau_better_half.value, r.k, r.precision, r.ndcg, r.best_accuracy, r.gap),
+                *(("", "", "") if given is None else (given.value, given.low, given.high)),
+                "" if row.slope_share is None else row.slope_share,
+            ]
+        )
+    return lines
+
+
+def _csv(lines: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
+
+
+def _plain(setting: Setting) -> dict[str, Any]:
+    score = {item.name: getattr(setting.score, item.name) for item in fields(setting.score)}
+    return {"name": setting.name, "draws": setting.draws, **score, "sigmas": list(setting.score.sigmas)}

@@ -1,0 +1,117 @@
+"""One pass for many settings: each number as if measured by itself, and measured once."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from genas_plugins.correlation import Setting, columns, evaluate, measure_raw, slope_shares
+from genas_plugins.scoring import CombinedScore, accuracy, flatness, flatness_from_losses, mean_loss
+from genas_plugins.scoring.batchnorm import recalibrate_batchnorm
+
+SIGMAS = (0.01, 0.05, 0.1)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 7))
+
+
+def batches(seed: int, count: int = 2) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(16, 3, 8, 8, generator=generator), torch.randint(7, (16,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def setting(name: str, draws: int = 1, **score: Any) -> Setting:
+    return Setting(name=name, draws=draws, score=CombinedScore(**{"sigmas": SIGMAS, **score}))
+
+
+@pytest.mark.parametrize("momentum", [None, 0.1])
+@pytest.mark.parametrize("metric", ["flatness", "accuracy", "angle", "angle+flatness", "accuracy+flatness"])
+def test_each_score_is_that_of_a_measurement_of_its_own(model: nn.Module, metric: str, momentum: float | None) -> None:
+    chosen = setting("chosen", metric=metric, momentum=momentum, alpha=0.3)
+    others = [setting("other", noise="shared"), setting("another", momentum=0.2, metric="accuracy+flatness")]
+    raw = measure_raw(model, [*others, chosen], batches(1), recalibration=batches(2), angle=lambda: 0.25, seed=5)
+    alone = chosen.score(
+        copy.deepcopy(model),
+        batches(1),
+        recalibration=batches(2),
+        angle=lambda: 0.25,
+        generator=torch.Generator().manual_seed(5),
+    )
+    assert evaluate(chosen, raw) == pytest.approx(alone.score, rel=1e-9)
+
+
+def test_what_settings_share_is_measured_once_and_the_model_is_left_as_it_was(model: nn.Module) -> None:
+    passes = 0
+
+    def count(*arguments: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    model.register_forward_hook(count)
+    before = copy.deepcopy(model.state_dict())
+    settings = [setting(f"alpha {alpha}", alpha=alpha) for alpha in (0.0, 1.0, 4.0)]
+    settings += [setting("three draws", draws=3), setting("accuracy", metric="accuracy"), setting("loss", alpha=0.5)]
+    measure_raw(model, settings, batches(1), recalibration=batches(2))
+    # Two batches each: a recalibration, one pass without noise, three draws at three sigmas.
+    assert passes == 2 * (1 + 1 + 3 * 3)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_draws_differ_and_eq_4_is_of_their_mean_losses(model: nn.Module) -> None:
+    several = setting("several", draws=3, alpha=0.5)
+    raw = measure_raw(model, [several], batches(1), seed=7)
+    draws = [
+        flatness(model, batches(1), SIGMAS, generator=torch.Generator().manual_seed(7 + number)).losses
+        for number in range(3)
+    ]
+    assert raw["statistics"]["cumulative"]["losses"] == {"cumulative, all, 0.01 0.05 0.1": [list(d) for d in draws]}
+    assert len({draw[0] for draw in draws}) == 3
+    means = [sum(losses) / 3 for losses in zip(*draws, strict=True)]
+    expected = flatness_from_losses(means, SIGMAS, 0.5)
+    assert evaluate(several, raw) == pytest.approx(expected.score, rel=1e-12)
+    assert slope_shares(several, [raw]) == [pytest.approx(expected.slope_share)]
+
+
+def test_columns_have_the_loss_and_the_terms(model: nn.Module) -> None:
+    chosen = [setting("flat"), setting("top", metric="accuracy")]
+    raws = []
+    for seed in (1, 2):
+        raws.append(measure_raw(model, chosen, batches(seed), recalibration=batches(3)))
+    table = columns(chosen, raws)
+    recalibrate_batchnorm(model, batches(3))
+    for position, seed in enumerate((1, 2)):
+        flat = flatness(model, batches(seed), SIGMAS)
+        assert table["-loss"][position] == pytest.approx(-mean_loss(model, batches(seed)), rel=1e-9)
+        assert table["top"][position] == pytest.approx(accuracy(model, batches(seed)).top1)
+        assert table["-slope: cumulative, all, 0.01 0.05 0.1"][position] == pytest.approx(-flat.slope)
+        assert table["-depth: cumulative, all, 0.01 0.05 0.1"][position] == pytest.approx(-flat.depth)
+
+
+def test_what_is_not_finite_has_no_score(model: nn.Module) -> None:
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] = math.inf
+    chosen = [setting("flat"), setting("both", metric="accuracy+flatness")]
+    raw = measure_raw(model, chosen, batches(1))
+    assert raw["statistics"]["cumulative"]["loss"] is None
+    assert all(math.isnan(evaluate(one, raw)) for one in chosen)
+    assert math.isnan(slope_shares(chosen[0], [raw])[0])
+
+
+def test_what_cannot_be_measured_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="none: draws must be at least 1, got 0"):
+        setting("none", draws=0)
+    with pytest.raises(ValueError, match="needs the angle"):
+        measure_raw(model, [setting("turned", metric="angle")], batches(1))
+    with pytest.raises(ValueError, match="at least one batch of images, got none"):
+        measure_raw(model, [setting("flat")], [])

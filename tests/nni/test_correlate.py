@@ -1,0 +1,225 @@
+"""genas correlate: architectures measured once each, resumed after a kill, and the table's own check."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from scipy.stats import kendalltau
+
+from genas_plugins.correlation import Setting
+from genas_plugins.scoring import CombinedScore
+from genas_plugins.spaces import NasBench201Architecture, NasBench201SearchSpace
+from nni_strategy import config
+from nni_strategy.correlate import choose, load_settings, measure_all, write_report
+from nni_strategy.run import run_experiment
+from nni_strategy.trained import TrainedSupernet
+
+SETTINGS = [
+    {"name": "flat", "metric": "flatness", "sigmas": [0.01, 0.05]},
+    {"name": "flat, no depth", "metric": "flatness", "sigmas": [0.01, 0.05], "alpha": 0.0},
+    {"name": "accuracy", "metric": "accuracy"},
+    {"name": "turned", "metric": "angle"},
+]
+EXPERIMENT: dict[str, Any] = {
+    "space": {"name": "nasbench201", "init_channels": 2, "cells_per_stage": 1},
+    "data": {
+        "name": "digits",
+        "train_images": 128,
+        "validation_images": 64,
+        "test_images": 32,
+        "flip": False,
+        "crop_padding": 1,
+    },
+    "training": {"epochs": 1, "batch_size": 32, "accelerator": "cpu"},
+    "score": {"metric": "accuracy", "recalibration_images": 128},
+    "search": {"population": 3, "generations": 1, "parents": 2, "mutants": 1, "crossovers": 1},
+}
+
+
+def accuracy_of(architecture: NasBench201Architecture) -> float:
+    """A truth for tests: some order of all architectures."""
+    return 10.0 + 80.0 * ((architecture.index * 7919) % 15625) / 15625
+
+
+@pytest.fixture(scope="module")
+def truth() -> dict[str, float]:
+    return {str(architecture): accuracy_of(architecture) for architecture in NasBench201SearchSpace().architectures()}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, truth: dict[str, float]) -> Path:
+    """A run, a table of accuracies and settings."""
+    folder = tmp_path_factory.mktemp("correlate")
+    run_experiment(config.parse(EXPERIMENT), folder / "run")
+    lines = ["arch,cifar10", *(f"{name},{value}" for name, value in truth.items())]
+    (folder / "truth.csv").write_text("\n".join(lines) + "\n")
+    (folder / "settings.yaml").write_text(yaml.safe_dump(SETTINGS))
+    return folder
+
+
+def command(files: Path, output: Path, *more: str) -> list[str]:
+    return [
+        *("correlate", "--run", str(files / "run"), "--truth", str(files / "truth.csv"), "--device", "cpu", "--quiet"),
+        *("--settings", str(files / "settings.yaml"), "--output", str(output), "--sample", "12", *more),
+    ]
+
+
+def test_the_command_writes_scores_and_their_taus(
+    files: Path, genas: Callable[..., Any], tmp_path: Path, truth: dict[str, float]
+) -> None:
+    done = genas(*command(files, tmp_path / "out", "--training-free"))
+    assert done.status == 0, done.stderr
+    with (tmp_path / "out" / "scores.csv").open() as file:
+        scores = list(csv.DictReader(file))
+    with (tmp_path / "out" / "correlations.csv").open() as file:
+        table = {row["score"]: row for row in csv.DictReader(file)}
+    assert len(scores) == 12
+    assert [float(row["truth"]) for row in scores] == [truth[row["architecture"]] for row in scores]
+    assert set(table) >= {"parameters", "live FLOPs", "NASWOT", "SynFlow", "ZiCo", "flat", "turned", "-loss"}
+    for name, row in table.items():
+        tau = kendalltau([float(line[name]) for line in scores], [float(line["truth"]) for line in scores]).statistic
+        assert float(row["tau"]) == pytest.approx(tau)
+        assert float(row["tau_low"]) <= tau <= float(row["tau_high"])
+    taus = [float(row["tau"]) for row in table.values()]
+    assert taus == sorted(taus, reverse=True)
+    # Without the depth term nothing but the slope is left.
+    assert float(table["flat, no depth"]["median_slope_share"]) == pytest.approx(1.0, abs=1e-4)
+    assert (tmp_path / "out" / "scatter.png").read_bytes().startswith(b"\x89PNG")
+    assert "12 architectures" in done.stdout
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(files: Path, genas: Callable[..., Any], tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert genas(*command(files, whole)).status == 0
+    assert genas(*command(files, cut)).status == 0
+    # As after a kill in the middle of the fifth line.
+    lines = (cut / "measurements.jsonl").read_bytes().splitlines(keepends=True)
+    (cut / "measurements.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:50])
+    (cut / "correlations.csv").unlink()
+    again = genas(*command(files, cut))
+    assert "already holds measurements: go on with --resume" in again.error
+    assert genas(*command(files, cut, "--resume")).status == 0
+    for name in ("measurements.jsonl", "correlations.csv", "scores.csv", "scatter.png"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    other = genas(*command(files, cut, "--resume", "--seed", "1"))
+    assert "measurements of other settings or architectures" in other.error
+
+
+def test_the_truth_itself_has_tau_1_and_shuffled_it_has_about_0(tmp_path: Path, truth: dict[str, float]) -> None:
+    architectures = choose(truth, 300, 0)
+    values = [truth[str(architecture)] for architecture in architectures]
+    shuffled = np.random.default_rng(0).permutation(values)
+    raws = [
+        {
+            "architecture": str(architecture),
+            "angle": float(noise) / 100,
+            "statistics": {"cumulative": {"loss": 1.0 + index % 7, "top1": value / 100, "top5": 1.0, "losses": {}}},
+        }
+        for index, (architecture, value, noise) in enumerate(zip(architectures, values, shuffled, strict=True))
+    ]
+    settings = [Setting(name=metric, score=CombinedScore(metric=metric)) for metric in ("accuracy", "angle")]
+    rows, left_out = write_report(tmp_path, raws, settings, truth)
+    found = {row.name: row.ranking for row in rows}
+    assert left_out == 0 and rows[0].name == "accuracy"
+    perfect = found["accuracy"]
+    assert (perfect.tau.value, perfect.rho.value, perfect.precision, perfect.gap) == pytest.approx((1, 1, 1, 0))
+    assert found["angle"].tau.low < 0 < found["angle"].tau.high and abs(found["angle"].tau.value) < 0.1
+
+
+def test_what_has_no_finite_score_is_left_out_of_all_columns(tmp_path: Path, truth: dict[str, float]) -> None:
+    raws = []
+    for index, architecture in enumerate(choose(truth, 20, 0)):
+        loss = None if index in (3, 8) else 1.0 + (index * 7) % 20
+        part = {"loss": loss, "top1": index / 20, "top5": 1.0, "losses": {}}
+        raws.append({"architecture": str(architecture), "statistics": {"cumulative": part}})
+    settings = [Setting(name="accuracy", score=CombinedScore(metric="accuracy"))]
+    rows, left_out = write_report(tmp_path, raws, settings, truth)
+    assert left_out == 2 and {row.ranking.count for row in rows} == {18}
+
+
+def test_samples_are_seeded_and_all_is_all(truth: dict[str, float]) -> None:
+    assert len(set(choose(truth, None, 0))) == 15625
+    assert choose(truth, 50, 1) == choose(truth, 50, 1) != choose(truth, 50, 2)
+    assert len(set(choose(truth, 50, 1))) == 50
+    with pytest.raises(ValueError, match="3 to 15625 architectures, got 2"):
+        choose(truth, 2, 0)
+    lacking = {name: value for name, value in truth.items() if not name.startswith("|none")}
+    with pytest.raises(ValueError, match="has no accuracy for 3125 of 15625 architectures"):
+        choose(lacking, None, 0)
+
+
+def test_the_shipped_settings_are_those_of_the_papers_tables() -> None:
+    settings = {setting.name: setting.score for setting in load_settings("paper_tables")}
+    assert {score.alpha for score in settings.values() if score.metric == "flatness"} == {0, 0.1, 0.5, 1, 4, 16}
+    assert {score.sigmas for score in settings.values()} == {
+        *((1e-6, 5e-6, 1e-5), (5e-4, 1e-3, 2e-3), (2e-3, 1e-2, 2e-2), (2e-3, 2e-2, 4e-2)),
+    }
+    assert {score.where for score in settings.values()} == {"all", "cells"}
+    assert {score.noise for score in settings.values()} == {"cumulative", "independent", "shared"}
+    assert settings["angle + flatness"].gamma == 16 and settings["accuracy + flatness"].gamma == 32
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "must hold a list of settings, got dict"),
+        ("- {metric: accuracy}", "number 1: a setting holds keys and values, among them a name"),
+        ("- {name: a, metric: sharpness}", "number 1: Unknown metric 'sharpness'"),
+        ("- {name: a, metrik: accuracy}", "unknown key metrik .did you mean metric"),
+        ("- {name: a, draws: 0}", "draws must be at least 1, got 0"),
+        ("- {name: a, draws: many}", "draws must be a whole number, got 'many'"),
+        ("- {name: truth}", "the table itself has columns of the name truth"),
+        ("- {name: a}\n- {name: a}", "several settings of the name a"),
+        ("- {name: a, sigmas: [0.2, 0.1]}", "strictly increasing"),
+        ("a: [", "is not a YAML file"),
+    ],
+)
+def test_settings_that_cannot_be_measured_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text(text)
+    with pytest.raises(config.ConfigError, match=message):
+        load_settings(tmp_path / "settings.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--settings": "nowhere"}, "There are no settings 'nowhere'; the package has: paper_tables"),
+        ({"--sample": "20000"}, "The sample must have 3 to 15625 architectures, got 20000"),
+        ({"--dataset": "cifar100"}, "cifar100"),
+        ({"--config": "quickstart_digits"}, "Name either --run"),
+    ],
+)
+def test_what_the_command_cannot_do_it_says(
+    files: Path, genas: Callable[..., Any], tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    arguments = command(files, tmp_path / "out")
+    for option, value in changes.items():
+        arguments += [option, value]
+    assert re.search(message, genas(*arguments).error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_supernet_of_another_space_is_refused(tmp_path: Path, files: Path) -> None:
+    other = {**EXPERIMENT, "space": {"init_channels": 4, "num_cells": 3}}
+    run_experiment(config.parse(other), tmp_path / "darts")
+    trained = TrainedSupernet.from_run(tmp_path / "darts", device="cpu")
+    with pytest.raises(TypeError, match="The supernet is one of DartsSpace, expected NasBench201Space"):
+        measure_all(trained, [], load_settings(files / "settings.yaml"), tmp_path / "out")
+
+
+def test_config_trains_first(files: Path, genas: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
+    arguments = command(files, tmp_path / "out")
+    del arguments[1:3]
+    done = genas(*arguments, "--config", str(tmp_path / "experiment.yaml"), "--set", "seed=3")
+    assert done.status == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "search" / "architecture.json").read_text())["provenance"]["seed"] == 3
+    assert (tmp_path / "out" / "correlations.csv").exists()

@@ -1,0 +1,168 @@
+"""NasBench201Space: NNI's samples, its supernet, and searches that end in an architecture of known accuracy."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nni
+import numpy as np
+import pytest
+import torch
+from nni.nas.evaluator import FunctionalEvaluator
+from nni.nas.experiment import NasExperiment
+from nni.nas.experiment.config import NasExperimentConfig, SequentialEngineConfig
+from nni.nas.space import model_context
+from nni.nas.strategy import RegularizedEvolution
+from nni.tools.nnictl.config_utils import Experiments
+
+from genas_plugins.checkpoints import load_supernet, save_supernet
+from genas_plugins.nasbench201 import NasBench201Network, NasBench201SuperNet
+from genas_plugins.scoring import angle
+from genas_plugins.spaces import NasBench201Architecture, NasBench201SearchSpace
+from genas_plugins.zoo import ZOO
+from nni_strategy import NasBench201Space, config
+from nni_strategy.run import run_experiment
+from nni_strategy.space import architecture_to_sample, sample_to_architecture
+from nni_strategy.trained import TrainedSupernet
+
+TINY: dict[str, Any] = {
+    "seed": 1,
+    "space": {"name": "nasbench201", "init_channels": 2, "cells_per_stage": 1},
+    "data": {
+        "name": "digits",
+        "train_images": 64,
+        "validation_images": 64,
+        "test_images": 32,
+        "flip": False,
+        "crop_padding": 1,
+    },
+    "training": {"epochs": 2, "batch_size": 32, "accelerator": "cpu"},
+    "score": {"metric": "angle+flatness", "recalibration_images": 32},
+    "search": {"population": 5, "generations": 2, "parents": 2, "mutants": 2, "crossovers": 2},
+}
+
+
+def known(architecture: NasBench201Architecture) -> float:
+    """An accuracy with one best architecture, six 3x3 convolutions, which has 94."""
+    return 10.0 + 14.0 * architecture.operations.count("nor_conv_3x3")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a search in the space."""
+    folder = tmp_path_factory.mktemp("nasbench201") / "run"
+    run_experiment(config.parse(TINY), folder)
+    return folder
+
+
+def test_every_architecture_has_a_sample_with_the_labels_of_nnis_hub() -> None:
+    space = NasBench201SearchSpace()
+    for architecture in space.architectures():
+        assert sample_to_architecture(architecture_to_sample(architecture)) == architecture
+    assert set(architecture_to_sample(architecture)) == {f"cell/{i}_{j}" for j in range(4) for i in range(j)}
+    # The labels that the space itself declares.
+    assert set(NasBench201Space(10, 2, 1).simplify()) == set(architecture_to_sample(architecture))
+
+
+def test_under_a_model_context_it_is_the_fixed_network() -> None:
+    architecture = NasBench201Architecture.from_index(9000)
+    with model_context(architecture_to_sample(architecture)):
+        space = NasBench201Space(num_classes=7, init_channels=4, cells_per_stage=2)
+    assert isinstance(space.network, NasBench201Network) and space.network.architecture == architecture
+    assert space(torch.randn(2, 3, 8, 8)).shape == (2, 7)
+
+
+def test_paths_of_the_supernet_are_subnets_and_have_an_angle() -> None:
+    torch.manual_seed(0)
+    space = NasBench201Space(10, 4, 1).eval()
+    images = torch.randn(4, 3, 8, 8)
+    initial = {name: value.clone() for name, value in space.named_parameters()}
+    before = NasBench201SuperNet(**space.supernet.arguments)
+    before.load_state_dict(space.supernet.state_dict())
+    with torch.no_grad():
+        for parameter in space.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.1)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        architecture = space.search_space.sample(rng)
+        sample = space.to_sample(architecture)
+        space.network.resample(dict(sample))
+        assert torch.equal(space(images), space.subnet(architecture)(images))
+        assert torch.equal(space.freeze(sample)(images), space.subnet(architecture)(images))
+        assert space.angle(initial, architecture) == angle(before, space.supernet, architecture, normalize=True)
+
+
+def test_a_candidate_of_another_space_is_refused() -> None:
+    genotype = ZOO["genas_flatness_c10"].genotype
+    with pytest.raises(TypeError, match="NasBench201Space has a NasBench201Architecture, got Genotype"):
+        NasBench201Space(10, 2, 1).subnet(genotype)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_its_supernet_is_saved_and_loaded(affine: bool, tmp_path: Path) -> None:
+    supernet = NasBench201SuperNet(4, 2, 7, affine=affine)
+    save_supernet(supernet, tmp_path / "supernet.safetensors", note="x")
+    loaded = load_supernet(tmp_path / "supernet.safetensors")
+    assert isinstance(loaded, NasBench201SuperNet) and dict(loaded.arguments) == dict(supernet.arguments)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in supernet.state_dict().items())
+    state = {f"module.{name}": value for name, value in supernet.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "distributed.pth")
+    assert dict(load_supernet(tmp_path / "distributed.pth").arguments) == dict(supernet.arguments)
+    del state["module.stem.0.weight"]
+    torch.save({"state_dict": state}, tmp_path / "cut.pth")
+    with pytest.raises(ValueError, match=r"lacks stem\.0\.weight, so the size"):
+        load_supernet(tmp_path / "cut.pth")
+
+
+def test_a_search_ends_in_an_architecture_whose_accuracy_is_known(run: Path) -> None:
+    found = json.loads((run / "architecture.json").read_text())
+    best = NasBench201Architecture.from_string(found["architecture"])
+    records = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    top = max(records, key=lambda record: record["score"])
+    assert top["candidate"] == str(best) and found["record"] == top
+    assert 10.0 <= known(best) <= 94.0
+    assert {path.name for path in run.iterdir()} >= {"search.png", "loss_curves.png", "supernet.ckpt"}
+    assert not (run / "genotype.json").exists() and not (run / "cells.svg").exists()
+
+
+def test_a_candidate_has_the_score_of_the_history_whenever_it_is_measured(run: Path) -> None:
+    trained = TrainedSupernet.from_run(run, device="cpu")
+    for line in (run / "history.jsonl").read_text().splitlines()[-2:]:
+        record = json.loads(line)
+        measured = trained.measure(NasBench201Architecture.from_string(record["candidate"]))
+        assert measured.score == record["score"]
+
+
+def test_genas_score_takes_a_string_of_the_benchmark(run: Path, genas: Any) -> None:
+    record = json.loads((run / "history.jsonl").read_text().splitlines()[0])
+    done = genas("score", record["candidate"], "--run", str(run), "--device", "cpu")
+    assert done.status == 0, done.stderr
+    assert f"{record['score']:.6g}" in done.stdout
+    wrong = genas("score", ZOO["genas_flatness_c10"].genotype.__str__(), "--run", str(run), "--device", "cpu")
+    assert "NasBench201Space has a NasBench201Architecture" in wrong.error
+
+
+def tabular(model: NasBench201Space) -> None:
+    """What a table gives for the network that NNI built."""
+    nni.report_final_result(known(model.network.architecture))
+
+
+def test_regularized_evolution_over_a_table_ends_near_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # NNI lists every experiment in the home folder, wherever the experiment itself is told to live.
+    monkeypatch.setattr("nni.nas.experiment.experiment.Experiments", partial(Experiments, str(tmp_path)))
+    settings = NasExperimentConfig(
+        SequentialEngineConfig(max_model_count=150), "simplified", experiment_working_directory=str(tmp_path)
+    )
+    strategy = RegularizedEvolution(population_size=20, sample_size=8, mutation_prob=0.2, seed=0)
+    experiment = NasExperiment(NasBench201Space(10, 1, 1), FunctionalEvaluator(tabular), strategy, settings)
+    try:
+        experiment.run()
+        (best,) = experiment.export_top_models(1)
+    finally:
+        experiment.stop()
+    accuracy = known(sample_to_architecture(best.sample))
+    # One in 625 architectures has five or six of the convolutions: 150 random ones find such with a chance of 21 %.
+    assert best.metric == accuracy >= 80.0
