@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from genas_plugins._version import __version__
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _INTERRUPTED = 130
-# Below this share of Eq. 4 the slope term decides next to nothing.
-_LEAST_SLOPE = 0.01
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -112,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     correlate.add_argument("--sample", type=int, metavar="N", help="so many architectures; default: all 15,625")
     correlate.add_argument("--training-free", action="store_true", help="also NASWOT, SynFlow and ZiCo")
     correlate.add_argument("--seed", type=int, default=0, help="of the sample and the bootstrap; default: %(default)s")
+    correlate.add_argument(
+        "--resamples", type=int, default=1000, metavar="N", help="of the bootstrap; default: %(default)s"
+    )
     correlate.add_argument("--output", required=True, metavar="DIR", help="where tables, scores and pictures go")
     correlate.add_argument("--resume", action="store_true", help="continue what the folder holds")
     correlate.add_argument("--device", help="cpu, cuda, cuda:1, ...")
@@ -225,6 +226,8 @@ def _quiet_hosts() -> None:
 
 
 def _report(outcome: Outcome) -> Iterable[str]:
+    from nni_strategy.correlate import LEAST_SLOPE
+
     failed = f", {outcome.failed} failed" if outcome.failed else ""
     yield f"\nThe best {len(outcome.best)} of {outcome.scored} architectures{failed}:\n"
     rows = [("", "score", "slope", "losses at the sigmas", "test top-1", "code")]
@@ -244,9 +247,9 @@ def _report(outcome: Outcome) -> Iterable[str]:
     yield from _table(rows)
     yield "\nslope: share of the slope term in Eq. 4; test top-1: with the supernet's weights."
     shares = [found.record["shares"]["slope"] for found in outcome.best if "slope" in found.record["shares"]]
-    if shares and max(shares) < _LEAST_SLOPE:
+    if shares and max(shares) < LEAST_SLOPE:
         yield (
-            f"The slope term decides less than {_LEAST_SLOPE:.0%} of these scores, which rank nearly as the loss does: "
+            f"The slope term decides less than {LEAST_SLOPE:.0%} of these scores, which rank nearly as the loss does: "
             "larger score.sigmas or a smaller score.alpha give it weight."
         )
     yield f"The best architecture, the history and pictures are in {outcome.folder}."
@@ -317,38 +320,12 @@ def _correlate(options: argparse.Namespace) -> int:
         resume=options.resume,
         progress=progress,
     )
-    rows, left_out = correlate.write_report(folder, raws, settings, truth, seed=options.seed)
-    print("\n".join(_correlation_report(rows, left_out, folder)))
+    rows, left_out = correlate.write_report(
+        folder, raws, settings, truth, seed=options.seed, resamples=options.resamples
+    )
+    print("\n".join(_table(correlate.table_of(rows))), *correlate.remarks(rows, left_out), sep="\n")
+    print(f"correlations.csv, scores.csv and scatter.png are in {folder}.")
     return 0
-
-
-def _correlation_report(rows: Sequence[Any], left_out: int, folder: Path) -> Iterable[str]:
-    head = ("score", "tau [95 %]", "rho", "better half", "top k", "nDCG", "best pick", "gap", "tau given loss", "slope")
-    table = [head]
-    for row in rows:
-        r = row.ranking
-        table.append(
-            (
-                row.name,
-                str(r.tau),
-                f"{r.rho.value:.3f}",
-                f"{r.tau_better_half.value:.3f}",
-                f"{r.precision:.2f}",
-                f"{r.ndcg:.3f}",
-                f"{r.best_accuracy:.2f}",
-                f"{r.gap:.2f}",
-                "-" if row.given_loss is None else str(row.given_loss),
-                "-" if row.slope_share is None else f"{row.slope_share:.2%}",
-            )
-        )
-    yield from _table(table)
-    count = rows[0].ranking.count
-    yield f"\n{count} architectures" + (f"; {left_out} without a finite score are left out." if left_out else ".")
-    yield f"top k: share of the best {rows[0].ranking.k}; slope: median share of the slope term in Eq. 4."
-    weak = [row.name for row in rows if row.slope_share is not None and row.slope_share < _LEAST_SLOPE]
-    if weak:
-        yield f"The slope term decides less than {_LEAST_SLOPE:.0%} of the score in: {'; '.join(weak)}."
-    yield f"correlations.csv, scores.csv and scatter.png are in {folder}."
 
 
 def _zoo(options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,13 @@ from nni_strategy import config
 from nni_strategy.space import NasBench201Space
 from nni_strategy.trained import TrainedSupernet
 
-__all__ = ["Row", "choose", "load_settings", "measure_all", "write_report"]
+__all__ = ["Row", "choose", "load_settings", "measure_all", "remarks", "table_of", "write_report"]
 
 SETTINGS_FILE = "settings.json"
 MEASUREMENTS_FILE = "measurements.jsonl"
+
+LEAST_SLOPE = 0.01
+"""Below this share of Eq. 4 the slope term decides next to nothing, and flatness ranks as the loss does."""
 
 _RESERVED = {"architecture", "truth", "parameters", "live FLOPs", "NASWOT", "SynFlow", "ZiCo"}
 
@@ -215,6 +218,7 @@ def write_report(
     truth: Mapping[str, float],
     *,
     seed: int = 0,
+    resamples: int = 1000,
 ) -> tuple[list[Row], int]:
     """Write ``correlations.csv``, ``scores.csv`` and ``scatter.png``.
 
@@ -227,6 +231,7 @@ def write_report(
         settings: The columns.
         truth: Accuracy in percent by architecture.
         seed: Of the bootstrap.
+        resamples: Of the bootstrap; 200 do for all 15,625 architectures.
 
     Returns:
         The table, highest tau first, and how many architectures were left out.
@@ -249,9 +254,10 @@ def write_report(
     for name, column in table.items():
         given = None
         if name in {setting.name for setting in settings}:
-            given = partial_kendall(column, accuracies, loss, seed=seed, normal=True)
+            given = partial_kendall(column, accuracies, loss, seed=seed, normal=True, resamples=resamples)
         share = statistics.median(shares[name]) if name in shares else None
-        rows.append(Row(name, rank_correlation(column, accuracies, seed=seed), given, share))
+        ranking = rank_correlation(column, accuracies, seed=seed, resamples=resamples)
+        rows.append(Row(name, ranking, given, share))
     rows.sort(key=lambda row: -row.ranking.tau.value)
     write_text(folder / "correlations.csv", _csv(_lines(rows)))
     lines = [["architecture", "truth", *table]]
@@ -261,6 +267,35 @@ def write_report(
     taus = {row.name: row.ranking.tau.value for row in rows}
     plot_scatter(shown, accuracies, folder / "scatter.png", taus)
     return rows, len(names) - len(kept)
+
+
+def table_of(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The table for the eye, its head first."""
+    head = ("score", "tau [95 %]", "rho", "better half", "top k", "nDCG", "best pick", "gap", "tau given loss", "slope")
+    table = [head]
+    for row in rows:
+        r = row.ranking
+        table.append(
+            (
+                *(row.name, str(r.tau), f"{r.rho.value:.3f}", f"{r.tau_better_half.value:.3f}"),
+                *(f"{r.precision:.2f}", f"{r.ndcg:.3f}", f"{r.best_accuracy:.2f}", f"{r.gap:.2f}"),
+                "-" if row.given_loss is None else str(row.given_loss),
+                "-" if row.slope_share is None else f"{row.slope_share:.2%}",
+            )
+        )
+    return table
+
+
+def remarks(rows: Sequence[Row], left_out: int) -> Iterator[str]:
+    """What is to be said under the table."""
+    ranking = rows[0].ranking
+    yield f"\n{ranking.count} architectures" + (
+        f"; {left_out} without a finite score are left out." if left_out else "."
+    )
+    yield f"top k: share of the best {ranking.k}; slope: median share of the slope term in Eq. 4."
+    weak = [row.name for row in rows if row.slope_share is not None and row.slope_share < LEAST_SLOPE]
+    if weak:
+        yield f"The slope term decides less than {LEAST_SLOPE:.0%} of the score in: {'; '.join(weak)}."
 
 
 def _references(names: Sequence[str]) -> dict[str, list[float]]:

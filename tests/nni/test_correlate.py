@@ -68,7 +68,17 @@ def files(tmp_path_factory: pytest.TempPathFactory, truth: dict[str, float]) -> 
 def command(files: Path, output: Path, *more: str) -> list[str]:
     return [
         *("correlate", "--run", str(files / "run"), "--truth", str(files / "truth.csv"), "--device", "cpu", "--quiet"),
-        *("--settings", str(files / "settings.yaml"), "--output", str(output), "--sample", "12", *more),
+        *(
+            "--settings",
+            str(files / "settings.yaml"),
+            "--output",
+            str(output),
+            "--sample",
+            "12",
+            "--resamples",
+            "50",
+            *more,
+        ),
     ]
 
 
@@ -126,7 +136,7 @@ def test_the_truth_itself_has_tau_1_and_shuffled_it_has_about_0(tmp_path: Path, 
         for index, (architecture, value, noise) in enumerate(zip(architectures, values, shuffled, strict=True))
     ]
     settings = [Setting(name=metric, score=CombinedScore(metric=metric)) for metric in ("accuracy", "angle")]
-    rows, left_out = write_report(tmp_path, raws, settings, truth)
+    rows, left_out = write_report(tmp_path, raws, settings, truth, resamples=200)
     found = {row.name: row.ranking for row in rows}
     assert left_out == 0 and rows[0].name == "accuracy"
     perfect = found["accuracy"]
@@ -141,7 +151,7 @@ def test_what_has_no_finite_score_is_left_out_of_all_columns(tmp_path: Path, tru
         part = {"loss": loss, "top1": index / 20, "top5": 1.0, "losses": {}}
         raws.append({"architecture": str(architecture), "statistics": {"cumulative": part}})
     settings = [Setting(name="accuracy", score=CombinedScore(metric="accuracy"))]
-    rows, left_out = write_report(tmp_path, raws, settings, truth)
+    rows, left_out = write_report(tmp_path, raws, settings, truth, resamples=200)
     assert left_out == 2 and {row.ranking.count for row in rows} == {18}
 
 
