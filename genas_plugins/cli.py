@@ -299,7 +299,8 @@ def _correlate(options: argparse.Namespace) -> int:
         raise ValueError("Name either --run, the folder of a search, or --config, to train first.")
     # All that can be wrong is found before anything takes long.
     truth = read_truth(options.truth, options.dataset)
-    settings = correlate.load_settings(options.settings)
+    settings, sums = correlate.load_settings(options.settings)
+    correlate.check_sums(sums, settings, options.training_free)
     architectures = correlate.choose(truth, options.sample, options.seed)
     folder = Path(options.output)
     progress = None if options.quiet else Bar
@@ -321,7 +322,7 @@ def _correlate(options: argparse.Namespace) -> int:
         progress=progress,
     )
     rows, left_out = correlate.write_report(
-        folder, raws, settings, truth, seed=options.seed, resamples=options.resamples
+        folder, raws, settings, truth, sums=sums, seed=options.seed, resamples=options.resamples
     )
     print("\n".join(_table(correlate.table_of(rows))), *correlate.remarks(rows, left_out), sep="\n")
     print(f"correlations.csv, scores.csv and scatter.png are in {folder}.")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from scipy.stats import rankdata
 
 from genas_plugins.correlation import Setting, columns, measure_raw, slope_shares
 from genas_plugins.files import packaged_configs, write_text
@@ -31,7 +32,17 @@ from nni_strategy import config
 from nni_strategy.space import NasBench201Space
 from nni_strategy.trained import TrainedSupernet
 
-__all__ = ["Row", "choose", "load_settings", "measure_all", "remarks", "table_of", "write_report"]
+__all__ = [
+    "RankSum",
+    "Row",
+    "check_sums",
+    "choose",
+    "load_settings",
+    "measure_all",
+    "remarks",
+    "table_of",
+    "write_report",
+]
 
 SETTINGS_FILE = "settings.json"
 MEASUREMENTS_FILE = "measurements.jsonl"
@@ -39,7 +50,21 @@ MEASUREMENTS_FILE = "measurements.jsonl"
 LEAST_SLOPE = 0.01
 """Below this share of Eq. 4 the slope term decides next to nothing, and flatness ranks as the loss does."""
 
-_RESERVED = {"architecture", "truth", "parameters", "live FLOPs", "NASWOT", "SynFlow", "ZiCo"}
+_TRAINING_FREE = ("NASWOT", "SynFlow", "ZiCo")
+_RESERVED = {"architecture", "truth", "parameters", "live FLOPs", *_TRAINING_FREE}
+
+
+@dataclass(frozen=True)
+class RankSum:
+    """A column that adds the ranks of others: scores of different units, with equal say and without labels.
+
+    Attributes:
+        name: Of the column.
+        of: The columns whose ranks are added.
+    """
+
+    name: str
+    of: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -60,8 +85,10 @@ class Row:
     slope_share: float | None
 
 
-def load_settings(name_or_path: str | Path) -> list[Setting]:
+def load_settings(name_or_path: str | Path) -> tuple[list[Setting], list[RankSum]]:
     """Read settings from a YAML file: a list, each with a ``name``, ``draws`` and the fields of ``CombinedScore``.
+
+    One with ``rank_sum``, a list of columns, adds their ranks instead.
 
     Raises:
         ConfigError: There is no such file, or it says something that cannot be measured.
@@ -76,18 +103,38 @@ def load_settings(name_or_path: str | Path) -> list[Setting]:
         raise config.ConfigError(f"{path} is not a YAML file: {' '.join(str(error).split())}.") from error
     if not isinstance(data, list) or not data:
         raise config.ConfigError(f"{path.name} must hold a list of settings, got {type(data).__name__}.")
-    settings = [_setting(item, f"{path.name}, number {number}") for number, item in enumerate(data, 1)]
-    names = [setting.name for setting in settings]
+    items = [_setting(item, f"{path.name}, number {number}") for number, item in enumerate(data, 1)]
+    names = [item.name for item in items]
     if taken := sorted(_RESERVED.intersection(names)):
         raise config.ConfigError(f"{path.name}: the table itself has columns of the name {', '.join(taken)}.")
     if twice := {name for name in names if names.count(name) > 1}:
         raise config.ConfigError(f"{path.name} has several settings of the name {', '.join(sorted(twice))}.")
-    return settings
+    settings = [item for item in items if isinstance(item, Setting)]
+    if not settings:
+        raise config.ConfigError(f"{path.name} has nothing to measure: only sums of ranks.")
+    return settings, [item for item in items if isinstance(item, RankSum)]
 
 
-def _setting(data: Any, where: str) -> Setting:
+def check_sums(sums: Sequence[RankSum], settings: Sequence[Setting], training_free: bool) -> None:
+    """Refuse sums of columns that there will not be.
+
+    Raises:
+        ConfigError: The message has the column and those that there are.
+    """
+    there = [*_references([]), *columns(settings, []), *(_TRAINING_FREE if training_free else ())]
+    for one in sums:
+        if missing := [name for name in one.of if name not in there]:
+            raise config.ConfigError(f"{one.name}: there is no column {missing[0]!r}; there are: {', '.join(there)}.")
+
+
+def _setting(data: Any, where: str) -> Setting | RankSum:
     if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
         raise config.ConfigError(f"{where}: a setting holds keys and values, among them a name; got {data!r}.")
+    if "rank_sum" in data:
+        of = data["rank_sum"]
+        if set(data) != {"name", "rank_sum"} or not isinstance(of, list) or len(of) < 2:
+            raise config.ConfigError(f"{where}: a sum has a name and, as rank_sum, a list of two or more columns.")
+        return RankSum(data["name"], tuple(map(str, of)))
     rest = {key: value for key, value in data.items() if key not in ("name", "draws")}
     draws = data.get("draws", 1)
     if not isinstance(draws, int) or isinstance(draws, bool):
@@ -203,12 +250,8 @@ def _training_free(architecture: NasBench201Architecture, trained: TrainedSupern
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(trained.seed)
         network = NasBench201Network(architecture, num_classes=trained.data.num_classes).to(images.device)
-    scores = {
-        "NASWOT": naswot(network, images),
-        "SynFlow": synflow(network, tuple(images.shape[1:])),
-        "ZiCo": zico(network, batches),
-    }
-    return {name: score if math.isfinite(score) else None for name, score in scores.items()}
+    scores = naswot(network, images), synflow(network, tuple(images.shape[1:])), zico(network, batches)
+    return {name: score if math.isfinite(score) else None for name, score in zip(_TRAINING_FREE, scores, strict=True)}
 
 
 def write_report(
@@ -217,6 +260,7 @@ def write_report(
     settings: Sequence[Setting],
     truth: Mapping[str, float],
     *,
+    sums: Sequence[RankSum] = (),
     seed: int = 0,
     resamples: int = 1000,
 ) -> tuple[list[Row], int]:
@@ -230,6 +274,7 @@ def write_report(
         raws: Of :func:`measure_all`.
         settings: The columns.
         truth: Accuracy in percent by architecture.
+        sums: Further columns, see :func:`check_sums`.
         seed: Of the bootstrap.
         resamples: Of the bootstrap; 200 do for all 15,625 architectures.
 
@@ -242,6 +287,8 @@ def write_report(
     defined = [all(math.isfinite(column[i]) for column in table.values()) for i in range(len(names))]
     kept = [name for name, fine in zip(names, defined, strict=True) if fine]
     table = {name: [v for v, fine in zip(column, defined, strict=True) if fine] for name, column in table.items()}
+    for one in sums:
+        table[one.name] = sum(rankdata(table[name]) for name in one.of).tolist()
     table = {name: column for name, column in table.items() if len(set(column)) > 1}
     accuracies = lookup(truth, kept)
     shares = {

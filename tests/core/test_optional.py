@@ -16,10 +16,14 @@ from genas_plugins._optional import require
 OPTIONAL = (
     *("matplotlib", "PIL", "sklearn", "torchvision", "tqdm", "yaml", "click", "tensorboard"),
     *("nni", "pytorch_lightning", "lightning", "timm", "mmseg", "mmengine", "mmcv", "detectron2", "fvcore"),
+    *("peewee", "nats_bench"),
 )
 MODULES = (
     "genas_plugins",
-    *(f"genas_plugins.{name}" for name in ("scoring", "search", "spaces", "counting")),
+    *(
+        f"genas_plugins.{name}"
+        for name in ("scoring", "search", "spaces", "counting", "truth", "ranking", "correlation")
+    ),
 )
 
 

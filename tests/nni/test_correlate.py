@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from scipy.stats import kendalltau
+from scipy.stats import kendalltau, rankdata
 
+from genas_plugins.cli import _report
 from genas_plugins.correlation import Setting
 from genas_plugins.scoring import CombinedScore
 from genas_plugins.spaces import NasBench201Architecture, NasBench201SearchSpace
 from nni_strategy import config
-from nni_strategy.correlate import choose, load_settings, measure_all, write_report
-from nni_strategy.run import run_experiment
+from nni_strategy.correlate import choose, load_settings, measure_all, remarks, write_report
+from nni_strategy.run import Found, Outcome, run_experiment
 from nni_strategy.trained import TrainedSupernet
 
 SETTINGS = [
@@ -27,6 +28,7 @@ SETTINGS = [
     {"name": "flat, no depth", "metric": "flatness", "sigmas": [0.01, 0.05], "alpha": 0.0},
     {"name": "accuracy", "metric": "accuracy"},
     {"name": "turned", "metric": "angle"},
+    {"name": "ranks", "rank_sum": ["flat", "live FLOPs"]},
 ]
 EXPERIMENT: dict[str, Any] = {
     "space": {"name": "nasbench201", "init_channels": 2, "cells_per_stage": 1},
@@ -92,6 +94,8 @@ def test_the_command_writes_scores_and_their_taus(
     with (tmp_path / "out" / "correlations.csv").open() as file:
         table = {row["score"]: row for row in csv.DictReader(file)}
     assert len(scores) == 12
+    parts = [rankdata([float(line[name]) for line in scores]) for name in ("flat", "live FLOPs")]
+    assert [float(line["ranks"]) for line in scores] == (parts[0] + parts[1]).tolist()
     assert [float(row["truth"]) for row in scores] == [truth[row["architecture"]] for row in scores]
     assert set(table) >= {"parameters", "live FLOPs", "NASWOT", "SynFlow", "ZiCo", "flat", "turned", "-loss"}
     for name, row in table.items():
@@ -155,6 +159,16 @@ def test_what_has_no_finite_score_is_left_out_of_all_columns(tmp_path: Path, tru
     assert left_out == 2 and {row.ranking.count for row in rows} == {18}
 
 
+def test_a_sum_of_columns_that_are_not_measured_is_refused_before_anything_is(
+    files: Path, genas: Callable[..., Any], tmp_path: Path
+) -> None:
+    settings = [*SETTINGS, {"name": "with NASWOT", "rank_sum": ["flat", "NASWOT"]}]
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    refused = genas(*command(files, tmp_path / "out", "--settings", str(tmp_path / "settings.yaml")))
+    assert "with NASWOT: there is no column 'NASWOT'; there are: parameters, live FLOPs, flat" in refused.error
+    assert not (tmp_path / "out").exists()
+
+
 def test_samples_are_seeded_and_all_is_all(truth: dict[str, float]) -> None:
     assert len(set(choose(truth, None, 0))) == 15625
     assert choose(truth, 50, 1) == choose(truth, 50, 1) != choose(truth, 50, 2)
@@ -167,7 +181,7 @@ def test_samples_are_seeded_and_all_is_all(truth: dict[str, float]) -> None:
 
 
 def test_the_shipped_settings_are_those_of_the_papers_tables() -> None:
-    settings = {setting.name: setting.score for setting in load_settings("paper_tables")}
+    settings = {setting.name: setting.score for setting in load_settings("paper_tables")[0]}
     assert {score.alpha for score in settings.values() if score.metric == "flatness"} == {0, 0.1, 0.5, 1, 4, 16}
     assert {score.sigmas for score in settings.values()} == {
         *((1e-6, 5e-6, 1e-5), (5e-4, 1e-3, 2e-3), (2e-3, 1e-2, 2e-2), (2e-3, 2e-2, 4e-2)),
@@ -186,6 +200,8 @@ def test_the_shipped_settings_are_those_of_the_papers_tables() -> None:
         ("- {name: a, metrik: accuracy}", "unknown key metrik .did you mean metric"),
         ("- {name: a, draws: 0}", "draws must be at least 1, got 0"),
         ("- {name: a, draws: many}", "draws must be a whole number, got 'many'"),
+        ("- {name: a, rank_sum: [b]}", "a sum has a name and, as rank_sum, a list of two or more columns"),
+        ("- {name: a, rank_sum: [b, c]}", "has nothing to measure: only sums of ranks"),
         ("- {name: truth}", "the table itself has columns of the name truth"),
         ("- {name: a}\n- {name: a}", "several settings of the name a"),
         ("- {name: a, sigmas: [0.2, 0.1]}", "strictly increasing"),
@@ -222,7 +238,31 @@ def test_a_supernet_of_another_space_is_refused(tmp_path: Path, files: Path) -> 
     run_experiment(config.parse(other), tmp_path / "darts")
     trained = TrainedSupernet.from_run(tmp_path / "darts", device="cpu")
     with pytest.raises(TypeError, match="The supernet is one of DartsSpace, expected NasBench201Space"):
-        measure_all(trained, [], load_settings(files / "settings.yaml"), tmp_path / "out")
+        measure_all(trained, [], load_settings(files / "settings.yaml")[0], tmp_path / "out")
+
+
+def test_a_slope_term_that_decides_next_to_nothing_is_told(tmp_path: Path, truth: dict[str, float]) -> None:
+    raws = []
+    for index, architecture in enumerate(choose(truth, 20, 0)):
+        losses = {"cumulative, all, 0.001 0.002": [[1.0 + index, 1.0 + index + 1e-4 * (index % 5 + 1)]]}
+        part = {"loss": 1.0 + index, "top1": 0.1, "top5": 1.0, "losses": losses}
+        raws.append({"architecture": str(architecture), "statistics": {"cumulative": part}})
+    scores = {f"alpha {alpha:g}": CombinedScore(sigmas=(1e-3, 2e-3), alpha=alpha) for alpha in (1.0, 1e-4)}
+    settings = [Setting(name=name, score=score) for name, score in scores.items()]
+    rows, left_out = write_report(tmp_path, raws, settings, truth, resamples=50)
+    shares = {row.name: row.slope_share for row in rows if row.slope_share is not None}
+    # The slope is at most 5e-4 / 1e-3, the depth at least 1 / 1e-3, and weighs 1 or 1e-4.
+    assert shares["alpha 1"] < 5e-4 and shares["alpha 0.0001"] > 0.1
+    (told,) = [line for line in remarks(rows, left_out) if "decides" in line]
+    assert told == "The slope term decides less than 1% of the score in: alpha 1."
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.004, True), (0.02, False)])
+def test_a_search_tells_it_too(share: float, told: bool, tmp_path: Path) -> None:
+    records = [{"score": 1.0, "shares": {"slope": part}, "losses": [1.0, 1.1]} for part in (0.001, share)]
+    best = tuple(Found(NasBench201Architecture.from_index(7), record, None) for record in records)
+    lines = list(_report(Outcome(tmp_path, best, 2, 0)))
+    assert any("decides less than 1% of these scores" in line for line in lines) is told
 
 
 def test_config_trains_first(files: Path, genas: Callable[..., Any], tmp_path: Path) -> None:
