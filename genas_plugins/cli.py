@@ -325,7 +325,7 @@ def _correlate(options: argparse.Namespace) -> int:
         folder, raws, settings, truth, sums=sums, seed=options.seed, resamples=options.resamples
     )
     print("\n".join(_table(correlate.table_of(rows))), *correlate.remarks(rows, left_out), sep="\n")
-    print(f"correlations.csv, scores.csv and scatter.png are in {folder}.")
+    print(f"correlations.csv, scores.csv, taus.csv and scatter.png are in {folder}.")
     return 0
 
 

@@ -22,7 +22,7 @@ from genas_plugins.correlation import Setting, columns, measure_raw, slope_share
 from genas_plugins.files import packaged_configs, write_text
 from genas_plugins.nasbench201 import NasBench201Network, nasbench201_costs
 from genas_plugins.plotting import plot_scatter
-from genas_plugins.ranking import Estimate, Ranking, partial_kendall, rank_correlation
+from genas_plugins.ranking import Estimate, Ranking, correlation_matrix, partial_kendall, rank_correlation
 from genas_plugins.scoring import CombinedScore
 from genas_plugins.scoring.training_free import naswot, synflow, zico
 from genas_plugins.search import History, HistoryError, candidate_seed
@@ -264,7 +264,7 @@ def write_report(
     seed: int = 0,
     resamples: int = 1000,
 ) -> tuple[list[Row], int]:
-    """Write ``correlations.csv``, ``scores.csv`` and ``scatter.png``.
+    """Write ``correlations.csv``, ``scores.csv``, ``taus.csv`` (tau between all columns) and ``scatter.png``.
 
     An architecture whose score is not defined in any column is left out of all; a column with one value for all of them
     ranks nothing and is left out. A training-free score that is not finite counts as the lowest.
@@ -310,6 +310,10 @@ def write_report(
     lines = [["architecture", "truth", *table]]
     lines += [[name, accuracies[i], *(column[i] for column in table.values())] for i, name in enumerate(kept)]
     write_text(folder / "scores.csv", _csv(lines))
+    matrix = correlation_matrix(table)
+    write_text(
+        folder / "taus.csv", _csv([["", *table], *([name, *row] for name, row in zip(table, matrix, strict=True))])
+    )
     shown = {row.name: table[row.name] for row in rows}
     taus = {row.name: row.ranking.tau.value for row in rows}
     plot_scatter(shown, accuracies, folder / "scatter.png", taus)

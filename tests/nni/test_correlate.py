@@ -106,6 +106,10 @@ def test_the_command_writes_scores_and_their_taus(
     assert taus == sorted(taus, reverse=True)
     # Without the depth term nothing but the slope is left.
     assert float(table["flat, no depth"]["median_slope_share"]) == pytest.approx(1.0, abs=1e-4)
+    with (tmp_path / "out" / "taus.csv").open() as file:
+        between = {row[""]: row for row in csv.DictReader(file)}
+    tau = kendalltau([float(line["flat"]) for line in scores], [float(line["turned"]) for line in scores]).statistic
+    assert float(between["flat"]["turned"]) == float(between["turned"]["flat"]) == pytest.approx(tau)
     assert (tmp_path / "out" / "scatter.png").read_bytes().startswith(b"\x89PNG")
     assert "12 architectures" in done.stdout
 
