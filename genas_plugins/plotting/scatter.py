@@ -7,11 +7,14 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from scipy.stats import rankdata
+
 from genas_plugins.plotting._style import GREY, INK, PALETTE, figure_file
 
 __all__ = ["plot_scatter"]
 
 _COLUMNS = 4
+_TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def plot_scatter(
@@ -20,9 +23,10 @@ def plot_scatter(
     path: str | os.PathLike[str],
     taus: Mapping[str, float],
 ) -> Path:
-    """Draw the rank of each architecture by a score against its accuracy.
+    """Draw the rank of each architecture by a score against its rank by accuracy.
 
-    Ranks, not scores: the units of scores differ by orders of magnitude, and ranks are what is compared.
+    Ranks, because they are what tau compares, and because a few architectures that learn nothing would press all others
+    together. Beside the vertical axis stand the accuracies at its quarters.
 
     Args:
         columns: Scores by name, higher is better, shape ``(n,)`` each.
@@ -45,15 +49,15 @@ def plot_scatter(
             f"{wrong[0]} has {len(columns[wrong[0]])} scores for {len(accuracies)} accuracies: one each is needed."
         )
     rows = math.ceil(len(columns) / _COLUMNS)
+    heights = _ranks(accuracies)
+    ordered = sorted(accuracies)
+    labels = [f"{ordered[round(place * (len(ordered) - 1))]:.1f}" for place in _TICKS]
     with figure_file(path, 3.0 * _COLUMNS, 2.6 * rows) as figure:
         for number, (name, column) in enumerate(columns.items()):
             axes = figure.add_subplot(rows, _COLUMNS, number + 1)
-            order = sorted(range(len(column)), key=lambda index, column=column: column[index])
-            ranks = [0.0] * len(order)
-            for rank, index in enumerate(order):
-                ranks[index] = rank / max(1, len(order) - 1)
-            axes.scatter(ranks, accuracies, s=5, color=PALETTE[0], alpha=0.5, linewidths=0)
+            axes.scatter(_ranks(column), heights, s=5, color=PALETTE[0], alpha=0.5, linewidths=0)
             axes.set_title(f"{name}\nτ = {taus[name]:.3f}", fontsize=7.5, color=INK)
+            axes.set_yticks(_TICKS, labels)
             axes.tick_params(labelsize=7)
             if number % _COLUMNS == 0:
                 axes.set_ylabel("accuracy, %", fontsize=7.5, color=GREY)
@@ -61,3 +65,8 @@ def plot_scatter(
                 axes.set_xlabel("rank by score, worst to best", fontsize=7.5, color=GREY)
         figure.tight_layout()
     return Path(path)
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """From 0, the lowest, to 1; equal values share their mean rank."""
+    return ((rankdata(values) - 1) / max(1, len(values) - 1)).tolist()

@@ -392,3 +392,19 @@ def test_bad_curves(tmp_path: Path, drawn: list[LossCurve], message: str) -> Non
 def test_bad_records(tmp_path: Path, records: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plot_search(records, tmp_path / "search.svg")
+
+
+def test_scatter_draws_every_column_and_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    from genas_plugins.plotting import plot_scatter
+
+    accuracies = [10.0, 90.0, 91.0, 92.0, 94.0]
+    scores = {"up": [1.0, 2.0, 3.0, 4.0, 5.0], "tied": [0.0, 0.0, 0.0, 1.0, 1.0]}
+    written = plot_scatter(scores, accuracies, tmp_path / "scatter.svg", {"up": 1.0, "tied": 0.745})
+    text = written.read_text()
+    assert all(word in text for word in ("up", "tied", "τ = 1.000", "τ = 0.745", "91.0", "rank by score"))
+    # A marker for each architecture in each panel.
+    assert text.count("<use ") >= 2 * len(accuracies)
+    with pytest.raises(ValueError, match="There is no column"):
+        plot_scatter({}, accuracies, tmp_path / "x.png", {})
+    with pytest.raises(ValueError, match="short has 2 scores for 5 accuracies"):
+        plot_scatter({"short": [1.0, 2.0]}, accuracies, tmp_path / "x.png", {"short": 0.0})
