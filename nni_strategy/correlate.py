@@ -296,11 +296,11 @@ def write_report(
         for setting in settings
         if "flatness" in setting.score.metrics
     }
-    loss = next(column for name, column in table.items() if name.startswith("-loss"))
+    loss = next((column for name, column in table.items() if name.startswith("-loss")), None)
     rows = []
     for name, column in table.items():
         given = None
-        if name in {setting.name for setting in settings}:
+        if loss is not None and name in {setting.name for setting in settings}:
             given = partial_kendall(column, accuracies, loss, seed=seed, normal=True, resamples=resamples)
         share = statistics.median(shares[name]) if name in shares else None
         ranking = rank_correlation(column, accuracies, seed=seed, resamples=resamples)
