@@ -46,7 +46,7 @@ class Witness(Callback):
         self.paths, self.images = [], []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        genotype = getattr(space.network, "_genotype")
+        genotype = getattr(space.network, "_candidate")
         self.paths.append([trainer.current_epoch, batch_idx, *genotype.code])
         self.images.append(batch[1].tolist())
 

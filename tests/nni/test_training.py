@@ -89,7 +89,7 @@ class Witness(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        path = None if self.space is None else self.space.network._genotype
+        path = None if self.space is None else self.space.network._candidate
         self.steps.append((trainer.current_epoch, batch[0].clone(), batch[1].clone(), path))
 
 
