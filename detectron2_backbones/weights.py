@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import io
 import pickle
@@ -17,7 +16,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
 from detectron2_backbones.backbone import GeNASBackbone
-from genas_plugins.checkpoints import CheckpointError, read_state
+from genas_plugins.checkpoints import CheckpointError, read_state, read_torch
 from genas_plugins.files import write_text
 from timm_models.weights import fit_state
 
@@ -125,12 +124,7 @@ def _read(path: str) -> dict[str, Any]:
         return read_pickle(path)
     if path.endswith(".safetensors"):
         return {"model": read_state(path)}
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
-        # The same again, for its sentence on what is wrong with the file.
-        return {"model": read_state(path)}
+    content = read_torch(Path(path))
     if isinstance(content, dict) and isinstance(content.get("model"), Mapping):
         return {**content, "model": dict(content["model"])}
     return {"model": read_state(path)}

@@ -40,6 +40,7 @@ __all__ = [
     "network_state",
     "read_metadata",
     "read_state",
+    "read_torch",
     "save_network",
     "save_supernet",
 ]
@@ -71,7 +72,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         CheckpointError: The file is damaged, is not a checkpoint, or could execute code when loaded.
     """
     path = _existing(path)
-    content = _read_safetensors(path)[0] if path.suffix == ".safetensors" else _read_torch(path)
+    content = _read_safetensors(path)[0] if path.suffix == ".safetensors" else read_torch(path)
     state = content
     if isinstance(content, Mapping):
         state = content.get("state_dict_ema") or content.get("state_dict", content)
@@ -259,7 +260,12 @@ def _read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, Tenso
         raise _damaged(path) from error
 
 
-def _read_torch(path: Path) -> Any:
+def read_torch(path: Path) -> Any:
+    """Read a file of ``torch.save`` as data.
+
+    Raises:
+        CheckpointError: It is damaged, or could execute code when loaded.
+    """
     try:
         # timm's training script keeps its arguments in a Namespace, which only holds them.
         with torch.serialization.safe_globals([argparse.Namespace]):
