@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from genas_plugins.scoring.batchnorm import evaluation_mode
+from genas_plugins.scoring.inference import InferenceNetwork
 
 __all__ = [
     "Flatness",
@@ -146,7 +147,11 @@ def flatness(
     """
     sigmas = check_sigmas(sigmas)
     names = _perturbed_names(model, where, parameters)
-    losses = [_perturbed_loss(model, noisy, batches) for noisy in perturbations(model, names, sigmas, noise, generator)]
+    network = InferenceNetwork.of(model)
+    losses = [
+        _perturbed_loss(network or model, noisy, batches)
+        for noisy in perturbations(model, names, sigmas, noise, generator)
+    ]
     return flatness_from_losses(torch.stack(losses).tolist(), sigmas, alpha)
 
 
@@ -156,7 +161,7 @@ def mean_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> flo
     Raises:
         ValueError: ``batches`` is empty.
     """
-    return float(_perturbed_loss(model, {}, batches))
+    return float(_perturbed_loss(InferenceNetwork.of(model) or model, {}, batches))
 
 
 def perturbations(
@@ -210,23 +215,33 @@ class _MeanLoss(nn.Module):
         self.model = model
 
     def forward(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        total: Tensor | None = None
-        count = 0
-        for images, labels in batches:
-            logits = self.model(images)
-            # float64 on the device: no rounding over many batches, and no synchronisation before the end.
-            loss = F.cross_entropy(logits, labels, reduction="sum").double()
-            total = loss if total is None else total + loss
-            count += len(labels)
-        if total is None:
-            raise ValueError("The validation loss needs at least one batch of images, got none.")
-        return total / count
+        return _mean_loss(self.model, batches)
 
 
-def _perturbed_loss(model: nn.Module, noisy: dict[str, Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    replaced = {f"model.{name}": tensor for name, tensor in noisy.items()}
-    with evaluation_mode(model), torch.no_grad():
-        return functional_call(_MeanLoss(model), replaced, (batches,))
+def _mean_loss(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    total: Tensor | None = None
+    count = 0
+    for images, labels in batches:
+        logits = model(images)
+        # float64 on the device: no rounding over many batches, and no synchronisation before the end.
+        loss = F.cross_entropy(logits, labels, reduction="sum").double()
+        total = loss if total is None else total + loss
+        count += len(labels)
+    if total is None:
+        raise ValueError("The validation loss needs at least one batch of images, got none.")
+    return total / count
+
+
+def _perturbed_loss(
+    model: nn.Module | InferenceNetwork, noisy: dict[str, Tensor], batches: Iterable[tuple[Tensor, Tensor]]
+) -> Tensor:
+    with torch.no_grad():
+        if isinstance(model, InferenceNetwork):
+            model.load(noisy)
+            return _mean_loss(model, batches)
+        replaced = {f"model.{name}": tensor for name, tensor in noisy.items()}
+        with evaluation_mode(model):
+            return functional_call(_MeanLoss(model), replaced, (batches,))
 
 
 def _perturbed_names(model: nn.Module, where: Where, parameters: Collection[str] | None) -> list[str]:

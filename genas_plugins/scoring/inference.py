@@ -1,0 +1,315 @@
+"""Networks of this project as convolutions and little else: what a score needs of them, a thousand times over.
+
+In evaluation mode batch normalisation is a convolution with other weights, an activation that several layers read is
+computed once, and one that nobody else reads in place. Logits are those of the network up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genas_plugins.nasbench201 import NasBench201Network, NasBench201SubNet
+from genas_plugins.network import Cell, CellNetwork
+from genas_plugins.operations import FactorizedReduce, shift_image
+from genas_plugins.spaces.nasbench201 import EDGES, NODES
+from genas_plugins.supernet import SubNet
+
+__all__ = ["InferenceNetwork"]
+
+Step = Callable[[Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class _Weighted:
+    """A convolution and the batch normalisation behind it, or either alone.
+
+    Attributes:
+        convolution: Without bias; ``None`` for a normalisation that follows something else.
+        norm: ``None`` for a convolution that is not normalised.
+        channels: Those of the normalisation that belong here; the halves of a factorized reduction share one.
+        stride: Of the convolution.
+        weight: Kernels, or scales ``(1, C, 1, 1)``, as loaded.
+        bias: ``(C)``, or shifts ``(1, C, 1, 1)``, as loaded.
+    """
+
+    convolution: nn.Conv2d | None
+    norm: nn.BatchNorm2d | None
+    channels: slice = field(default_factory=lambda: slice(None))
+    stride: tuple[int, ...] = (1, 1)
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        conv = self.convolution
+        if conv is None:
+            return torch.addcmul(self.bias, x, self.weight)
+        return F.conv2d(x, self.weight, self.bias, self.stride, conv.padding, conv.dilation, conv.groups)
+
+
+@dataclass(eq=False)
+class _Branch:
+    """Layers in a row. Where ``rectified`` they expect what is behind the ReLU that they began with."""
+
+    rectified: bool
+    steps: Sequence[Step]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+class InferenceNetwork:
+    """A network rewritten for evaluation; its parameters can be replaced without rewriting it again.
+
+    Args:
+        model: A subnet of a supernet, of the DARTS space or of NAS-Bench-201, or a fixed network of these spaces. The
+            statistics of its batch normalisation are used as they are now.
+
+    Raises:
+        TypeError: ``model`` is none of these, or has layers or hooks that cannot be rewritten.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+            raise TypeError("A network with hooks cannot be rewritten for inference.")
+        self._own = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._layers: list[_Weighted] = []
+        if isinstance(model, SubNet | CellNetwork):
+            self._run = self._cell_stack(model)
+        elif isinstance(model, NasBench201SubNet | NasBench201Network):
+            self._run = self._nasbench201(model)
+        else:
+            raise TypeError(f"{type(model).__name__} cannot be rewritten for inference.")
+        self._head = (model.classifier.weight, model.classifier.bias)
+        self._classifier: list[Tensor] = []
+        self._normed = [(layer, layer.norm) for layer in self._layers if layer.norm is not None]
+        means = [norm.running_mean[layer.channels] for layer, norm in self._normed]
+        variances = [norm.running_var[layer.channels] + norm.eps for layer, norm in self._normed]
+        self._sizes = [len(mean) for mean in means]
+        # One row for the channels of all layers: on a GPU a launch for each layer would cost more than the arithmetic.
+        self._mean, self._inverse = torch.cat(means), torch.cat(variances).rsqrt()
+        self.load({})
+
+    @classmethod
+    def of(cls, model: nn.Module) -> InferenceNetwork | None:
+        """The network rewritten, or ``None`` where it is not one that can be."""
+        try:
+            return cls(model)
+        except TypeError:
+            return None
+
+    @torch.no_grad()
+    def load(self, parameters: Mapping[str, Tensor]) -> None:
+        """Use these parameters, by the model's names; those that are missing are the model's own."""
+        tensors = {**self._own, **parameters}
+
+        def current(parameter: Tensor) -> Tensor:
+            return tensors[self._names[id(parameter)]]
+
+        self._classifier = [current(parameter) for parameter in self._head]
+        gammas = [current(n.weight) if n.affine else torch.ones_like(n.running_var) for _, n in self._normed]
+        betas = [current(n.bias) if n.affine else torch.zeros_like(n.running_var) for _, n in self._normed]
+        scale, shift = (
+            torch.cat([row[layer.channels] for row, (layer, _) in zip(rows, self._normed, strict=True)])
+            for rows in (gammas, betas)
+        )
+        scale = scale * self._inverse
+        shift = torch.addcmul(shift, self._mean, scale, value=-1)
+        for (layer, _), gain, bias in zip(
+            self._normed, scale.split(self._sizes), shift.split(self._sizes), strict=True
+        ):
+            if layer.convolution is None:
+                layer.weight, layer.bias = gain.view(1, -1, 1, 1), bias.view(1, -1, 1, 1)
+            else:
+                layer.weight, layer.bias = gain.view(-1, 1, 1, 1), bias
+        convolutions = [layer for layer in self._layers if layer.convolution is not None]
+        folded = [layer for layer in convolutions if layer.norm is not None]
+        kernels = torch._foreach_mul(
+            [current(layer.convolution.weight) for layer in folded], [layer.weight for layer in folded]
+        )
+        for layer, kernel in zip(folded, kernels, strict=True):
+            layer.weight = kernel
+        for layer in convolutions:
+            if layer.norm is None:
+                layer.weight = current(layer.convolution.weight)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``."""
+        return F.linear(self._run(x).mean((2, 3)), *self._classifier)
+
+    def _weighted(
+        self, convolution: nn.Conv2d | None, norm: nn.Module | None, channels: slice | None = None
+    ) -> _Weighted:
+        if norm is not None and not (type(norm) is nn.BatchNorm2d and norm.track_running_stats):
+            raise TypeError(f"{type(norm).__name__} cannot be folded into a convolution.")
+        if convolution is not None and convolution.bias is not None:
+            raise TypeError("A convolution with a bias is not one of these networks' layers.")
+        stride = (1, 1) if convolution is None else convolution.stride
+        layer = _Weighted(convolution, norm, channels or slice(None), stride)
+        self._layers.append(layer)
+        return layer
+
+    def _branch(self, module: nn.Module) -> _Branch:
+        if isinstance(module, FactorizedReduce):
+            return _Branch(True, [self._factorized_reduce(module)])
+        layers = list(_flat(module))
+        rectified = bool(layers) and type(layers[0]) is nn.ReLU
+        steps: list[Step] = []
+        for layer in layers[rectified:]:
+            last = steps[-1] if steps else None
+            if type(layer) is nn.Conv2d:
+                steps.append(self._weighted(layer, None))
+            elif isinstance(layer, nn.BatchNorm2d):
+                if isinstance(last, _Weighted) and last.norm is None:
+                    self._layers.remove(last)
+                    steps[-1] = self._weighted(last.convolution, layer)
+                else:
+                    steps.append(self._weighted(None, layer))
+            elif type(layer) is nn.ReLU and steps:
+                # Nobody else has seen what the step before it returned.
+                steps.append(torch.relu_)
+            elif type(layer) in (nn.MaxPool2d, nn.AvgPool2d):
+                steps.append(layer)
+            else:
+                raise TypeError(f"{type(layer).__name__} cannot be rewritten for inference.")
+        return _Branch(rectified, steps)
+
+    def _factorized_reduce(self, module: FactorizedReduce) -> Step:
+        if type(module.relu) is not nn.ReLU:
+            raise TypeError(f"{type(module.relu).__name__} cannot be rewritten for inference.")
+        half, stride, distance = module.conv_1.out_channels, module.stride, module.shift
+        first = self._weighted(module.conv_1, module.bn, slice(half))
+        second = self._weighted(module.conv_2, module.bn, slice(half, None))
+        # Its pixels are picked before the convolution, which would copy an image that is shifted and no more.
+        second.stride = (1, 1)
+
+        def reduce(x: Tensor) -> Tensor:
+            picked = shift_image(x, distance, stride)[:, :, ::stride, ::stride]
+            return torch.cat([first(x), second(picked)], dim=1)
+
+        return reduce
+
+    def _cell_stack(self, model: SubNet | CellNetwork) -> Step:
+        cells: list[nn.Module] = list(model.cells)
+        if model.stem_kind == "imagenet":
+            stems = [self._branch(model.stem0), self._branch(model.stem1)]
+        else:
+            stems = [self._branch(model.stem)]
+        run_cells = [self._cell(cell, last=cell is cells[-1]) for cell in cells]
+
+        def run(x: Tensor) -> Tensor:
+            # What cells hand over goes through a ReLU in each that takes it: it is done once, and before, where
+            # tensors are small.
+            s0 = s1 = stems[0](x).relu_()
+            if len(stems) > 1:
+                s1 = stems[1](s0).relu_()
+            for cell in run_cells:
+                s0, s1 = s1, cell(s0, s1)
+            return s1
+
+        return run
+
+    def _cell(self, cell: nn.Module, last: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        if type(cell) is not Cell:
+            raise TypeError(f"{type(cell).__name__} cannot be rewritten for inference.")
+        inputs = [self._branch(cell.preprocess0), self._branch(cell.preprocess1)]
+        branches = [self._branch(operation) for operation in cell._ops]
+        if not all(branch.rectified for branch in inputs):
+            raise TypeError("A preprocessing without ReLU is not one of these networks' layers.")
+        sources = list(cell._sources)
+        states = 2 + len(branches) // 2
+        plain, rectified = (
+            {s for s, b in zip(sources, branches, strict=True) if b.rectified == kind} for kind in (0, 1)
+        )
+        (plain if last else rectified).update(range(2, states))
+
+        def run(s0: Tensor, s1: Tensor) -> Tensor:
+            plains: list[Tensor] = []
+            behind: list[Tensor] = []
+
+            def add(state: Tensor) -> None:
+                number = len(plains)
+                plains.append(state)
+                if number in rectified:
+                    behind.append(state.relu() if number in plain else state.relu_())
+                else:
+                    behind.append(state)
+
+            add(inputs[0](s0))
+            add(inputs[1](s1))
+            for node in range(2, states):
+                first, second = (
+                    branches[k]((behind if branches[k].rectified else plains)[sources[k]])
+                    for k in (2 * node - 4, 2 * node - 3)
+                )
+                add(first + second)
+            return torch.cat((plains if last else behind)[2:], dim=1)
+
+        return run
+
+    def _nasbench201(self, model: NasBench201SubNet | NasBench201Network) -> Step:
+        operations = model.architecture.operations
+        stem = self._branch(model.stem)
+        steps: list[Step] = []
+        for cell in model.cells:
+            if hasattr(cell, "layers"):
+                steps.append(self._nasbench201_cell(cell.layers, operations))
+            else:
+                steps.append(self._residual_block(cell))
+        last = self._branch(model.lastact)
+        return _Branch(False, [stem, *steps, last])
+
+    def _nasbench201_cell(self, layers: nn.ModuleList, operations: tuple[str, ...]) -> Step:
+        # What does not reach the output is not computed. What comes from a node without inputs is: normalisation
+        # makes its bias of zeros.
+        read = {NODES[-1]}
+        edges: list[tuple[int, int, _Branch]] = []
+        for (source, end), layer, name in reversed(list(zip(EDGES, layers, operations, strict=True))):
+            if end in read and name != "none":
+                read.add(source)
+                edges.insert(0, (source, end, self._branch(layer)))
+
+        def run(x: Tensor) -> Tensor:
+            plain = [x]
+            behind: dict[int, Tensor] = {}
+            for node in NODES:
+                total: Tensor | None = None
+                for source, end, branch in edges:
+                    if end != node:
+                        continue
+                    if branch.rectified and source not in behind:
+                        behind[source] = plain[source].relu()
+                    out = branch(behind[source] if branch.rectified else plain[source])
+                    total = out if total is None else total + out
+                plain.append(torch.zeros_like(x) if total is None else total)
+            return plain[-1]
+
+        return run
+
+    def _residual_block(self, block: nn.Module) -> Step:
+        first, second, shortcut = (self._branch(part) for part in (block.conv_a, block.conv_b, block.downsample))
+
+        def run(x: Tensor) -> Tensor:
+            return shortcut(x) + second(first(x.relu()).relu_())
+
+        return run
+
+
+def _flat(module: nn.Module) -> Iterator[nn.Module]:
+    """Layers that run one after another, without the modules around them."""
+    if isinstance(module, nn.Identity):
+        return
+    inner = module if isinstance(module, nn.Sequential) else getattr(module, "op", None)
+    if inner is None:
+        yield module
+    else:
+        for child in inner:
+            yield from _flat(child)

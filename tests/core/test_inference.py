@@ -1,0 +1,136 @@
+"""Networks rewritten for evaluation give the logits and losses of the networks as they were."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genas_plugins import ZOO, CellNetwork, SuperNet
+from genas_plugins.nasbench201 import NasBench201Network, NasBench201SuperNet
+from genas_plugins.scoring import flatness, mean_loss, recalibrate_batchnorm
+from genas_plugins.scoring.flatness import perturbations
+from genas_plugins.scoring.inference import InferenceNetwork
+from genas_plugins.spaces import DartsSearchSpace
+from genas_plugins.spaces.nasbench201 import OPERATIONS, NasBench201Architecture
+
+SIGMAS = (1e-5, 5e-5, 1e-4)
+
+
+def images(size: int, count: int = 6, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def prepared(network: nn.Module, x: Tensor) -> nn.Module:
+    """With weights that are not those of an initialisation, statistics that are not 0 and 1, in training mode."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    recalibrate_batchnorm(network, [(x, torch.zeros(len(x)))])
+    return network.train()
+
+
+def assert_same_logits(network: nn.Module, x: Tensor) -> None:
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    ours = InferenceNetwork(network)(x)
+    with torch.no_grad():
+        expected = network.eval()(x)
+    torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("size", [16, 19])
+def test_subnets_of_the_darts_space(seed: int, size: int) -> None:
+    torch.manual_seed(0)
+    supernet = SuperNet(10, init_channels=4, num_cells=4).double()
+    x = images(size)
+    assert_same_logits(prepared(supernet.subnet(DartsSearchSpace().sample(np.random.default_rng(seed))), x), x)
+
+
+@pytest.mark.parametrize(("stem", "size"), [("imagenet", 64), ("imagenet", 65), ("cifar", 16)])
+@pytest.mark.parametrize("name", ["genas_flatness_c100", "genas_angle_c100"])
+def test_fixed_networks(name: str, stem: str, size: int) -> None:
+    torch.manual_seed(0)
+    network = CellNetwork(ZOO[name].genotype, 4, 5, 7, stem=stem, auxiliary=True).double()
+    assert_same_logits(prepared(network, images(size)).eval(), images(size))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("seed", range(12))
+def test_subnets_of_nasbench201(seed: int, affine: bool) -> None:
+    torch.manual_seed(0)
+    supernet = NasBench201SuperNet(4, 1, 10, affine).double()
+    operations = tuple(np.random.default_rng(seed).choice(OPERATIONS, 6).tolist())
+    x = images(9)
+    assert_same_logits(prepared(supernet.subnet(NasBench201Architecture(operations)), x), x)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_cell_of_one_operation(operation: str) -> None:
+    network = NasBench201Network(NasBench201Architecture((operation,) * 6), 4, 2).double()
+    assert_same_logits(prepared(network, images(8)), images(8))
+
+
+@pytest.mark.parametrize("noise", ["cumulative", "independent", "shared"])
+@pytest.mark.parametrize("space", ["darts", "nasbench201"])
+def test_losses_under_noise_are_those_of_a_float64_brute_force(space: str, noise: str) -> None:
+    torch.manual_seed(0)
+    if space == "darts":
+        subnet = SuperNet(10, 8, 8).subnet(ZOO["genas_flatness_c100"].genotype)
+    else:
+        subnet = NasBench201SuperNet(8, 1, 10).subnet(NasBench201Architecture((*OPERATIONS, "nor_conv_3x3")))
+    x = images(16, 64, torch.float32)
+    labels = torch.randint(10, (64,), generator=torch.Generator().manual_seed(3))
+    recalibrate_batchnorm(subnet, [(x, labels)])
+    batches = [(x[:40], labels[:40]), (x[40:], labels[40:])]
+    ours = flatness(subnet, batches, SIGMAS, noise=noise, generator=torch.Generator().manual_seed(4)).losses
+    drawn = perturbations(
+        subnet, [n for n, _ in subnet.named_parameters()], SIGMAS, noise, torch.Generator().manual_seed(4)
+    )
+    noisy = list(drawn)
+    with torch.no_grad():
+        for loss, replaced in zip(ours, noisy, strict=True):
+            for name, parameter in subnet.named_parameters():
+                parameter.copy_(replaced[name])
+            logits = subnet.double().eval()(x.double())
+            subnet.float()
+            assert loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+
+
+def test_parameters_are_replaced_one_loading_after_another() -> None:
+    torch.manual_seed(0)
+    subnet = prepared(SuperNet(10, 4, 4).double().subnet(ZOO["genas_flatness_c10"].genotype), images(16))
+    network = InferenceNetwork(subnet)
+    plain = network(images(16))
+    network.load({"classifier.bias": subnet.classifier.bias.detach() + 1})
+    torch.testing.assert_close(network(images(16)), plain + 1)
+    network.load({})
+    assert torch.equal(network(images(16)), plain)
+
+
+def test_networks_that_cannot_be_rewritten_are_measured_as_they_are() -> None:
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    assert InferenceNetwork.of(plain) is None
+    with pytest.raises(TypeError, match="Sequential"):
+        InferenceNetwork(plain)
+    x, labels = images(2, 5, torch.float32), torch.tensor([0, 1, 2, 0, 1])
+    expected = F.cross_entropy(plain(x), labels).item()
+    assert mean_loss(plain, [(x, labels)]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_hook_is_not_passed_by() -> None:
+    network = NasBench201Network(NasBench201Architecture(("nor_conv_1x1",) * 6), 4, 1)
+    calls = itertools.count(1)
+    handle = network.classifier.register_forward_hook(lambda *unused: next(calls) and None)
+    labels = torch.zeros(6, dtype=torch.long)
+    mean_loss(network, [(images(8, dtype=torch.float32), labels)])
+    assert next(calls) == 2
+    handle.remove()
+    assert InferenceNetwork.of(network) is not None
