@@ -7,7 +7,7 @@ computed once, and one that nobody else reads in place. Logits are those of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +39,8 @@ class _Weighted:
 
     convolution: nn.Conv2d | None
     norm: nn.BatchNorm2d | None
-    channels: slice = field(default_factory=lambda: slice(None))
-    stride: tuple[int, ...] = (1, 1)
+    channels: slice
+    stride: tuple[int, ...]
     weight: Tensor | None = None
     bias: Tensor | None = None
 
@@ -64,6 +64,10 @@ class _Branch:
         return x
 
 
+class _UnknownLayersError(TypeError):
+    """A network is not one that can be rewritten."""
+
+
 class InferenceNetwork:
     """A network rewritten for evaluation; its parameters can be replaced without rewriting it again.
 
@@ -77,16 +81,17 @@ class InferenceNetwork:
 
     def __init__(self, model: nn.Module) -> None:
         if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-            raise TypeError("A network with hooks cannot be rewritten for inference.")
+            raise _UnknownLayersError("A network with hooks cannot be rewritten for inference.")
         self._own = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._layers: list[_Weighted] = []
-        if isinstance(model, SubNet | CellNetwork):
+        # Not isinstance: a subclass may run its layers otherwise.
+        if type(model) in (SubNet, CellNetwork):
             self._run = self._cell_stack(model)
-        elif isinstance(model, NasBench201SubNet | NasBench201Network):
+        elif type(model) in (NasBench201SubNet, NasBench201Network):
             self._run = self._nasbench201(model)
         else:
-            raise TypeError(f"{type(model).__name__} cannot be rewritten for inference.")
+            raise _UnknownLayersError(f"{type(model).__name__} cannot be rewritten for inference.")
         self._head = (model.classifier.weight, model.classifier.bias)
         self._classifier: list[Tensor] = []
         self._normed = [(layer, layer.norm) for layer in self._layers if layer.norm is not None]
@@ -102,7 +107,7 @@ class InferenceNetwork:
         """The network rewritten, or ``None`` where it is not one that can be."""
         try:
             return cls(model)
-        except TypeError:
+        except _UnknownLayersError:
             return None
 
     @torch.no_grad()
@@ -114,6 +119,9 @@ class InferenceNetwork:
             return tensors[self._names[id(parameter)]]
 
         self._classifier = [current(parameter) for parameter in self._head]
+        for layer in self._layers:
+            if layer.convolution is not None:
+                layer.weight = current(layer.convolution.weight)
         gammas = [current(n.weight) if n.affine else torch.ones_like(n.running_var) for _, n in self._normed]
         betas = [current(n.bias) if n.affine else torch.zeros_like(n.running_var) for _, n in self._normed]
         scale, shift = (
@@ -122,23 +130,20 @@ class InferenceNetwork:
         )
         scale = scale * self._inverse
         shift = torch.addcmul(shift, self._mean, scale, value=-1)
+        kernels, gains = [], []
         for (layer, _), gain, bias in zip(
             self._normed, scale.split(self._sizes), shift.split(self._sizes), strict=True
         ):
             if layer.convolution is None:
                 layer.weight, layer.bias = gain.view(1, -1, 1, 1), bias.view(1, -1, 1, 1)
             else:
-                layer.weight, layer.bias = gain.view(-1, 1, 1, 1), bias
-        convolutions = [layer for layer in self._layers if layer.convolution is not None]
-        folded = [layer for layer in convolutions if layer.norm is not None]
-        kernels = torch._foreach_mul(
-            [current(layer.convolution.weight) for layer in folded], [layer.weight for layer in folded]
-        )
-        for layer, kernel in zip(folded, kernels, strict=True):
-            layer.weight = kernel
-        for layer in convolutions:
-            if layer.norm is None:
-                layer.weight = current(layer.convolution.weight)
+                layer.bias = bias
+                kernels.append(layer.weight)
+                gains.append(gain.view(-1, 1, 1, 1))
+        folded = iter(torch._foreach_mul(kernels, gains))
+        for layer, _ in self._normed:
+            if layer.convolution is not None:
+                layer.weight = next(folded)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -146,14 +151,14 @@ class InferenceNetwork:
         return F.linear(self._run(x).mean((2, 3)), *self._classifier)
 
     def _weighted(
-        self, convolution: nn.Conv2d | None, norm: nn.Module | None, channels: slice | None = None
+        self, convolution: nn.Conv2d | None, norm: nn.Module | None, channels: slice = slice(None)
     ) -> _Weighted:
         if norm is not None and not (type(norm) is nn.BatchNorm2d and norm.track_running_stats):
-            raise TypeError(f"{type(norm).__name__} cannot be folded into a convolution.")
+            raise _UnknownLayersError(f"{type(norm).__name__} cannot be folded into a convolution.")
         if convolution is not None and convolution.bias is not None:
-            raise TypeError("A convolution with a bias is not one of these networks' layers.")
+            raise _UnknownLayersError("A convolution with a bias is not one of these networks' layers.")
         stride = (1, 1) if convolution is None else convolution.stride
-        layer = _Weighted(convolution, norm, channels or slice(None), stride)
+        layer = _Weighted(convolution, norm, channels, stride)
         self._layers.append(layer)
         return layer
 
@@ -179,12 +184,12 @@ class InferenceNetwork:
             elif type(layer) in (nn.MaxPool2d, nn.AvgPool2d):
                 steps.append(layer)
             else:
-                raise TypeError(f"{type(layer).__name__} cannot be rewritten for inference.")
+                raise _UnknownLayersError(f"{type(layer).__name__} cannot be rewritten for inference.")
         return _Branch(rectified, steps)
 
     def _factorized_reduce(self, module: FactorizedReduce) -> Step:
         if type(module.relu) is not nn.ReLU:
-            raise TypeError(f"{type(module.relu).__name__} cannot be rewritten for inference.")
+            raise _UnknownLayersError(f"{type(module.relu).__name__} cannot be rewritten for inference.")
         half, stride, distance = module.conv_1.out_channels, module.stride, module.shift
         first = self._weighted(module.conv_1, module.bn, slice(half))
         second = self._weighted(module.conv_2, module.bn, slice(half, None))
@@ -219,16 +224,15 @@ class InferenceNetwork:
 
     def _cell(self, cell: nn.Module, last: bool) -> Callable[[Tensor, Tensor], Tensor]:
         if type(cell) is not Cell:
-            raise TypeError(f"{type(cell).__name__} cannot be rewritten for inference.")
+            raise _UnknownLayersError(f"{type(cell).__name__} cannot be rewritten for inference.")
         inputs = [self._branch(cell.preprocess0), self._branch(cell.preprocess1)]
         branches = [self._branch(operation) for operation in cell._ops]
         if not all(branch.rectified for branch in inputs):
-            raise TypeError("A preprocessing without ReLU is not one of these networks' layers.")
+            raise _UnknownLayersError("A preprocessing without ReLU is not one of these networks' layers.")
         sources = list(cell._sources)
         states = 2 + len(branches) // 2
-        plain, rectified = (
-            {s for s, b in zip(sources, branches, strict=True) if b.rectified == kind} for kind in (0, 1)
-        )
+        rectified = {source for source, branch in zip(sources, branches, strict=True) if branch.rectified}
+        plain = {source for source, branch in zip(sources, branches, strict=True) if not branch.rectified}
         (plain if last else rectified).update(range(2, states))
 
         def run(s0: Tensor, s1: Tensor) -> Tensor:

@@ -134,3 +134,14 @@ def test_a_hook_is_not_passed_by() -> None:
     assert next(calls) == 2
     handle.remove()
     assert InferenceNetwork.of(network) is not None
+
+
+def test_a_subclass_is_run_as_it_says() -> None:
+    class Silent(NasBench201Network):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0 * super().forward(x)
+
+    network = Silent(NasBench201Architecture(("nor_conv_1x1",) * 6), 4, 1)
+    labels = torch.zeros(6, dtype=torch.long)
+    # Equal logits for ten classes.
+    assert mean_loss(network, [(images(8, dtype=torch.float32), labels)]) == pytest.approx(np.log(10), rel=1e-6)
