@@ -6,7 +6,7 @@ names follow the official code (D-X-Y/AutoDL-Projects@94a149b; megvii-model/RLNA
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -228,6 +228,14 @@ class NasBench201SuperNet(_Stack):
         for cell in self.cells:
             x = cell(x, architecture) if isinstance(cell, SuperCell) else cell(x)
         return self.head(x)
+
+    def path_modules(self, architecture: NasBench201Architecture) -> Iterator[nn.Module]:
+        """What a call along the path of ``architecture`` runs, as modules that share no parameter with one another."""
+        for name, child in self.named_children():
+            if name != "cells":
+                yield child
+        for cell in self.cells:
+            yield from cell.layers(architecture) if isinstance(cell, SuperCell) else [cell]
 
     def subnet(self, architecture: NasBench201Architecture) -> NasBench201SubNet:
         """The path of ``architecture`` as a small module that shares this supernet's parameters.

@@ -85,6 +85,10 @@ class ReLUConvBN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
 
+    def after_relu(self, x: Tensor) -> Tensor:
+        """The layers behind the ReLU."""
+        return self.op[2](self.op[1](x))
+
 
 class FactorizedReduce(nn.Module):
     """Halve the resolution: two strided 1x1 convolutions, the second one pixel further, concatenated.
@@ -124,7 +128,12 @@ class FactorizedReduce(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(x)
+        return self.after_relu(self.relu(x))
+
+    def after_relu(self, x: Tensor) -> Tensor:
+        """The layers behind the ReLU."""
+        if self.training and self.stride == 2:
+            return self.bn(reduce_for_training(x, self.conv_1.weight, self.conv_2.weight))
         shifted = shift_image(x, self.shift, self.stride)
         return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
 
@@ -141,6 +150,59 @@ def shift_image(x: Tensor, distance: int, stride: int) -> Tensor:
     elif height % 2 == 1 or width % 2 == 1:
         x = F.pad(x, [0, width % 2, 0, height % 2])
     return x[:, :, distance:, distance:]
+
+
+@torch.fx.wrap
+def reduce_for_training(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """The two convolutions of a :class:`FactorizedReduce` of stride 2, concatenated, with a backward pass for CPUs.
+
+    ``(N, C_in, H, W)`` and kernels ``(C_out / 2, C_in, 1, 1)`` to ``(N, C_out, ceil(H / 2), ceil(W / 2))``. A leaf in
+    traced graphs, because it depends on the device.
+    """
+    if x.device.type != "cpu":
+        return torch.cat([F.conv2d(x, first, None, 2), F.conv2d(shift_image(x, 1, 2), second, None, 2)], dim=1)
+    # The gradient of a slice is an image of zeros, and that of a concatenation has holes between its pixels; one
+    # convolution that reads the first pixel of each 2x2 block or the last has neither.
+    kernels = torch.cat([F.pad(first, [0, 1, 0, 1]), F.pad(second, [1, 0, 1, 0])])
+    if x.shape[2] % 2 > 0 or x.shape[3] % 2 > 0:
+        x = F.pad(x, [0, x.shape[3] % 2, 0, x.shape[2] % 2])
+    return F.conv2d(x, kernels, None, 2)
+
+
+@torch.fx.wrap
+def dilated_for_training(x: Tensor, kernels: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
+    """A dilated depthwise convolution with a backward pass for CPUs; the result is that of ``conv2d``.
+
+    oneDNN has fast kernels for the gradients of a depthwise convolution only where it is not dilated; those of a
+    dilated one take 5 to 20 times as long. But pixels whose coordinates differ by multiples of the dilation see only
+    one another: they are images of their own, and the convolution of those is an ordinary one.
+
+    Args:
+        x: ``(N, C, H, W)``.
+        kernels: ``(C, 1, k, k)``.
+        stride: 1 or ``dilation``; others go to ``conv2d``, as does all that is not on a CPU.
+        padding: A multiple of ``dilation``.
+        dilation: Above 1.
+    """
+    channels, size = kernels.shape[0], kernels.shape[2]
+    if x.device.type != "cpu" or (stride != 1 and stride != dilation):
+        return F.conv2d(x, kernels, None, stride, padding, dilation, channels)
+    if stride == dilation:
+        return F.conv2d(x[:, :, ::stride, ::stride], kernels, None, 1, padding // dilation, 1, channels)
+    height, width = x.shape[2], x.shape[3]
+    if height % dilation > 0 or width % dilation > 0:
+        x = F.pad(x, [0, (dilation - width % dilation) % dilation, 0, (dilation - height % dilation) % dilation])
+    rows, columns = x.shape[2] // dilation, x.shape[3] // dilation
+    x = x.permute(0, 2, 3, 1).reshape(-1, rows, dilation, columns, dilation, channels)
+    x = x.permute(2, 4, 0, 1, 3, 5).reshape(-1, rows, columns, channels).permute(0, 3, 1, 2)
+    around = padding // dilation
+    if min(rows, columns) < size:
+        # oneDNN is slow again where the kernel is larger than the image: the padding becomes part of the image.
+        x, around = F.pad(x, [around, around, around, around]), 0
+    x = F.conv2d(x, kernels, None, 1, around, 1, channels)
+    x = x.permute(0, 2, 3, 1).reshape(dilation, dilation, -1, rows, columns, channels)
+    x = x.permute(2, 3, 0, 4, 1, 5).reshape(-1, rows * dilation, columns * dilation, channels).permute(0, 3, 1, 2)
+    return x[:, :, :height, :width]
 
 
 class DilConv(nn.Module):
@@ -168,9 +230,18 @@ class DilConv(nn.Module):
         self.op = nn.Sequential(
             layers.activate(), depthwise, layers.conv(channels, channels, 1), layers.normalize(channels)
         )
+        self.stride, self.padding, self.dilation = depthwise.stride[0], depthwise.padding[0], depthwise.dilation[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        return self.after_relu(self.op[0](x))
+
+    def after_relu(self, x: Tensor) -> Tensor:
+        """The layers behind the ReLU."""
+        if self.training:
+            x = dilated_for_training(x, self.op[1].weight, self.stride, self.padding, self.dilation)
+        else:
+            x = self.op[1](x)
+        return self.op[3](self.op[2](x))
 
 
 class SepConv(nn.Module):

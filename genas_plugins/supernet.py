@@ -6,7 +6,7 @@ load by name. Unlike fixed networks, the supernet normalises after every pooling
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -54,14 +54,23 @@ class _SuperCell(nn.Module):
         return self._ops[edge_index(source, node)]._ops[str(OPERATIONS.index(name))]
 
     def forward(self, s0: Tensor, s1: Tensor, gene: CellGene) -> Tensor:
-        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        """Compute the nodes, concatenated, from inputs that were rectified already."""
+        states = [self.preprocess0.after_relu(s0), self.preprocess1.after_relu(s1)]
         added: list[Tensor] = []
         for node, name, source in cell_edges(gene):
             added.append(self.operation(name, source, node)(states[source]))
             if len(added) == 2:
                 states.append(added[0] + added[1])
                 added = []
+                if states[-1].requires_grad:
+                    states[-1].register_hook(_dense)
         return torch.cat(states[2:], dim=1)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """A gradient without holes: that of a concatenation has them, and batch normalisation on a CPU is slow with it."""
+    last = gradient.stride(1) == 1
+    return gradient.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 class SuperNet(CellStack):
@@ -93,10 +102,24 @@ class SuperNet(CellStack):
 
     def forward(self, x: Tensor, genotype: Genotype) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)`` along the path of ``genotype``."""
-        s0, s1 = self.stem_states(x)
+        before, last = self.stem_states(x)
+        # Two cells read a state, each through a ReLU of its own; nobody but the head reads what is in front of it.
+        s0 = before.relu_()
+        s1 = s0 if last is before else last.relu_()
         for shape, cell in zip(self.shapes, self.cells, strict=True):
-            s0, s1 = s1, cell(s0, s1, genotype.reduce if shape.reduction else genotype.normal)
+            last = cell(s0, s1, genotype.reduce if shape.reduction else genotype.normal)
+            s0, s1 = s1, last if cell is self.cells[-1] else last.relu_()
         return self.head(s1)
+
+    def path_modules(self, genotype: Genotype) -> Iterator[nn.Module]:
+        """What a call along the path of ``genotype`` runs, as modules that share no parameter with one another."""
+        for name, child in self.named_children():
+            if name != "cells":
+                yield child
+        for shape, cell in zip(self.shapes, self.cells, strict=True):
+            yield from (cell.preprocess0, cell.preprocess1)
+            gene = genotype.reduce if shape.reduction else genotype.normal
+            yield from (cell.operation(name, source, node) for node, name, source in cell_edges(gene))
 
     def subnet(self, genotype: Genotype) -> SubNet:
         """The path of ``genotype`` as a small module that shares this supernet's parameters.

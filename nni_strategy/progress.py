@@ -48,10 +48,10 @@ class TrainingProgress(Callback):
         self._display = self._progress("training", self._epochs * steps, trainer.current_epoch * steps)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        done = trainer.global_step
-        loss = trainer.callback_metrics.get("train_loss")
+        shown = {}
         # Reading a loss waits for the device; once in a while is enough for the eye.
-        shown = {} if loss is None or done % 10 else {"loss": f"{float(loss):.3f}", "epoch": trainer.current_epoch + 1}
+        if trainer.global_step % 10 == 0 and "train_loss" in (metrics := trainer.callback_metrics):
+            shown = {"loss": f"{float(metrics['train_loss']):.3f}", "epoch": trainer.current_epoch + 1}
         self._display.step(shown)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

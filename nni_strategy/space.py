@@ -188,6 +188,11 @@ class SupernetSpace(ModelSpace, disable_init_wrapper=True):
             raise TypeError(f"{type(self).__name__} has a {self.candidate.__name__}, got {candidate!r}.")
         return self.supernet.subnet(candidate)
 
+    def path_modules(self) -> Iterable[nn.Module]:
+        """What the path that was sampled last runs, as modules that share no parameter with one another."""
+        network = self.network
+        return network.supernet.path_modules(network._candidate) if isinstance(network, _SuperNetModule) else [network]
+
     def angle(self, initial: Mapping[str, Tensor], candidate: Any) -> float:
         """Angle to the initial weights as a fraction of pi.
 

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from nni.nas.evaluator.pytorch import Lightning, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, Dataset
 
 from genas_plugins.datasets import ImageTensors, SearchData
+from genas_plugins.path_sgd import PathSGD
 from genas_plugins.scoring.data import TensorBatches
+from nni_strategy.space import SupernetSpace
 
 __all__ = ["SupernetModule", "TrainBatches", "supernet_evaluator"]
 
@@ -23,7 +25,9 @@ __all__ = ["SupernetModule", "TrainBatches", "supernet_evaluator"]
 class SupernetModule(LightningModule):
     """Classification with the supernet recipe of the official code (clovaai/GeNAS@fd3cba8).
 
-    SGD with momentum 0.9 and a cosine learning rate, one step of the schedule per epoch.
+    SGD with momentum 0.9 and a cosine learning rate, one step of the schedule per epoch. On the spaces of this package
+    the optimizer is :class:`genas_plugins.path_sgd.PathSGD`: weights that the present path does not use may be some
+    steps behind until :meth:`on_train_epoch_end`.
 
     Args:
         epochs: Length of the schedule.
@@ -52,16 +56,20 @@ class SupernetModule(LightningModule):
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.decay_unsampled = decay_unsampled
+        self._path_sgd: PathSGD | None = None
+        self._parameters_of: dict[nn.Module, list[nn.Parameter]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``."""
+        self._catch_up()
         return self.model(x)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Mean cross-entropy in nats of one batch."""
         images, labels = batch
         loss = F.cross_entropy(self(images), labels)
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(labels))
+        # For a bar of its own Lightning reads the loss at every step, and so waits for the device.
+        self.log("train_loss", loss, prog_bar=self.trainer.progress_bar_callback is not None, batch_size=len(labels))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -74,24 +82,49 @@ class SupernetModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """SGD over all parameters of the supernet."""
-        optimizer = SGD(self.parameters(), self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay)
+        own = self.decay_unsampled and isinstance(self.model, SupernetSpace)
+        kind = PathSGD if own else SGD
+        optimizer = kind(self.parameters(), self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay)
+        self._path_sgd = optimizer if isinstance(optimizer, PathSGD) else None
+        self._parameters_of.clear()
         schedule = CosineAnnealingLR(optimizer, self.epochs, self.final_learning_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Write zeros, or drop the gradients, as ``decay_unsampled`` says."""
-        optimizer.zero_grad(set_to_none=not self.decay_unsampled)
+        """Drop the gradients; write zeros where weights decay that were not sampled, and the optimizer needs them."""
+        optimizer.zero_grad(set_to_none=not self._writes_zeros)
 
     def on_train_start(self) -> None:
         """Put the images on the device; give parameters that took part before a resume their zero gradients."""
         loader = self.trainer.train_dataloader
         if isinstance(loader, TrainBatches):
             loader.to(self.trainer.strategy.root_device)
-        if not self.decay_unsampled:
+        if not self._writes_zeros:
             return
         for parameter, state in self.trainer.optimizers[0].state.items():
             if state.get("momentum_buffer") is not None and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+
+    def on_train_epoch_end(self) -> None:
+        """Bring all weights up to date, for the checkpoint and for whoever reads them after the training."""
+        if self._path_sgd is not None:
+            self._path_sgd.flush()
+
+    @property
+    def _writes_zeros(self) -> bool:
+        return self.decay_unsampled and self._path_sgd is None
+
+    def _catch_up(self) -> None:
+        """Bring the weights of the present path up to date."""
+        if self._path_sgd is None:
+            return
+        parameters: list[nn.Parameter] = []
+        for module in self.model.path_modules():
+            if module not in self._parameters_of:
+                # Collecting them takes a fair part of a GPU's step.
+                self._parameters_of[module] = list(module.parameters())
+            parameters += self._parameters_of[module]
+        self._path_sgd.catch_up(parameters)
 
 
 class TrainBatches:
@@ -175,8 +208,9 @@ class TrainBatches:
         share = order[rank : len(order) - len(order) % world : world]
         # Every process draws its own augmentation.
         generator.manual_seed((self.seed * 1_000_003 + self.epoch) * 1_009 + rank + 1)
-        for images, labels in self._raw(share):
-            yield self._augment(images, generator), labels
+        drawn = self._draw(len(share), generator)
+        for (images, labels), (corners, mirrored) in zip(self._raw(share), drawn, strict=True):
+            yield self._augment(images, corners, mirrored), labels
 
     def _rank_and_world(self) -> tuple[int, int]:
         distributed = torch.distributed
@@ -200,20 +234,36 @@ class TrainBatches:
             generator=torch.Generator().manual_seed(self.seed),
         )
         for images, labels in loader:
-            yield images.to(self._scale.device, non_blocking=True), labels.to(self._scale.device)
+            yield images.to(self._scale.device, non_blocking=True), labels.to(self._scale.device, non_blocking=True)
 
-    def _augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def _draw(self, images: int, generator: torch.Generator) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """The corners ``(2, n)`` and the mirrored ones ``(n)`` of each batch of an epoch, moved to the device at once.
+
+        A copy to a GPU makes the host wait until the GPU has done all it was given.
+        """
+        sizes = [min(self.batch_size, images - first) for first in range(0, images, self.batch_size)]
+        corners, mirrored = [], []
+        for size in sizes:
+            if self.crop_padding:
+                corners.append(torch.randint(2 * self.crop_padding + 1, (2, size), generator=generator))
+            if self.flip:
+                mirrored.append(torch.rand(size, generator=generator) < 0.5)
+
+        def moved(drawn: list[Tensor]) -> Sequence[Tensor | None]:
+            return torch.cat(drawn, -1).to(self._scale.device).split(sizes, -1) if drawn else [None] * len(sizes)
+
+        return zip(moved(corners), moved(mirrored), strict=True)
+
+    def _augment(self, images: Tensor, corners: Tensor | None, mirrored: Tensor | None) -> Tensor:
         count, _, height, width = images.shape
         device = images.device
-        if self.crop_padding:
-            corners = torch.randint(2 * self.crop_padding + 1, (2, count), generator=generator).to(device)
+        if corners is not None:
             padded = F.pad(images, (self.crop_padding,) * 4)
             rows = corners[0][:, None] + torch.arange(height, device=device)
             columns = corners[1][:, None] + torch.arange(width, device=device)
             picture = torch.arange(count, device=device)[:, None, None]
             images = padded.permute(0, 2, 3, 1)[picture, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-        if self.flip:
-            mirrored = (torch.rand(count, generator=generator) < 0.5).to(device)
+        if mirrored is not None:
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
         images = images.float().mul_(self._scale).add_(self._shift)
         return images.contiguous(memory_format=torch.channels_last)

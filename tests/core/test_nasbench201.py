@@ -405,6 +405,9 @@ def test_supernet_subnet_and_network_are_the_restatement(cells, training):
         network.load_state_dict(subnet.state_dict())
         for output in (network(x), subnet(x), net(x, architecture)):
             torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+        listed = [parameter for module in net.path_modules(architecture) for parameter in module.parameters()]
+        assert len(set(listed)) == len(listed)
+        assert set(listed) == set(subnet.parameters())
 
 
 def test_the_networks_of_nni_give_the_same_output():

@@ -8,7 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from genas_plugins.operations import FactorizedReduce, ReLUConvBN, build_operation, drop_path
+from genas_plugins.operations import (
+    FactorizedReduce,
+    ReLUConvBN,
+    build_operation,
+    dilated_for_training,
+    drop_path,
+    reduce_for_training,
+    shift_image,
+)
 
 C = 4
 # Parameters by hand: a separable convolution is two times depthwise, pointwise and an affine batch norm.
@@ -95,6 +103,60 @@ def test_factorized_reduce_on_even_sizes_is_the_official_call():
         F.conv2d(x.relu()[:, :, 1:, 1:], layer.conv_2.weight, stride=2),
     ]
     assert torch.equal(layer(x), layer.bn(torch.cat(official, 1)))
+
+
+def assert_same_with_gradients(ours, theirs, *inputs):
+    """The same values, and the same gradients of a sum with random factors."""
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    factors, gradients = None, []
+    for function in (ours, theirs):
+        out = function(*inputs)
+        factors = torch.randn(out.shape, dtype=out.dtype) if factors is None else factors
+        gradients.append((out, *torch.autograd.grad((out * factors).sum(), inputs)))
+    for own, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(8, 8), (16, 12), (7, 9), (4, 4), (3, 6), (1, 1)])
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 2), (2, 2), (1, 3), (1, 4), (2, 4)])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_dilated_convolutions_in_training_are_those_of_pytorch(kernel, stride, dilation, size, layout):
+    x = images(*size).contiguous(memory_format=layout)
+    kernels = torch.randn(C, 1, kernel, kernel, dtype=x.dtype)
+    padding = (kernel - 1) // 2 * dilation
+    assert_same_with_gradients(
+        lambda x, kernels: dilated_for_training(x, kernels, stride, padding, dilation),
+        lambda x, kernels: F.conv2d(x, kernels, None, stride, padding, dilation, C),
+        x,
+        kernels,
+    )
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 7), (7, 8), (6, 9), (1, 1)])
+def test_factorized_reduction_in_training_is_two_convolutions(size):
+    x = images(*size)
+    first, second = torch.randn(2, 3, C, 1, 1, dtype=x.dtype)
+    assert_same_with_gradients(
+        reduce_for_training,
+        lambda x, first, second: torch.cat(
+            [F.conv2d(x, first, None, 2), F.conv2d(shift_image(x, 1, 2), second, None, 2)], 1
+        ),
+        x,
+        first,
+        second,
+    )
+
+
+@pytest.mark.parametrize(("name", "stride"), [("skip_connect", 2), ("dil_conv_3x3", 1), ("dil_conv_5x5", 2)])
+def test_training_and_evaluation_differ_in_the_normalisation_only(name, stride):
+    operation = build_operation(name, C, stride).double()
+    norm = next(module for module in operation.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    seen = []
+    norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    for training in (True, False):
+        operation.train(training)(images(8, 8))
+    torch.testing.assert_close(*seen, rtol=1e-12, atol=1e-12)
 
 
 def test_identity_and_preprocessing():

@@ -106,6 +106,36 @@ def test_forward_is_the_subnet_is_the_restatement(stem, cells, size):
         torch.testing.assert_close(net.subnet(genotype)(x), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("stem", "cells", "size"), [("cifar", 3, 8), ("imagenet", 4, 64)])
+def test_gradients_are_those_of_the_restatement_and_in_training_those_of_the_subnet(stem, cells, size):
+    net, x = supernet(stem, cells), images(size=size)
+    parameters = dict(net.named_parameters())
+
+    def gradients(out):
+        return torch.autograd.grad(out.square().sum(), list(parameters.values()), allow_unused=True)
+
+    for genotype in genotypes(4, seed=cells):
+        expected = gradients(restated({**net.state_dict(), **parameters}, x, genotype.code, stem, cells))
+        pairs = [(gradients(net(x, genotype)), expected)]
+        pairs.append((gradients(net.train()(x, genotype)), gradients(net.subnet(genotype)(x))))
+        net.eval()
+        for ours, theirs in pairs:
+            # Normalisation makes some gradients zero but for rounding.
+            largest = max(float(gradient.abs().max()) for gradient in theirs if gradient is not None)
+            for name, own, other in zip(parameters, ours, theirs, strict=True):
+                assert (own is None) == (other is None), name
+                if own is not None:
+                    torch.testing.assert_close(own, other, rtol=1e-8, atol=1e-12 * largest, msg=name)
+
+
+def test_the_modules_of_a_path_hold_the_parameters_of_its_subnet():
+    net = supernet()
+    for genotype in genotypes(4):
+        listed = [parameter for module in net.path_modules(genotype) for parameter in module.parameters()]
+        assert len(set(listed)) == len(listed)
+        assert set(listed) == set(net.subnet(genotype).parameters())
+
+
 def test_a_path_without_pooling_is_the_fixed_network():
     code = [3, 4, 5, 0, 6, 7, 0, 4, 0, 0, 3, 0, 0, 5]
     net, x, genotype = supernet(cells=4), images(), Genotype.from_code(code + code[::1])

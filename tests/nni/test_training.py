@@ -22,13 +22,16 @@ from nni.nas.space import RawFormatModelSpace
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from scipy.stats import chisquare
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset, TensorDataset
 
 from genas_plugins.datasets import ImageTensors, SearchData
 from genas_plugins.genotype import Genotype
+from genas_plugins.path_sgd import PathSGD
 from genas_plugins.spaces import DartsSearchSpace
 from genas_plugins.supernet import SuperNet
-from nni_strategy.space import DartsSpace
+from nni_strategy.progress import TrainingProgress
+from nni_strategy.space import DartsSpace, NasBench201Space
 from nni_strategy.strategy import GeNAS
 from nni_strategy.training import SupernetModule, TrainBatches, supernet_evaluator
 
@@ -208,7 +211,7 @@ def test_official_settings(data: SearchData, tmp_path: Path) -> None:
     train(DartsSpace(10, 4, 2), evaluator)
     (optimizer,) = evaluator.trainer.optimizers
     (group,) = optimizer.param_groups
-    assert type(optimizer) is torch.optim.SGD
+    assert type(optimizer) is PathSGD
     assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 3e-4, False)
     assert evaluator.trainer.gradient_clip_val == 5.0
     # 0.001 + 0.024 (1 + cos(pi t / 3)) / 2 for t = 0, 1, 2.
@@ -366,6 +369,179 @@ def test_a_resumed_training_ends_with_the_same_bits(unsampled: bool, data: Searc
     resumed = run(tmp_path / "resumed", fit_kwargs={"ckpt_path": str(checkpoint), "weights_only": True})
     assert [path.name for path in (tmp_path / "resumed").iterdir()] == ["epoch=1.ckpt"]
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+class StopError(Exception):
+    """Ends a run in the middle of an epoch."""
+
+
+def test_a_checkpoint_within_an_epoch_holds_the_present_weights(data: SearchData, tmp_path: Path) -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *unused: Any) -> None:
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+                raise StopError
+
+    torch.manual_seed(0)
+    space = DartsSpace(10, 4, 2)
+    plain = copy.deepcopy(space.supernet)
+    witness = Witness(space)
+    evaluator = supernet_evaluator(
+        data,
+        1,
+        batch_size=6,
+        weight_decay=0.05,
+        callbacks=[witness, Stop()],
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+        **QUIET,
+    )
+    with pytest.raises(StopError):
+        train(space, evaluator)
+    plain_training(plain, witness.steps, [0.025], decay=0.05, clip=5.0, unsampled=True)
+    state = torch.load(tmp_path / "middle.ckpt", weights_only=True)["state_dict"]
+    for name, value in plain.state_dict().items():
+        (own,) = (state[key] for key in state if key.endswith(f"supernet.{name}"))
+        torch.testing.assert_close(own, value, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("build", [lambda: DartsSpace(10, 4, 2), lambda: NasBench201Space(10, 4, 1)])
+def test_a_run_with_torchs_own_optimizer_is_continued(
+    build: Any, data: SearchData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(folder: Path, own: bool, **more: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        space = build()
+        with monkeypatch.context() as patch:
+            if not own:
+                # What other spaces get, and this one got before: zeros in the gradients.
+                patch.setattr("nni_strategy.training.SupernetSpace", type(None))
+            evaluator = supernet_evaluator(
+                data,
+                2,
+                batch_size=8,
+                weight_decay=0.05,
+                callbacks=[ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)],
+                default_root_dir=folder,
+                **QUIET,
+                **more,
+            )
+            train(space, evaluator)
+        assert type(evaluator.trainer.optimizers[0]) is (PathSGD if own else torch.optim.SGD)
+        return space.state_dict()
+
+    whole = run(tmp_path / "whole", own=False)
+    before = {"ckpt_path": str(tmp_path / "whole" / "epoch=0.ckpt"), "weights_only": True}
+    resumed = run(tmp_path / "resumed", own=True, fit_kwargs=before)
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_frozen_space_is_trained_like_any_network(data: SearchData, tmp_path: Path) -> None:
+    space = DartsSpace(10, 4, 2)
+    genotype = DartsSearchSpace().sample(np.random.default_rng(0))
+    network = RawFormatModelSpace(space, None).freeze(space.to_sample(genotype)).executable_model()
+    before = [parameter.clone() for parameter in network.parameters()]
+    evaluator = supernet_evaluator(
+        data, 1, batch_size=8, enable_checkpointing=False, default_root_dir=tmp_path, **QUIET
+    )
+    evaluator.evaluate(network)
+    assert not any(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True) if a.dim() > 1)
+
+
+WAITS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.is_nonzero, torch.ops.aten.equal}
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU: values that it reads, shapes that depend on values, copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = self.copies = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        out = function(*arguments, **(keywords or {}))
+        self.reads += function.overloadpacket in WAITS
+        if function.overloadpacket is torch.ops.aten._to_copy:
+            self.copies += arguments[0].device != out.device
+        return out
+
+
+@pytest.mark.parametrize("build", [lambda: DartsSpace(10, 4, 3), lambda: NasBench201Space(10, 4, 1)])
+def test_the_host_does_not_wait_for_a_step(build: Any, data: SearchData, tmp_path: Path) -> None:
+    class Display:
+        def __init__(self, *unused: Any) -> None:
+            self.shown: list[Any] = []
+
+        def step(self, shown: Any) -> None:
+            self.shown.append(shown)
+
+        def close(self) -> None: ...
+
+    class Count(Callback):
+        """From the end of a step to the end of the next, loading and displaying included."""
+
+        def __init__(self) -> None:
+            self.mode, self.reads = Waits(), []
+
+        def on_train_epoch_start(self, *unused: Any) -> None:
+            self.mode.__enter__()
+
+        def on_train_batch_end(self, *unused: Any) -> None:
+            self.reads.append(self.mode.reads)
+
+        def on_train_epoch_end(self, *unused: Any) -> None:
+            self.mode.__exit__(None, None, None)
+
+    displays: list[Display] = []
+    progress = TrainingProgress(lambda *unused: displays.append(Display()) or displays[-1], 1)
+    count = Count()
+    evaluator = supernet_evaluator(
+        data,
+        1,
+        batch_size=2,
+        callbacks=[progress, count],
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+        **QUIET,
+    )
+    train(build(), evaluator)
+    assert len(count.reads) == 12
+    shown = [bool(shown) for shown in displays[0].shown]
+    assert shown == [step == 9 for step in range(12)]
+    read = [later > before for before, later in zip([0, *count.reads], count.reads, strict=False)]
+    assert read == shown
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": False}, {"crop_padding": 0}])
+def test_an_epoch_is_drawn_ahead_and_moved_at_once(options: dict[str, Any]) -> None:
+    copies = []
+    for count in (14, 70):
+        batches = batches_of(labelled(count), **options).to(torch.device("meta"))
+        with Waits() as waits:
+            assert len(list(batches)) == count // 7
+        assert waits.reads == 0
+        copies.append(waits.copies)
+    # The order, the corners and the mirrored ones.
+    assert copies == [3 - len(options)] * 2
+
+
+def test_augmentation_is_drawn_batch_by_batch_from_one_stream() -> None:
+    data, padding = labelled(17), 3
+    images, labels = collected(batches_of(data, seed=2, crop_padding=padding), 5)
+    generator = torch.Generator().manual_seed(2 * 1_000_003 + 5)
+    order = torch.randperm(17, generator=generator)
+    assert torch.equal(labels, order)
+    generator.manual_seed((2 * 1_000_003 + 5) * 1_009 + 1)
+    padded = F.pad(data.images, (padding,) * 4)
+    expected = []
+    for chosen in order.split(7):
+        corners = torch.randint(2 * padding + 1, (2, len(chosen)), generator=generator).tolist()
+        mirrored = (torch.rand(len(chosen), generator=generator) < 0.5).tolist()
+        for number, top, left, mirror in zip(chosen.tolist(), *corners, mirrored, strict=True):
+            crop = padded[number, :, top : top + 8, left : left + 8]
+            expected.append(crop.flip(2) if mirror else crop)
+    np.testing.assert_allclose(images.numpy(), normalised(torch.stack(expected).numpy().astype(np.float64)), atol=2e-6)
 
 
 def labelled(count: int, size: int = 8) -> ImageTensors:
