@@ -185,6 +185,8 @@ def dilated_for_training(x: Tensor, kernels: Tensor, stride: int, padding: int, 
         dilation: Above 1.
     """
     channels, size = kernels.shape[0], kernels.shape[2]
+    # A gradient in the layout of the kernels, which DistributedDataParallel asks for.
+    kernels = kernels.flatten(0, 1)[:, None]
     if x.device.type != "cpu" or (stride != 1 and stride != dilation):
         return F.conv2d(x, kernels, None, stride, padding, dilation, channels)
     if stride == dilation:

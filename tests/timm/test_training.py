@@ -146,7 +146,7 @@ def learnt(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     """A run of eight epochs with all that the paper's recipe has, and what it logged."""
     folder = tmp_path_factory.mktemp("learnt")
     changes = {"no_aug": False, "auxiliary_weight": 0.4, "lighting": 0.1, "tensorboard": True, "checkpoint_hist": 2}
-    changes |= {"scale": [0.5, 1.0], "epochs": 8, "tail_epochs": 2, "warmup_epochs": 2, "lr": 0.02, "batch_size": 4}
+    changes |= {"scale": [0.5, 1.0], "epochs": 8, "tail_epochs": 2, "warmup_epochs": 2, "lr": 0.03, "batch_size": 4}
     status, lines = launch(*configured(folder, images, **changes))
     assert status == 0
     return folder / "run", lines
