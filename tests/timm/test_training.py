@@ -169,10 +169,9 @@ def test_summary(learnt: tuple[Path, list[str]]) -> None:
     assert [row["epoch"] for row in figures] == list(range(8))
     assert all(row["eval_top5"] == 100 for row in figures)
     assert all(row["train_images_per_second"] > 0 for row in figures)
-    # 8 epochs, tail 2, warm-up 2, peak 0.02.
-    assert [row["lr"] for row in figures] == pytest.approx(
-        [0.01, 0.1 / 6, 0.08 / 6, 0.01, 0.04 / 6, 0.02 / 6, 0.02 / 6, 0.01 / 6]
-    )
+    # 8 epochs, tail 2, warm-up 2, peak 0.03.
+    rates = [0.015, 0.025, 0.02, 0.015, 0.01, 0.005, 0.005, 0.0025]
+    assert [row["lr"] for row in figures] == pytest.approx(rates)
 
 
 def test_what_is_logged_is_what_is_written(learnt: tuple[Path, list[str]]) -> None:
