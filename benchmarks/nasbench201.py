@@ -1,0 +1,243 @@
+"""Does the score rank architectures? The paper's Tables 1, 5, 6 and 7 with several supernets, beside its figures.
+
+For each seed a supernet is trained, searched and held against the accuracies of a sample of NAS-Bench-201; then the
+seeds are put together: tau of each score for each seed and for the sum of their ranks, and which scores are better
+than the paper's setting, and than live FLOPs, on one half of the architectures and again on the other. From a folder
+with ``cifar10_train.zip`` and ``cifar10_test.zip`` (``<class>/*``) and ``nasbench201_accuracy.csv``::
+
+    python benchmarks/nasbench201.py DIR --output runs/nasbench201 --jobs 2
+
+The same command goes on after a stop, at the architecture that comes next. At the paper's size, on a GPU, with a CSV of
+the accuracies and images that torchvision fetches::
+
+    python benchmarks/nasbench201.py DIR --output runs/full --config nasbench201_cifar10_flatness --sample 15625 \\
+        --set data.download=true --set training.accelerator=gpu
+
+It writes ``report.md`` and ``halves.csv``, and a folder per seed as ``genas correlate`` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import rankdata
+
+from genas_plugins.files import write_text
+from genas_plugins.ranking import Estimate, compare, rank_correlation
+
+__all__ = ["PAPER", "Scores", "main", "read_scores", "report"]
+
+PAPER: dict[str, float] = {
+    "flatness": 0.6047,
+    "flatness, sigmas 1e-6 5e-6 1e-5": 0.5756,
+    "flatness, sigmas 5e-4 1e-3 2e-3": 0.5770,
+    "flatness, sigmas 2e-3 2e-2 4e-2": 0.5416,
+    "flatness, alpha 0": 0.1777,
+    "flatness, alpha 0.1": 0.4026,
+    "flatness, alpha 0.5": 0.5890,
+    "flatness, alpha 4": 0.5898,
+    "flatness, alpha 16": 0.5820,
+    "flatness, cells only": 0.5612,
+}
+"""Kendall's tau on CIFAR-10 over all architectures (GeNAS, IJCAI 2023, Tables 5, 6 and 7), by names of paper_tables."""
+
+BASELINES = ("flatness", "live FLOPs")
+SPLITS = ("train", "test")
+
+Scores = Mapping[str, Sequence[float]]
+
+
+def unpack(source: Path, folder: Path) -> None:
+    """Extract both archives, each whole or not at all.
+
+    Raises:
+        ValueError: An archive is missing or is none.
+    """
+    for split in SPLITS:
+        if (folder / split).is_dir():
+            continue
+        archive = source / f"cifar10_{split}.zip"
+        if not zipfile.is_zipfile(archive):
+            raise ValueError(f"{archive} is no ZIP archive; it should have images as <class>/*.")
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder))
+        try:
+            with zipfile.ZipFile(archive) as images:
+                images.extractall(partial)
+            partial.rename(folder / split)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def commands(args: argparse.Namespace) -> Iterator[list[str]]:
+    """What to run for each seed."""
+    overrides = list(args.overrides)
+    if not any(item.startswith(("data.root=", "data.download=", "data.name=")) for item in overrides):
+        unpack(args.source, args.output / "cifar10")
+        overrides.append(f"data.root={args.output / 'cifar10'}")
+    for seed in args.seeds:
+        folder = args.output / f"seed{seed}"
+        command = [sys.executable, "-m", "genas_plugins", "correlate", "--config", args.config, "--quiet"]
+        for item in (*overrides, f"seed={seed}"):
+            command += ["--set", item]
+        command += ["--truth", str(args.source / "nasbench201_accuracy.csv"), "--settings", args.settings]
+        command += ["--sample", str(args.sample), "--resamples", str(args.resamples), "--output", str(folder)]
+        command += ["--training-free"] * args.training_free
+        command += ["--resume"] * folder.exists()
+        yield command
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train and measure for all seeds.
+
+    Raises:
+        subprocess.CalledProcessError: One of them failed; it has said why.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+
+    def start(command: list[str]) -> None:
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(start, commands(args)))
+
+
+def read_scores(path: Path) -> dict[str, dict[str, float]]:
+    """``scores.csv`` of ``genas correlate``: by architecture, ``truth`` and each score."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return {
+            row.pop("architecture"): {name: float(value) for name, value in row.items()} for row in csv.DictReader(file)
+        }
+
+
+def report(folders: Mapping[int, Path], output: Path, *, resamples: int = 1000) -> str:
+    """Put seeds together; write ``report.md`` and ``halves.csv``.
+
+    Args:
+        folders: Of ``genas correlate``, by seed.
+        output: Where to.
+        resamples: Of the bootstrap.
+
+    Returns:
+        The text of ``report.md``.
+
+    Raises:
+        ValueError: Fewer than six architectures have a score with every seed.
+    """
+    tables = {seed: read_scores(folder / "scores.csv") for seed, folder in folders.items()}
+    first = next(iter(tables.values()))
+    names = [name for name in first if all(name in table for table in tables.values())]
+    if len(names) < 6:
+        raise ValueError(f"{len(names)} architectures have a score with every seed, at least 6 are needed.")
+    truth = np.array([first[name]["truth"] for name in names])
+    columns = {
+        seed: {column: np.array([table[name][column] for name in names]) for column in table[names[0]]}
+        for seed, table in tables.items()
+    }
+    scores = [column for column in columns[next(iter(tables))] if column != "truth"]
+    lines = [["score", "paper", *(f"seed {seed}" for seed in tables), "ranks of all seeds"]]
+    for score in scores:
+        having = [table[score] for table in columns.values() if score in table]
+        cells = [f"{PAPER[score]:.3f}" if score in PAPER else ""]
+        for table in columns.values():
+            cells.append(_tau(table[score], truth, resamples) if score in table else "")
+        same = all(np.array_equal(having[0], column) for column in having[1:])
+        cells.append("" if same else _tau(sum(map(rankdata, having)), truth, resamples))
+        lines.append([score, *cells])
+    halves = list(_halves(columns, scores, truth, resamples))
+    text = f"Kendall's tau with the accuracy on {len(names)} architectures (95 % interval)\n\n{_markdown(lines)}"
+    for baseline in BASELINES:
+        kept = [row for row in halves if row[1] == baseline and row[-1] == "both"]
+        text += f"\nBetter than {baseline} by more than the interval, with every seed and on both halves:\n\n"
+        text += "".join(f"- {score}: {', '.join(differences)}\n" for score, _, *differences, _ in kept) or "- none\n"
+    write_text(output / "report.md", text)
+    head = ["score", "baseline", *(f"seed {s}, half {h}" for s, h in itertools.product(columns, "12")), "better on"]
+    with (output / "halves.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([head, *halves])
+    return text
+
+
+def _halves(
+    columns: Mapping[int, Scores], scores: Sequence[str], truth: np.ndarray, resamples: int
+) -> Iterator[list[str]]:
+    """Differences of tau to each baseline; what is chosen on the first half is to hold on the second."""
+    order = np.random.default_rng(0).permutation(len(truth))
+    parts = np.array_split(order, 2)
+    for baseline, score in itertools.product(BASELINES, scores):
+        if score == baseline or not all(baseline in table for table in columns.values()):
+            continue
+        differences = [
+            [
+                compare(table[score][part], table[baseline][part], truth[part], seed=0, resamples=resamples)
+                for part in parts
+            ]
+            for table in columns.values()
+            if score in table
+        ]
+        better = ["half " + str(i + 1) for i in range(2) if all(pair[i].low > 0 for pair in differences)]
+        texts = [str(each) for pair in differences for each in pair]
+        texts += [""] * (2 * len(columns) - len(texts))
+        yield [score, baseline, *texts, "both" if len(better) == 2 else "".join(better)]
+
+
+def _tau(scores: Sequence[float], truth: np.ndarray, resamples: int) -> str:
+    tau: Estimate = rank_correlation(scores, truth, seed=0, resamples=resamples).tau
+    return str(tau)
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    rows = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]]) + "\n"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="DIR", help="with the two archives and the accuracies")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--config", default="nasbench201_cifar10_small", help="of the supernet (default: %(default)s)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="on top of it"
+    )
+    parser.add_argument("--settings", default="paper_tables", help="of genas correlate (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="a supernet each (default: 0 1)")
+    parser.add_argument("--sample", type=int, default=500, help="architectures (default: %(default)s)")
+    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time (default: %(default)s)")
+    parser.add_argument(
+        "--no-training-free", action="store_false", dest="training_free", help="no NASWOT, SynFlow, ZiCo"
+    )
+    args = parser.parse_args(arguments)
+    if args.jobs < 1 or len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--jobs must be at least 1 and the seeds must differ, got {args.jobs} and {args.seeds}")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the experiment and return the exit code."""
+    args = parse(arguments)
+    try:
+        run(args)
+        print(report({seed: args.output / f"seed{seed}" for seed in args.seeds}, args.output, resamples=args.resamples))
+    except (ValueError, OSError) as error:
+        print(f"nasbench201: {error}", file=sys.stderr)
+        return 1
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
