@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from genas_plugins.scoring.batchnorm import evaluation_mode
+from genas_plugins.scoring.inference import InferenceNetwork
 
 __all__ = ["Accuracy", "accuracy"]
 
@@ -39,8 +40,9 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Accu
     correct: Tensor | None = None
     count = 0
     with evaluation_mode(model), torch.no_grad():
+        network = InferenceNetwork.of(model) or model
         for images, labels in batches:
-            logits = model(images)
+            logits = network(images)
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
             hits = ranked == labels[:, None]
             found = torch.stack([hits[:, 0].sum(), hits.sum()])

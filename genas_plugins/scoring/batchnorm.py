@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from genas_plugins.scoring.inference import InferenceNetwork
+
 __all__ = ["evaluation_mode", "preserve_batchnorm", "recalibrate_batchnorm"]
 
 
@@ -69,11 +71,17 @@ def recalibrate_batchnorm(
                 norm.reset_running_stats()
                 norm.momentum = momentum
                 norm.train()
-            seen = False
+            network = InferenceNetwork.of(model)
+            if network is not None and network.norms != set(norms):
+                network = None
+            count = 0
             for images, _ in batches:
-                model(images)
-                seen = True
-        if not seen:
+                count += 1
+                if network is None:
+                    model(images)
+                else:
+                    network.calibrate(images, momentum or 1.0 / count)
+        if not count:
             raise ValueError("Recalibration of batch normalisation needs at least one batch of images, got none.")
         done = True
     finally:

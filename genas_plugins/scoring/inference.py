@@ -35,6 +35,7 @@ class _Weighted:
         stride: Of the convolution.
         weight: Kernels, or scales ``(1, C, 1, 1)``, as loaded.
         bias: ``(C)``, or shifts ``(1, C, 1, 1)``, as loaded.
+        average: During calibration, by how much the statistics of a batch move those of the normalisation.
     """
 
     convolution: nn.Conv2d | None
@@ -43,12 +44,29 @@ class _Weighted:
     stride: tuple[int, ...]
     weight: Tensor | None = None
     bias: Tensor | None = None
+    average: float | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.average is not None:
+            return self._normalised(self._convolved(x, None))
+        if self.convolution is None:
+            return torch.addcmul(self.bias, x, self.weight)
+        return self._convolved(x, self.weight, self.bias)
+
+    def _convolved(self, x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
         conv = self.convolution
         if conv is None:
-            return torch.addcmul(self.bias, x, self.weight)
-        return F.conv2d(x, self.weight, self.bias, self.stride, conv.padding, conv.dilation, conv.groups)
+            return x
+        weight = conv.weight if weight is None else weight
+        return F.conv2d(x, weight, bias, self.stride, conv.padding, conv.dilation, conv.groups)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        norm, part = self.norm, self.channels
+        if norm is None:
+            return x
+        weight, bias = (norm.weight[part], norm.bias[part]) if norm.affine else (None, None)
+        mean, variance = norm.running_mean[part], norm.running_var[part]
+        return F.batch_norm(x, mean, variance, weight, bias, True, self.average, norm.eps)
 
 
 @dataclass(eq=False)
@@ -150,6 +168,31 @@ class InferenceNetwork:
         """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``."""
         return F.linear(self._run(x).mean((2, 3)), *self._classifier)
 
+    @property
+    def norms(self) -> set[nn.BatchNorm2d]:
+        """The modules whose statistics :meth:`calibrate` replaces: not those that do not reach the output."""
+        return {norm for _, norm in self._normed}
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor, average: float) -> None:
+        """Move the running statistics of the model's batch normalisation, as a pass in training mode does.
+
+        The model's own parameters are used. What was loaded keeps the statistics that it was loaded with.
+
+        Args:
+            x: Images ``(N, 3, H, W)``.
+            average: How much of the new statistics are these images'.
+        """
+        try:
+            for layer in self._layers:
+                layer.average = average
+            self._run(x)
+        finally:
+            for layer in self._layers:
+                layer.average = None
+        for norm in self.norms:
+            norm.num_batches_tracked.add_(1)
+
     def _weighted(
         self, convolution: nn.Conv2d | None, norm: nn.Module | None, channels: slice = slice(None)
     ) -> _Weighted:
@@ -182,7 +225,7 @@ class InferenceNetwork:
                 # Nobody else has seen what the step before it returned.
                 steps.append(torch.relu_)
             elif type(layer) in (nn.MaxPool2d, nn.AvgPool2d):
-                steps.append(layer)
+                steps.append(_pooling(layer))
             else:
                 raise _UnknownLayersError(f"{type(layer).__name__} cannot be rewritten for inference.")
         return _Branch(rectified, steps)
@@ -305,6 +348,47 @@ class InferenceNetwork:
             return shortcut(x) + second(first(x.relu()).relu_())
 
         return run
+
+
+def _pooling(layer: nn.MaxPool2d | nn.AvgPool2d) -> Step:
+    """The pooling, by other means on a CPU if it is one of these spaces' 3x3 poolings.
+
+    PyTorch's take several times as long there: the maximum keeps indices, and neither uses vector instructions well.
+    """
+    maximum = isinstance(layer, nn.MaxPool2d)
+    stride = layer.stride
+    shape = (layer.kernel_size, layer.padding, layer.ceil_mode)
+    if maximum:
+        known = (layer.dilation, layer.return_indices) == (1, False)
+    else:
+        known = (layer.count_include_pad, layer.divisor_override) == (False, None)
+    if shape != (3, 1, False) or not known or not isinstance(stride, int):
+        return layer
+
+    def pool(x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return layer(x)
+        if maximum:
+            return _running_maximum(_running_maximum(x, 2, stride), 3, stride)
+        kernel = x.new_full((x.shape[1], 1, 3, 3), 1 / 9)
+        # Of nine pixels, those that are in the image.
+        share = F.avg_pool2d(x.new_ones((1, 1, *x.shape[2:])), 3, stride, 1)
+        return F.conv2d(x, kernel, None, stride, 1, 1, x.shape[1]).div_(share)
+
+    return pool
+
+
+def _running_maximum(x: Tensor, dim: int, stride: int) -> Tensor:
+    """Maximum of each ``stride``-th entry along ``dim`` and its two neighbours, as far as there are any."""
+    centre = (slice(None),) * dim
+    out = x[(*centre, slice(None, None, stride))].clone()
+    after = x[(*centre, slice(1, None, stride))]
+    before = x[(*centre, slice(stride - 1, -1, stride))]
+    for part, start in ((after, 0), (before, 1)):
+        count = min(part.shape[dim], out.shape[dim] - start)
+        there = out.narrow(dim, start, count)
+        torch.maximum(there, part.narrow(dim, 0, count), out=there)
+    return out
 
 
 def _flat(module: nn.Module) -> Iterator[nn.Module]:

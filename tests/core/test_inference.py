@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import numpy as np
@@ -14,7 +15,7 @@ from genas_plugins import ZOO, CellNetwork, SuperNet
 from genas_plugins.nasbench201 import NasBench201Network, NasBench201SuperNet
 from genas_plugins.scoring import flatness, mean_loss, recalibrate_batchnorm
 from genas_plugins.scoring.flatness import perturbations
-from genas_plugins.scoring.inference import InferenceNetwork
+from genas_plugins.scoring.inference import InferenceNetwork, _pooling
 from genas_plugins.spaces import DartsSearchSpace
 from genas_plugins.spaces.nasbench201 import OPERATIONS, NasBench201Architecture
 
@@ -102,6 +103,55 @@ def test_losses_under_noise_are_those_of_a_float64_brute_force(space: str, noise
             logits = subnet.double().eval()(x.double())
             subnet.float()
             assert loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+
+
+def eager_statistics(network: nn.Module, batches: list[tuple[Tensor, Tensor]], momentum: float | None) -> None:
+    for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.reset_running_stats()
+        norm.momentum = momentum
+    with torch.no_grad():
+        for x, _ in batches:
+            network.train()(x)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.1])
+@pytest.mark.parametrize("space", ["darts", "imagenet stem", "nasbench201", "dead edges"])
+def test_recalibration_gives_the_statistics_of_the_network_itself(space: str, momentum: float | None) -> None:
+    torch.manual_seed(0)
+    if space == "darts":
+        network: nn.Module = SuperNet(10, 4, 4).double().subnet(ZOO["genas_flatness_c10"].genotype)
+    elif space == "imagenet stem":
+        network = CellNetwork(ZOO["genas_flatness_c100"].genotype, 4, 5, 7, stem="imagenet").double()
+    else:
+        # The last of the six edges alone reaches the output, in the second case.
+        dead = ("nor_conv_3x3", "nor_conv_1x1", "avg_pool_3x3", "none", "none", "nor_conv_3x3")
+        operations = (*OPERATIONS[1:], "nor_conv_3x3", "avg_pool_3x3") if space == "nasbench201" else dead
+        network = NasBench201Network(NasBench201Architecture(operations), 4, 2).double()
+    size = 64 if space == "imagenet stem" else 17
+    batches = [(x, torch.zeros(3)) for x in images(size, 9).split(3)]
+    found = copy.deepcopy(network)
+    recalibrate_batchnorm(found, batches, momentum)
+    eager_statistics(network, batches, momentum)
+    expected = network.state_dict()
+    for name, value in found.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_poolings_are_those_of_torch(stride: int, layout: torch.memory_format, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    maximum, mean = nn.MaxPool2d(3, stride, 1), nn.AvgPool2d(3, stride, 1, count_include_pad=False)
+    for height, width in itertools.product((1, 2, 3, 4, 7, 8), (1, 2, 5, 8)):
+        x = torch.randn(2, 3, height, width, generator=generator, dtype=dtype).contiguous(memory_format=layout)
+        before = x.clone()
+        assert torch.equal(_pooling(maximum)(x), maximum(x))
+        torch.testing.assert_close(_pooling(mean)(x), mean(x))
+        assert torch.equal(x, before)
+    # Others are left as they are.
+    for other in (nn.AvgPool2d(3, stride, 1), nn.MaxPool2d(3, stride, 1, dilation=2), nn.AvgPool2d(2, 2)):
+        assert _pooling(other) is other
 
 
 def test_parameters_are_replaced_one_loading_after_another() -> None:
