@@ -181,7 +181,15 @@ def _losses(
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     try:
         measured = flatness(
-            model, batches, score.sigmas, 1.0, score.noise, score.where, generator, parameters=parameters
+            model,
+            batches,
+            score.sigmas,
+            1.0,
+            score.noise,
+            score.where,
+            generator,
+            relative=score.relative,
+            parameters=parameters,
         )
     except MeasurementError:
         return [None] * len(score.sigmas)
@@ -201,4 +209,4 @@ def _momentum_key(momentum: float | None) -> str:
 
 def _noise_key(score: CombinedScore) -> str:
     sigmas = " ".join(f"{sigma:g}" for sigma in score.sigmas)
-    return f"{score.noise}, {score.where}, {sigmas}"
+    return f"{score.noise}, {score.where}, {sigmas}" + (", relative" if score.relative else "")

@@ -111,6 +111,7 @@ class Score:
     gamma_accuracy: float = 0.1
     noise: str = "cumulative"
     where: str = "all"
+    relative: bool = False
     recalibration_images: int = 850
     recalibration_batch_size: int = 64
     recalibration_momentum: float | None = None

@@ -61,10 +61,18 @@ class RankSum:
     Attributes:
         name: Of the column.
         of: The columns whose ranks are added.
+        logarithm: Add the logarithms of ranks instead, lowest first, so that a bad rank weighs more than a good one
+            (the non-linear aggregation of AZ-NAS, Lee and Ham, CVPR 2024).
     """
 
     name: str
     of: tuple[str, ...]
+    logarithm: bool = False
+
+    def __call__(self, table: Mapping[str, Sequence[float]]) -> list[float]:
+        """The column, from those of a table."""
+        ranks = [rankdata(table[name]) for name in self.of]
+        return sum(map(np.log, ranks) if self.logarithm else ranks).tolist()
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ class Row:
 def load_settings(name_or_path: str | Path) -> tuple[list[Setting], list[RankSum]]:
     """Read settings from a YAML file: a list, each with a ``name``, ``draws`` and the fields of ``CombinedScore``.
 
-    One with ``rank_sum``, a list of columns, adds their ranks instead.
+    One with ``rank_sum``, a list of columns, adds their ranks instead, and one with ``log_rank_sum`` their logarithms.
 
     Raises:
         ConfigError: There is no such file, or it says something that cannot be measured.
@@ -130,11 +138,13 @@ def check_sums(sums: Sequence[RankSum], settings: Sequence[Setting], training_fr
 def _setting(data: Any, where: str) -> Setting | RankSum:
     if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
         raise config.ConfigError(f"{where}: a setting holds keys and values, among them a name; got {data!r}.")
-    if "rank_sum" in data:
-        of = data["rank_sum"]
-        if set(data) != {"name", "rank_sum"} or not isinstance(of, list) or len(of) < 2:
-            raise config.ConfigError(f"{where}: a sum has a name and, as rank_sum, a list of two or more columns.")
-        return RankSum(data["name"], tuple(map(str, of)))
+    for kind in ("rank_sum", "log_rank_sum"):
+        if kind not in data:
+            continue
+        of = data[kind]
+        if set(data) != {"name", kind} or not isinstance(of, list) or len(of) < 2:
+            raise config.ConfigError(f"{where}: a sum has a name and, as {kind}, a list of two or more columns.")
+        return RankSum(data["name"], tuple(map(str, of)), logarithm=kind == "log_rank_sum")
     rest = {key: value for key, value in data.items() if key not in ("name", "draws")}
     draws = data.get("draws", 1)
     if not isinstance(draws, int) or isinstance(draws, bool):
@@ -288,7 +298,7 @@ def write_report(
     kept = [name for name, fine in zip(names, defined, strict=True) if fine]
     table = {name: [v for v, fine in zip(column, defined, strict=True) if fine] for name, column in table.items()}
     for one in sums:
-        table[one.name] = sum(rankdata(table[name]) for name in one.of).tolist()
+        table[one.name] = one(table)
     table = {name: column for name, column in table.items() if len(set(column)) > 1}
     accuracies = lookup(truth, kept)
     shares = {

@@ -42,8 +42,9 @@ class CombinedEvaluator(Evaluator):
         alpha: Weight of the depth term.
         gamma: Weight of flatness in a combination.
         gamma_accuracy: Weight of accuracy in ``"angle+accuracy"``.
-        noise: ``"cumulative"``, ``"independent"`` or ``"shared"``.
+        noise: ``"cumulative"``, ``"independent"``, ``"shared"`` or ``"random_walk"``.
         where: ``"all"`` or ``"cells"``.
+        relative: Sigmas are fractions of each tensor's root mean square.
         recalibration_momentum: Of the running average.
         data: With a checkpoint: keyword arguments of
             :func:`genas_plugins.datasets.load_search_data`. With a run folder, the run's data is used.
@@ -71,6 +72,7 @@ class CombinedEvaluator(Evaluator):
         gamma_accuracy: float | None = None,
         noise: str | None = None,
         where: str | None = None,
+        relative: bool | None = None,
         recalibration_momentum: float | None = None,
         data: Mapping[str, Any] | None = None,
         space: ModelSpace | None = None,
@@ -88,6 +90,7 @@ class CombinedEvaluator(Evaluator):
             "gamma_accuracy": gamma_accuracy,
             "noise": noise,
             "where": where,
+            "relative": relative,
             "momentum": recalibration_momentum,
         }
         self.settings = {name: value for name, value in settings.items() if value is not None}

@@ -261,6 +261,7 @@ def _score_arguments(score: config.Score) -> dict[str, Any]:
         "gamma_accuracy",
         "noise",
         "where",
+        "relative",
         "recalibration_momentum",
     )
     return {name: getattr(score, name) for name in names}

@@ -46,6 +46,7 @@ class GeNAS(RandomOneShot):
         gamma_accuracy: Weight of accuracy in ``"angle+accuracy"``.
         noise: ``"cumulative"``, ``"independent"`` or ``"shared"``.
         where: Perturb ``"all"`` parameters or those of the ``"cells"``.
+        relative: Sigmas are fractions of each tensor's root mean square.
         recalibration_images: Training images for the statistics of batch normalisation; 0 keeps the
             supernet's.
         recalibration_momentum: ``None`` for the cumulative average, 0.1 for the official code's behaviour.
@@ -79,6 +80,7 @@ class GeNAS(RandomOneShot):
         gamma_accuracy: float = 0.1,
         noise: Noise = "cumulative",
         where: Where = "all",
+        relative: bool = False,
         recalibration_images: int = 850,
         recalibration_momentum: float | None = None,
         validation_images: int | None = None,
@@ -105,6 +107,7 @@ class GeNAS(RandomOneShot):
             gamma_accuracy=gamma_accuracy,
             noise=noise,
             where=where,
+            relative=relative,
             momentum=recalibration_momentum,
         )
         for name, count in (

@@ -76,6 +76,7 @@ class CombinedScore:
         gamma_accuracy: Weight of the accuracy in ``"angle+accuracy"`` (Table 10: 0.1 is best).
         noise: See :func:`genas_plugins.scoring.flatness`.
         where: See :func:`genas_plugins.scoring.flatness`.
+        relative: See :func:`genas_plugins.scoring.flatness`.
         momentum: Of the recalibration; ``None`` for the cumulative average, 0.1 for the official code's.
 
     Raises:
@@ -89,6 +90,7 @@ class CombinedScore:
     gamma_accuracy: float = 0.1
     noise: Noise = "cumulative"
     where: Where = "all"
+    relative: bool = False
     momentum: float | None = None
 
     def __post_init__(self) -> None:
@@ -149,6 +151,7 @@ class CombinedScore:
                 self.noise,
                 self.where,
                 generator,
+                relative=self.relative,
                 parameters=parameters,
             )
         return self.combine(flat, angle() if "angle" in self.metrics and angle is not None else None, top)

@@ -32,7 +32,7 @@ __all__ = [
     "perturbations",
 ]
 
-Noise = Literal["cumulative", "independent", "shared"]
+Noise = Literal["cumulative", "independent", "shared", "random_walk"]
 Where = Literal["all", "cells"]
 _EPSILON = 1e-5
 
@@ -118,6 +118,7 @@ def flatness(
     where: Where = "all",
     generator: torch.Generator | None = None,
     *,
+    relative: bool = False,
     parameters: Collection[str] | None = None,
 ) -> Flatness:
     """Measure Eq. 4 of GeNAS on a network whose batch normalisation is calibrated.
@@ -134,11 +135,15 @@ def flatness(
         noise: ``"cumulative"`` (the published results): ``theta_1 = theta + N(0, s_1)``, ``theta_{i+1} =
             theta_i + N(0, s_{i+1} - s_i)``, standard deviations. ``"independent"`` (the formula as printed):
             ``theta + N(0, s_i)``, a new draw for each sigma. ``"shared"``: one draw, scaled by each sigma.
+            ``"random_walk"``: as the first with steps of ``sqrt(s_{i+1}^2 - s_i^2)``, which make the noise as large
+            as sigma says.
         where: ``"all"`` parameters, or only those of the ``"cells"`` (Table 7), which spares stem and
             classifier.
         generator: Source of the noise, on any device. ``None`` is a generator with seed 0.
         parameters: Names to perturb; ``None`` for all. For a supernet that runs with one path fixed: the
             names on that path.
+        relative: Sigmas are fractions of each tensor's root mean square, as in the directions of Li et al.
+            (NeurIPS 2018), there for each filter.
 
     Raises:
         ValueError: Wrong sigmas or alpha, an unknown noise mode or ``where``, names that do not exist, no
@@ -150,7 +155,7 @@ def flatness(
     network = InferenceNetwork.of(model)
     losses = [
         _perturbed_loss(network or model, noisy, batches)
-        for noisy in perturbations(model, names, sigmas, noise, generator)
+        for noisy in perturbations(model, names, sigmas, noise, generator, relative)
     ]
     return flatness_from_losses(torch.stack(losses).tolist(), sigmas, alpha)
 
@@ -170,8 +175,11 @@ def perturbations(
     sigmas: Sequence[float],
     noise: Noise = "cumulative",
     generator: torch.Generator | None = None,
+    relative: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
     """For each sigma, yield noisy copies of the named parameters, as :func:`torch.func.functional_call` takes them.
+
+    See :func:`flatness`.
 
     Raises:
         ValueError: An unknown noise mode.
@@ -182,14 +190,22 @@ def perturbations(
     tensors = {name: tensor.detach() for name, tensor in model.named_parameters() if name in chosen}
     if generator is None:
         generator = torch.Generator(next(iter(tensors.values())).device).manual_seed(0)
-    draw = _draw(tensors, generator) if noise == "shared" else None
+    scales = [tensor.square().mean().sqrt() for tensor in tensors.values()] if relative else None
+
+    def draw() -> list[Tensor]:
+        pieces = _draw(tensors, generator)
+        return pieces if scales is None else list(torch._foreach_mul(pieces, scales))
+
+    fixed = draw() if noise == "shared" else None
     previous = 0.0
     noisy = tensors
     for sigma in sigmas:
         if noise == "cumulative":
-            noisy = _add(noisy, _draw(tensors, generator), sigma - previous)
+            noisy = _add(noisy, draw(), sigma - previous)
+        elif noise == "random_walk":
+            noisy = _add(noisy, draw(), math.sqrt(sigma**2 - previous**2))
         else:
-            noisy = _add(tensors, draw if draw is not None else _draw(tensors, generator), sigma)
+            noisy = _add(tensors, draw() if fixed is None else fixed, sigma)
         previous = sigma
         yield noisy
 

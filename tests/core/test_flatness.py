@@ -19,6 +19,7 @@ from genas_plugins.scoring import (
     mean_loss,
     recalibrate_batchnorm,
 )
+from genas_plugins.scoring.flatness import perturbations
 
 SIGMAS = (0.01, 0.03, 0.06)
 GENOTYPE = Genotype.from_code([3, 5, 0, 4, 4, 0, 0, 4, 5, 0, 4, 0, 0, 7, 6, 3, 2, 0, 5, 0, 5, 0, 7, 0, 1, 1, 0, 0])
@@ -71,6 +72,7 @@ def batches(dtype: torch.dtype = torch.float64) -> list[tuple[torch.Tensor, torc
         ("cumulative", (1e-4, 1e-4 + 4e-4, 1e-4 + 4e-4 + 9e-4)),
         ("independent", (1e-4, 9e-4, 36e-4)),
         ("shared", (1e-4, 9e-4, 36e-4)),
+        ("random_walk", (1e-4, 9e-4, 36e-4)),
     ],
 )
 @pytest.mark.parametrize("where", ["all", "cells"])
@@ -125,6 +127,24 @@ def test_brute_force(noise, where, dtype, tolerance):
     expected = brute_force(model, data, SIGMAS, noise, where, 5, dtype)
     assert result.losses == pytest.approx(expected, rel=tolerance)
     assert len(set(expected)) == 3
+
+
+@pytest.mark.parametrize("noise", ["cumulative", "independent", "shared", "random_walk"])
+def test_relative_noise_is_as_large_as_a_share_of_each_tensor(noise: str) -> None:
+    tensors = {"a": torch.full((40, 100), 3.0), "b": torch.linspace(-1, 1, 5000), "zero": torch.zeros(9)}
+    model = nn.ParameterDict(tensors)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    drawn, scaled = (
+        list(perturbations(model, ["a", "b", "zero"], (0.1, 0.2), noise, generator, relative))
+        for generator, relative in zip(generators, (False, True), strict=True)
+    )
+    for plain, ours in zip(drawn, scaled, strict=True):
+        # A uniform variable on (-1, 1) has variance 1/3.
+        for name, size in (("a", 3.0), ("b", math.sqrt(1 / 3)), ("zero", 0.0)):
+            noise_of = [(tensors[name] - model[name]).detach() for tensors in (plain, ours)]
+            torch.testing.assert_close(noise_of[1], size * noise_of[0], rtol=1e-3, atol=1e-5)
+    if noise != "cumulative":
+        assert float((scaled[1]["a"] - model["a"]).detach().std()) == pytest.approx(0.2 * 3, rel=0.05)
 
 
 def test_named_parameters_alone_move():
@@ -238,7 +258,7 @@ def test_a_loss_that_is_not_finite_is_a_measurement_error_without_traces():
         ({"sigmas": (0.1, math.nan)}, "at least two positive"),
         ({"alpha": -1.0}, "alpha must be at least 0, got -1"),
         ({"alpha": math.nan}, "alpha must be at least 0, got nan"),
-        ({"noise": "uniform"}, "valid modes: cumulative, independent, shared"),
+        ({"noise": "uniform"}, "valid modes: cumulative, independent, shared, random_walk"),
         ({"where": "stem"}, "valid choices: all, cells"),
         ({"parameters": ["nothing.weight"]}, "no parameters named nothing.weight"),
         ({"parameters": []}, "No parameter of CellNetwork"),

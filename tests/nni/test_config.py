@@ -21,6 +21,7 @@ SHIPPED = (
     "darts_imagenet_flatness",
     "nasbench201_cifar10_flatness",
     "nasbench201_cifar10_reduced",
+    "nasbench201_cifar10_small",
     "quickstart_digits",
 )
 # Section 4.1 of the paper, its Table 8 for gamma, and the official supernet for what the paper leaves out.
@@ -38,9 +39,10 @@ def test_a_shipped_file_loads_and_its_name_is_true(name: str) -> None:
     assert experiment.space.name == ("nasbench201" if parts[0] == "nasbench201" else "darts")
     if parts[0] in ("darts", "nasbench201"):
         data = {"imagenet": "image_folder"}.get(parts[1], parts[1])
-        assert experiment.data.name == ("image_folder" if "reduced" in parts else data)
+        sizes = {"reduced", "small"}
+        assert experiment.data.name == ("image_folder" if sizes & set(parts) else data)
         assert parts[1] in (experiment.data.root or "")
-        metric = "+".join(part for part in parts[2:] if part != "reduced") or "flatness"
+        metric = "+".join(part for part in parts[2:] if part not in sizes) or "flatness"
         assert experiment.score.metric == metric
         assert experiment.space.stem == ("imagenet" if parts[1] == "imagenet" else "cifar")
     else:

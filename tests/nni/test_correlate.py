@@ -29,6 +29,7 @@ SETTINGS = [
     {"name": "accuracy", "metric": "accuracy"},
     {"name": "turned", "metric": "angle"},
     {"name": "ranks", "rank_sum": ["flat", "live FLOPs"]},
+    {"name": "log ranks", "log_rank_sum": ["flat", "live FLOPs"]},
 ]
 EXPERIMENT: dict[str, Any] = {
     "space": {"name": "nasbench201", "init_channels": 2, "cells_per_stage": 1},
@@ -96,6 +97,7 @@ def test_the_command_writes_scores_and_their_taus(
     assert len(scores) == 12
     parts = [rankdata([float(line[name]) for line in scores]) for name in ("flat", "live FLOPs")]
     assert [float(line["ranks"]) for line in scores] == (parts[0] + parts[1]).tolist()
+    assert [float(line["log ranks"]) for line in scores] == pytest.approx(np.log(parts[0] * parts[1]))
     assert [float(row["truth"]) for row in scores] == [truth[row["architecture"]] for row in scores]
     assert set(table) >= {"parameters", "live FLOPs", "NASWOT", "SynFlow", "ZiCo", "flat", "turned", "-loss"}
     for name, row in table.items():
@@ -205,6 +207,7 @@ def test_the_shipped_settings_are_those_of_the_papers_tables() -> None:
         ("- {name: a, draws: 0}", "draws must be at least 1, got 0"),
         ("- {name: a, draws: many}", "draws must be a whole number, got 'many'"),
         ("- {name: a, rank_sum: [b]}", "a sum has a name and, as rank_sum, a list of two or more columns"),
+        ("- {name: a, log_rank_sum: b}", "a sum has a name and, as log_rank_sum, a list of two or more columns"),
         ("- {name: a, rank_sum: [b, c]}", "has nothing to measure: only sums of ranks"),
         ("- {name: truth}", "the table itself has columns of the name truth"),
         ("- {name: a}\n- {name: a}", "several settings of the name a"),
