@@ -73,6 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--output", required=True, metavar="DIR", help="the run folder; must not hold a run")
     search.add_argument("--resume", action="store_true", help="continue the run that the folder holds")
     search.add_argument("--quiet", action="store_true", help="no progress bars")
+    search.add_argument(
+        "--profile",
+        nargs="?",
+        type=int,
+        const=5,
+        metavar="N",
+        help="trace N training steps and N candidates (default: %(const)s, after a warm-up) into DIR/profile",
+    )
 
     score = _command(
         commands,
@@ -199,7 +207,13 @@ def _search(options: argparse.Namespace) -> int:
     _quiet_hosts()
     again = f"Continue with: genas search --output {shlex.quote(str(folder))} --resume"
     try:
-        outcome = run_experiment(experiment, folder, resume=options.resume, progress=None if options.quiet else Bar)
+        outcome = run_experiment(
+            experiment,
+            folder,
+            resume=options.resume,
+            progress=None if options.quiet else Bar,
+            profile=options.profile,
+        )
     except KeyboardInterrupt:
         print(f"\nInterrupted. {again}", file=sys.stderr)
         return _INTERRUPTED
@@ -209,6 +223,8 @@ def _search(options: argparse.Namespace) -> int:
         raise OSError(f"{folder} cannot be written to: {error.strerror}. Make room. {again}") from error
     if outcome.best:
         print("\n".join(_report(outcome)))
+        if options.profile is not None:
+            print(f"Where the time goes is in {folder / 'profile.txt'}.")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import platform
@@ -15,7 +16,7 @@ import torch
 from nni.nas.evaluator.pytorch import Lightning
 from nni.nas.experiment import NasExperiment
 from nni.nas.experiment.config import NasExperimentConfig
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, LambdaCallback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -27,6 +28,7 @@ from genas_plugins.datasets import SearchData
 from genas_plugins.files import atomic_path, write_text
 from genas_plugins.genotype import Genotype
 from genas_plugins.plotting import LossCurve, plot_cells, plot_loss_curves, plot_search
+from genas_plugins.profiling import SearchProfile
 from genas_plugins.scoring import mean_loss, recalibrate_batchnorm
 from genas_plugins.search import History
 from genas_plugins.spaces.nasbench201 import NasBench201Architecture
@@ -90,6 +92,7 @@ def run_experiment(
     *,
     resume: bool = False,
     progress: Callable[[str, int, int], Any] | None = None,
+    profile: int | None = None,
 ) -> Outcome:
     """Train, search and write the run folder.
 
@@ -104,12 +107,14 @@ def run_experiment(
         folder: Where to; created if missing.
         resume: Continue the run that the folder holds.
         progress: Makes the progress displays, see :mod:`nni_strategy.progress`; ``None`` for none.
+        profile: Trace so many of the training steps and of the candidates that this run has to do, after a short
+            warm-up, into ``profile/`` and ``profile.txt``; see :mod:`genas_plugins.profiling`. ``None`` for none.
 
     Raises:
         ConfigError: The folder holds a run and ``resume`` is not set, holds another experiment or other files, or
             holds nothing to resume; or Lightning cannot train with these settings on this machine.
         FileNotFoundError: The images are not where the experiment says.
-        ValueError: They are not what it expects.
+        ValueError: They are not what it expects, or ``profile`` is below 1.
         CheckpointError: The folder's supernet cannot be read.
         OSError: The folder cannot be written to; what is in it stays readable, and can be resumed.
         KeyboardInterrupt: The user interrupted; the folder can be resumed.
@@ -118,6 +123,7 @@ def run_experiment(
     folder = Path(folder)
     # Lightning starts the other processes of a distributed run as copies of this one.
     primary = rank_zero_only.rank == 0
+    profiler = SearchProfile(folder, profile) if profile is not None and primary else None
     if primary:
         _check_folder(folder, experiment, resume)
     torch.manual_seed(experiment.seed)
@@ -125,7 +131,7 @@ def run_experiment(
     space = _space(experiment.space, data.num_classes)
     history = History(folder / HISTORY_FILE, read_only=not primary)
     shown = progress if primary else None
-    evaluator = _evaluator(experiment, data, folder, shown)
+    evaluator = _evaluator(experiment, data, folder, shown, profiler)
     device = evaluator.trainer.strategy.root_device
     score = experiment.score
     scorer = TrainedSupernet(
@@ -147,7 +153,7 @@ def run_experiment(
         **vars(experiment.search),
         seed=experiment.seed,
         history=history,
-        on_record=None if shown is None else SearchProgress(shown, total),
+        on_record=_listener(shown, total, profiler, len(history.records)),
         device=device,
     )
     # Only now: a run that cannot start leaves nothing behind that would have to be resumed or removed.
@@ -156,7 +162,8 @@ def run_experiment(
         write_text(folder / CONFIG_FILE, config.dump(experiment))
     _initial_weights(space, folder / INITIAL_FILE, primary)
     start = time.time()
-    _run_nni(space, evaluator, strategy, folder)
+    with profiler or contextlib.nullcontext():
+        _run_nni(space, evaluator, strategy, folder)
     if not primary:
         return Outcome(folder, (), 0, 0)
     return _hand_over(folder, experiment, strategy, scorer, time.time() - start)
@@ -267,11 +274,27 @@ def _score_arguments(score: config.Score) -> dict[str, Any]:
     return {name: getattr(score, name) for name in names}
 
 
+def _listener(
+    progress: Callable[[str, int, int], Any] | None, total: int, profiler: SearchProfile | None, known: int
+) -> Callable[[dict[str, Any]], None]:
+    display = None if progress is None else SearchProgress(progress, total)
+
+    def listen(record: dict[str, Any]) -> None:
+        # What the history knew is not scored again.
+        if profiler is not None and record["index"] >= known:
+            profiler.candidate()
+        if display is not None:
+            display(record)
+
+    return listen
+
+
 def _evaluator(
     experiment: config.Experiment,
     data: SearchData,
     folder: Path,
     progress: Callable[[str, int, int], Any] | None,
+    profiler: SearchProfile | None,
 ) -> Lightning:
     training = experiment.training
     checkpoint = folder / SUPERNET_FILE
@@ -286,6 +309,12 @@ def _evaluator(
     ]
     if progress is not None:
         callbacks.append(TrainingProgress(progress, training.epochs))
+    if profiler is not None:
+        callbacks.append(
+            LambdaCallback(
+                on_train_batch_end=lambda *_: profiler.training_step(), on_train_end=lambda *_: profiler.training_end()
+            )
+        )
     recipe = ("batch_size", "learning_rate", "final_learning_rate", "momentum", "weight_decay", "gradient_clip")
     recipe += ("decay_unsampled", "num_workers")
     try:
