@@ -49,7 +49,7 @@ NAIVE_BATCH = 512
 CLASSES = 10
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 MOST_OVERHEAD = 1.15
-LEAST_GAIN = {"cpu": 3.0, "cuda": 10.0}
+LEAST_GAIN = {"cpu": 5.0, "cuda": 20.0}
 MOST_GROWTH = 0.05
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
