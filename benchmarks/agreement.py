@@ -21,7 +21,7 @@ from scipy.stats import kendalltau
 from torch import Tensor, nn
 
 from genas_plugins.scoring import Flatness, flatness, flatness_from_losses, recalibrate_batchnorm
-from genas_plugins.scoring.flatness import perturbations
+from genas_plugins.scoring.noise import perturbations
 from nni_strategy.trained import TrainedSupernet
 
 __all__ = ["exact", "main"]

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genas_plugins.scoring import Accuracy, CombinedScore, Flatness, flatness, flatness_from_losses
+from genas_plugins.scoring import Accuracy, CombinedScore, Flatness, flatness_from_losses
 from genas_plugins.scoring.batchnorm import evaluation_mode, preserve_batchnorm, recalibrate_batchnorm
-from genas_plugins.scoring.flatness import MeasurementError
+from genas_plugins.scoring.flatness import MeasurementError, perturbed_losses
+from genas_plugins.scoring.noise import CommonNoise
 
 __all__ = ["Setting", "columns", "evaluate", "measure_raw", "slope_shares"]
 
@@ -27,24 +28,15 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A column of the table: a score, and how often its noise is drawn.
+    """A column of the table.
 
     Attributes:
         name: Of the column.
         score: What is measured.
-        draws: Draws of the noise; Eq. 4 is computed from their mean losses.
-
-    Raises:
-        ValueError: ``draws`` is below 1.
     """
 
     name: str
     score: CombinedScore
-    draws: int = 1
-
-    def __post_init__(self) -> None:
-        if self.draws < 1:
-            raise ValueError(f"{self.name}: draws must be at least 1, got {self.draws}.")
 
 
 def measure_raw(
@@ -55,6 +47,7 @@ def measure_raw(
     recalibration: Batches | None = None,
     angle: Callable[[], float] | None = None,
     seed: int = 0,
+    common: CommonNoise | None = None,
     parameters: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Measure on one architecture all that ``settings`` need, each number once.
@@ -66,6 +59,7 @@ def measure_raw(
         recalibration: Training images for the statistics; ``None`` keeps those that the model has.
         angle: Gives the angle to the initial weights as a fraction of pi, where a setting needs it.
         seed: Of the noise; draw number ``d`` has the generator ``seed + d``.
+        common: Source of the noise that architectures have in common, where a setting asks for it.
         parameters: Names of the parameters to perturb; ``None`` for all.
 
     Returns:
@@ -74,13 +68,18 @@ def measure_raw(
         the sigmas. What is not finite is ``None``.
 
     Raises:
-        ValueError: A setting needs the angle and ``angle`` is missing, or there are no batches.
+        ValueError: A setting needs the angle and ``angle`` is missing, or common noise and ``common`` is, or there
+            are no batches.
     """
     raw: dict[str, Any] = {"statistics": {}}
     if any("angle" in setting.score.metrics for setting in settings):
         if angle is None:
             raise ValueError("A setting needs the angle to the initial weights; pass angle=.")
         raw["angle"] = _finite(angle)
+    if common is None and any(s.score.common and "flatness" in s.score.metrics for s in settings):
+        raise ValueError("A setting needs noise that architectures have in common; pass common=.")
+    # Draws that the settings of a noise share are the first of the one that asks for most.
+    by_draws = sorted(settings, key=lambda setting: -setting.score.draws)
     with preserve_batchnorm(model):
         # In the order of first use: the same settings give the same numbers.
         for momentum in dict.fromkeys(setting.score.momentum for setting in settings):
@@ -89,12 +88,10 @@ def measure_raw(
             part: dict[str, Any] = _without_noise(model, batches)
             part["losses"] = {}
             raw["statistics"][_momentum_key(momentum)] = part
-            for setting in settings:
-                if setting.score.momentum != momentum or "flatness" not in setting.score.metrics:
-                    continue
-                draws = part["losses"].setdefault(_noise_key(setting.score), [])
-                while len(draws) < setting.draws:
-                    draws.append(_losses(model, setting.score, batches, seed + len(draws), parameters))
+            for score in (setting.score for setting in by_draws):
+                key = _noise_key(score)
+                if score.momentum == momentum and "flatness" in score.metrics and key not in part["losses"]:
+                    part["losses"][key] = _losses(model, score, batches, seed, common, parameters)
     return raw
 
 
@@ -135,7 +132,7 @@ def columns(settings: Sequence[Setting], raws: Sequence[Mapping[str, Any]]) -> d
         table.setdefault(f"-loss{suffix}", [math.nan if part["loss"] is None else -part["loss"] for part in parts])
         if "flatness" in setting.score.metrics:
             flats = [_flatness(setting, part) for part in parts]
-            draws = f", {setting.draws} draws" if setting.draws > 1 else ""
+            draws = f", {setting.score.draws} draws" if setting.score.draws > 1 else ""
             name = f"{_noise_key(setting.score)}{draws}{suffix}"
             table.setdefault(f"-slope: {name}", [math.nan if flat is None else -flat.slope for flat in flats])
             table.setdefault(f"-depth: {name}", [math.nan if flat is None else -flat.depth for flat in flats])
@@ -150,7 +147,7 @@ def slope_shares(setting: Setting, raws: Sequence[Mapping[str, Any]]) -> list[fl
 
 
 def _flatness(setting: Setting, part: Mapping[str, Any]) -> Flatness | None:
-    draws = part["losses"][_noise_key(setting.score)][: setting.draws]
+    draws = part["losses"][_noise_key(setting.score)][: setting.score.draws]
     if any(loss is None for losses in draws for loss in losses):
         return None
     means = [sum(losses) / len(draws) for losses in zip(*draws, strict=True)]
@@ -176,24 +173,26 @@ def _without_noise(model: nn.Module, batches: Batches) -> dict[str, float | None
 
 
 def _losses(
-    model: nn.Module, score: CombinedScore, batches: Batches, seed: int, parameters: Collection[str] | None
-) -> list[float | None]:
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    try:
-        measured = flatness(
-            model,
-            batches,
-            score.sigmas,
-            1.0,
-            score.noise,
-            score.where,
-            generator,
-            relative=score.relative,
-            parameters=parameters,
-        )
-    except MeasurementError:
-        return [None] * len(score.sigmas)
-    return list(measured.losses)
+    model: nn.Module,
+    score: CombinedScore,
+    batches: Batches,
+    seed: int,
+    common: CommonNoise | None,
+    parameters: Collection[str] | None,
+) -> list[list[float | None]]:
+    draws = perturbed_losses(
+        model,
+        batches,
+        score.sigmas,
+        score.noise,
+        score.where,
+        torch.Generator(next(model.parameters()).device).manual_seed(seed),
+        relative=score.relative,
+        draws=score.draws,
+        common=common if score.common else None,
+        parameters=parameters,
+    )
+    return [[loss if math.isfinite(loss) else None for loss in losses] for losses in draws]
 
 
 def _finite(measure: Callable[[], float]) -> float | None:
@@ -208,5 +207,7 @@ def _momentum_key(momentum: float | None) -> str:
 
 
 def _noise_key(score: CombinedScore) -> str:
-    sigmas = " ".join(f"{sigma:g}" for sigma in score.sigmas)
-    return f"{score.noise}, {score.where}, {sigmas}" + (", relative" if score.relative else "")
+    # Every digit: settings with the same key share their losses.
+    sigmas = " ".join(map(repr, score.sigmas))
+    switches = "".join(f", {name}" for name in ("relative", "common") if getattr(score, name))
+    return f"{score.noise}, {score.where}, {sigmas}{switches}"

@@ -112,6 +112,8 @@ class Score:
     noise: str = "cumulative"
     where: str = "all"
     relative: bool = False
+    draws: int = 1
+    common: bool = False
     recalibration_images: int = 850
     recalibration_batch_size: int = 64
     recalibration_momentum: float | None = None

@@ -23,7 +23,7 @@ from genas_plugins.files import packaged_configs, write_text
 from genas_plugins.nasbench201 import NasBench201Network, nasbench201_costs
 from genas_plugins.plotting import plot_scatter
 from genas_plugins.ranking import Estimate, Ranking, correlation_matrix, partial_kendall, rank_correlation
-from genas_plugins.scoring import CombinedScore
+from genas_plugins.scoring import CombinedScore, CommonNoise
 from genas_plugins.scoring.training_free import naswot, synflow, zico
 from genas_plugins.search import History, HistoryError, candidate_seed
 from genas_plugins.spaces.nasbench201 import NasBench201Architecture, NasBench201SearchSpace
@@ -94,7 +94,7 @@ class Row:
 
 
 def load_settings(name_or_path: str | Path) -> tuple[list[Setting], list[RankSum]]:
-    """Read settings from a YAML file: a list, each with a ``name``, ``draws`` and the fields of ``CombinedScore``.
+    """Read settings from a YAML file: a list, each with a ``name`` and the fields of ``CombinedScore``.
 
     One with ``rank_sum``, a list of columns, adds their ranks instead, and one with ``log_rank_sum`` their logarithms.
 
@@ -145,12 +145,9 @@ def _setting(data: Any, where: str) -> Setting | RankSum:
         if set(data) != {"name", kind} or not isinstance(of, list) or len(of) < 2:
             raise config.ConfigError(f"{where}: a sum has a name and, as {kind}, a list of two or more columns.")
         return RankSum(data["name"], tuple(map(str, of)), logarithm=kind == "log_rank_sum")
-    rest = {key: value for key, value in data.items() if key not in ("name", "draws")}
-    draws = data.get("draws", 1)
-    if not isinstance(draws, int) or isinstance(draws, bool):
-        raise config.ConfigError(f"{where}: draws must be a whole number, got {draws!r}.")
+    rest = {key: value for key, value in data.items() if key != "name"}
     try:
-        return Setting(name=data["name"], draws=draws, score=config.build(CombinedScore, rest))
+        return Setting(name=data["name"], score=config.build(CombinedScore, rest))
     except ValueError as error:
         raise config.ConfigError(f"{where}: {error}") from error
 
@@ -229,6 +226,7 @@ def measure_all(
         raise HistoryError(f"{history.path} holds other architectures than these: name another folder.")
     display = None if progress is None else progress("measuring", len(architectures), len(done))
     example, _ = next(iter(trained.validation))
+    common = CommonNoise(trained.space, trained.seed)
     for architecture in architectures[len(done) :]:
         with trained.paths.open(architecture, example) as (model, names):
             raw = measure_raw(
@@ -238,6 +236,7 @@ def measure_all(
                 recalibration=trained.recalibration,
                 angle=lambda chosen=architecture, names=names: trained.paths.angle(chosen, names),
                 seed=candidate_seed(trained.seed, str(architecture)),
+                common=common,
                 parameters=names,
             )
         if training_free:
@@ -406,4 +405,4 @@ def _csv(lines: Sequence[Sequence[Any]]) -> str:
 
 def _plain(setting: Setting) -> dict[str, Any]:
     score = {item.name: getattr(setting.score, item.name) for item in fields(setting.score)}
-    return {"name": setting.name, "draws": setting.draws, **score, "sigmas": list(setting.score.sigmas)}
+    return {"name": setting.name, **score, "sigmas": list(setting.score.sigmas)}

@@ -45,6 +45,8 @@ class CombinedEvaluator(Evaluator):
         noise: ``"cumulative"``, ``"independent"``, ``"shared"`` or ``"random_walk"``.
         where: ``"all"`` or ``"cells"``.
         relative: Sigmas are fractions of each tensor's root mean square.
+        draws: How often the noise is drawn; the losses are averaged.
+        common: The same noise for all candidates on what they share.
         recalibration_momentum: Of the running average.
         data: With a checkpoint: keyword arguments of
             :func:`genas_plugins.datasets.load_search_data`. With a run folder, the run's data is used.
@@ -73,6 +75,8 @@ class CombinedEvaluator(Evaluator):
         noise: str | None = None,
         where: str | None = None,
         relative: bool | None = None,
+        draws: int | None = None,
+        common: bool | None = None,
         recalibration_momentum: float | None = None,
         data: Mapping[str, Any] | None = None,
         space: ModelSpace | None = None,
@@ -91,6 +95,8 @@ class CombinedEvaluator(Evaluator):
             "noise": noise,
             "where": where,
             "relative": relative,
+            "draws": draws,
+            "common": common,
             "momentum": recalibration_momentum,
         }
         self.settings = {name: value for name, value in settings.items() if value is not None}

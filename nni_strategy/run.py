@@ -269,6 +269,8 @@ def _score_arguments(score: config.Score) -> dict[str, Any]:
         "noise",
         "where",
         "relative",
+        "draws",
+        "common",
         "recalibration_momentum",
     )
     return {name: getattr(score, name) for name in names}

@@ -12,8 +12,9 @@ from nni.nas.oneshot.pytorch.strategy import MutationHook, RandomOneShot, is_sup
 from nni.nas.space import ExecutableModelSpace, RawFormatModelSpace, SimplifiedModelSpace
 from torch import Tensor
 
-from genas_plugins.scoring import CombinedScore, Measurement
-from genas_plugins.scoring.flatness import Noise, Where
+from genas_plugins.scoring import CombinedScore, CommonNoise, Measurement
+from genas_plugins.scoring.flatness import Where
+from genas_plugins.scoring.noise import Noise
 from genas_plugins.search import Evolution, History, candidate_seed, run_search
 from genas_plugins.spaces import DartsSearchSpace
 from nni_strategy.oneshot import UniformPathModule
@@ -44,9 +45,11 @@ class GeNAS(RandomOneShot):
         alpha: Weight of the depth term of Eq. 4.
         gamma: Weight of flatness in a combination (Eq. 5).
         gamma_accuracy: Weight of accuracy in ``"angle+accuracy"``.
-        noise: ``"cumulative"``, ``"independent"`` or ``"shared"``.
+        noise: ``"cumulative"``, ``"independent"``, ``"shared"`` or ``"random_walk"``.
         where: Perturb ``"all"`` parameters or those of the ``"cells"``.
         relative: Sigmas are fractions of each tensor's root mean square.
+        draws: How often the noise is drawn; the losses are averaged.
+        common: The same noise for all candidates on what they share.
         recalibration_images: Training images for the statistics of batch normalisation; 0 keeps the
             supernet's.
         recalibration_momentum: ``None`` for the cumulative average, 0.1 for the official code's behaviour.
@@ -81,6 +84,8 @@ class GeNAS(RandomOneShot):
         noise: Noise = "cumulative",
         where: Where = "all",
         relative: bool = False,
+        draws: int = 1,
+        common: bool = False,
         recalibration_images: int = 850,
         recalibration_momentum: float | None = None,
         validation_images: int | None = None,
@@ -108,6 +113,8 @@ class GeNAS(RandomOneShot):
             noise=noise,
             where=where,
             relative=relative,
+            draws=draws,
+            common=common,
             momentum=recalibration_momentum,
         )
         for name, count in (
@@ -292,7 +299,7 @@ def measure_candidate(
         score: What to measure.
         recalibration: Training images for batch normalisation, or ``None``.
         validation: Images and labels to score on.
-        seed: Of the search; the noise is a function of it and the candidate.
+        seed: Of the search; the noise is a function of it and the candidate, or of it alone where it is common.
     """
     example, _ = next(iter(validation))
     number = candidate_seed(seed, paths.search_space.to_json(candidate))
@@ -304,6 +311,7 @@ def measure_candidate(
             recalibration=recalibration,
             angle=lambda: paths.angle(candidate, names),
             generator=generator,
+            common=CommonNoise(paths.space, seed) if score.common else None,
             parameters=names,
         )
 

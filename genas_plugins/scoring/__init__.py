@@ -11,11 +11,13 @@ from genas_plugins.scoring.flatness import (
     flatness_from_losses,
     mean_loss,
 )
+from genas_plugins.scoring.noise import CommonNoise
 
 __all__ = [
     "METRICS",
     "Accuracy",
     "CombinedScore",
+    "CommonNoise",
     "Flatness",
     "Measurement",
     "MeasurementError",

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from genas_plugins.scoring.accuracy import Accuracy, accuracy
 from genas_plugins.scoring.batchnorm import recalibrate_batchnorm
-from genas_plugins.scoring.flatness import Flatness, MeasurementError, Noise, Where, check_sigmas, flatness
+from genas_plugins.scoring.flatness import Flatness, MeasurementError, Where, check_sigmas, flatness
+from genas_plugins.scoring.noise import CommonNoise, Noise
 
 __all__ = ["METRICS", "CombinedScore", "Measurement"]
 
@@ -77,10 +78,13 @@ class CombinedScore:
         noise: See :func:`genas_plugins.scoring.flatness`.
         where: See :func:`genas_plugins.scoring.flatness`.
         relative: See :func:`genas_plugins.scoring.flatness`.
+        draws: See :func:`genas_plugins.scoring.flatness`.
+        common: The same noise for all candidates on what they share, see
+            :class:`genas_plugins.scoring.noise.CommonNoise`; it lowers the noise of comparisons.
         momentum: Of the recalibration; ``None`` for the cumulative average, 0.1 for the official code's.
 
     Raises:
-        ValueError: An unknown metric or mode, sigmas that do not increase, or a negative weight.
+        ValueError: An unknown metric or mode, sigmas that do not increase, a negative weight, or no draw.
     """
 
     metric: str = "flatness"
@@ -91,6 +95,8 @@ class CombinedScore:
     noise: Noise = "cumulative"
     where: Where = "all"
     relative: bool = False
+    draws: int = 1
+    common: bool = False
     momentum: float | None = None
 
     def __post_init__(self) -> None:
@@ -103,6 +109,8 @@ class CombinedScore:
         for name in ("alpha", "gamma", "gamma_accuracy"):
             if not getattr(self, name) >= 0.0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if self.draws < 1:
+            raise ValueError(f"draws must be at least 1, got {self.draws}.")
         if self.momentum is not None and not 0.0 < self.momentum <= 1.0:
             raise ValueError(f"momentum must be None (cumulative average) or in (0, 1], got {self.momentum}.")
 
@@ -119,6 +127,7 @@ class CombinedScore:
         recalibration: Iterable[tuple[Tensor, Tensor]] | None = None,
         angle: Callable[[], float] | None = None,
         generator: torch.Generator | None = None,
+        common: CommonNoise | None = None,
         parameters: Collection[str] | None = None,
     ) -> Measurement:
         """Measure one candidate.
@@ -129,15 +138,19 @@ class CombinedScore:
             batches: Validation images and labels.
             recalibration: Training images for the statistics; ``None`` keeps those that the model has.
             angle: Gives the angle as a fraction of pi; needed where the metric contains it.
-            generator: Source of the noise.
+            generator: Source of the noise, unless it is common.
+            common: Source of the noise that is common to all candidates; needed where the setting ``common`` is set.
             parameters: Names of the parameters to perturb; ``None`` for all.
 
         Raises:
-            ValueError: The metric contains the angle and ``angle`` is missing.
+            ValueError: The metric contains the angle and ``angle`` is missing, or the noise is to be common and
+                ``common`` is missing.
             MeasurementError: A number is not finite.
         """
         if "angle" in self.metrics and angle is None:
             raise ValueError(f"The metric {self.metric!r} needs the angle to the initial weights; pass angle=.")
+        if self.common and "flatness" in self.metrics and common is None:
+            raise ValueError("Noise that candidates have in common needs their supernet; pass common=CommonNoise(...).")
         if recalibration is not None and self.metrics != {"angle"}:
             recalibrate_batchnorm(model, recalibration, self.momentum)
         top = accuracy(model, batches) if "accuracy" in self.metrics else None
@@ -152,6 +165,8 @@ class CombinedScore:
                 self.where,
                 generator,
                 relative=self.relative,
+                draws=self.draws,
+                common=common if self.common else None,
                 parameters=parameters,
             )
         return self.combine(flat, angle() if "angle" in self.metrics and angle is not None else None, top)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -19,20 +19,19 @@ from torch.func import functional_call
 
 from genas_plugins.scoring.batchnorm import evaluation_mode
 from genas_plugins.scoring.inference import InferenceNetwork
+from genas_plugins.scoring.noise import CommonNoise, Noise, perturbations
 
 __all__ = [
     "Flatness",
     "MeasurementError",
-    "Noise",
     "Where",
     "check_sigmas",
     "flatness",
     "flatness_from_losses",
     "mean_loss",
-    "perturbations",
+    "perturbed_losses",
 ]
 
-Noise = Literal["cumulative", "independent", "shared", "random_walk"]
 Where = Literal["all", "cells"]
 _EPSILON = 1e-5
 
@@ -47,7 +46,7 @@ class Flatness:
 
     Attributes:
         score: ``1 / (slope + alpha * depth + 1e-5)``; higher is better.
-        losses: Mean validation cross-entropy in nats at each sigma.
+        losses: Mean validation cross-entropy in nats at each sigma, over all draws of the noise.
         sigmas: Standard deviations of the noise on the weights.
         slope: ``sum_i |L(s_{i+1}) - L(s_i)| / (s_{i+1} - s_i)``, how fast the loss moves.
         depth: ``|L(s_1) / s_1|``, how low it lies, in units of the first sigma.
@@ -119,6 +118,8 @@ def flatness(
     generator: torch.Generator | None = None,
     *,
     relative: bool = False,
+    draws: int = 1,
+    common: CommonNoise | None = None,
     parameters: Collection[str] | None = None,
 ) -> Flatness:
     """Measure Eq. 4 of GeNAS on a network whose batch normalisation is calibrated.
@@ -143,21 +144,59 @@ def flatness(
         parameters: Names to perturb; ``None`` for all. For a supernet that runs with one path fixed: the
             names on that path.
         relative: Sigmas are fractions of each tensor's root mean square, as in the directions of Li et al.
-            (NeurIPS 2018), there for each filter.
+            (NeurIPS 2018), there for each filter. A tensor of zeros gets no noise.
+        draws: How often the noise is drawn; Eq. 4 is computed from the mean losses. Draw number ``d`` has the seed of
+            ``generator`` plus ``d``.
+        common: Noise that all candidates share, in place of ``generator``.
 
     Raises:
         ValueError: Wrong sigmas or alpha, an unknown noise mode or ``where``, names that do not exist, no
-            parameter left to perturb, or no batches.
+            parameter left to perturb, fewer draws than one, or no batches.
         MeasurementError: A loss is not finite.
     """
+    losses = perturbed_losses(
+        model,
+        batches,
+        sigmas,
+        noise,
+        where,
+        generator,
+        relative=relative,
+        draws=draws,
+        common=common,
+        parameters=parameters,
+    )
+    return flatness_from_losses([sum(column) / draws for column in zip(*losses, strict=True)], sigmas, alpha)
+
+
+def perturbed_losses(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    sigmas: Sequence[float],
+    noise: Noise = "cumulative",
+    where: Where = "all",
+    generator: torch.Generator | None = None,
+    *,
+    relative: bool = False,
+    draws: int = 1,
+    common: CommonNoise | None = None,
+    parameters: Collection[str] | None = None,
+) -> list[list[float]]:
+    """What :func:`flatness` is computed from: for each draw of the noise the mean loss in nats at each sigma.
+
+    Losses that are not finite are returned as they are. Arguments and other errors are those of :func:`flatness`.
+    """
     sigmas = check_sigmas(sigmas)
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}.")
     names = _perturbed_names(model, where, parameters)
     network = InferenceNetwork.of(model)
     losses = [
         _perturbed_loss(network or model, noisy, batches)
-        for noisy in perturbations(model, names, sigmas, noise, generator, relative)
+        for draw in range(draws)
+        for noisy in perturbations(model, names, sigmas, noise, generator, relative, draw=draw, common=common)
     ]
-    return flatness_from_losses(torch.stack(losses).tolist(), sigmas, alpha)
+    return torch.stack(losses).view(draws, -1).tolist()
 
 
 def mean_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -167,60 +206,6 @@ def mean_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> flo
         ValueError: ``batches`` is empty.
     """
     return float(_perturbed_loss(InferenceNetwork.of(model) or model, {}, batches))
-
-
-def perturbations(
-    model: nn.Module,
-    names: Collection[str],
-    sigmas: Sequence[float],
-    noise: Noise = "cumulative",
-    generator: torch.Generator | None = None,
-    relative: bool = False,
-) -> Iterator[dict[str, Tensor]]:
-    """For each sigma, yield noisy copies of the named parameters, as :func:`torch.func.functional_call` takes them.
-
-    See :func:`flatness`.
-
-    Raises:
-        ValueError: An unknown noise mode.
-    """
-    if noise not in get_args(Noise):
-        raise ValueError(f"Unknown noise {noise!r}; valid modes: {', '.join(get_args(Noise))}.")
-    chosen = set(names)
-    tensors = {name: tensor.detach() for name, tensor in model.named_parameters() if name in chosen}
-    if generator is None:
-        generator = torch.Generator(next(iter(tensors.values())).device).manual_seed(0)
-    scales = [tensor.square().mean().sqrt() for tensor in tensors.values()] if relative else None
-
-    def draw() -> list[Tensor]:
-        pieces = _draw(tensors, generator)
-        return pieces if scales is None else list(torch._foreach_mul(pieces, scales))
-
-    fixed = draw() if noise == "shared" else None
-    previous = 0.0
-    noisy = tensors
-    for sigma in sigmas:
-        if noise == "cumulative":
-            noisy = _add(noisy, draw(), sigma - previous)
-        elif noise == "random_walk":
-            noisy = _add(noisy, draw(), math.sqrt(sigma**2 - previous**2))
-        else:
-            noisy = _add(tensors, draw() if fixed is None else fixed, sigma)
-        previous = sigma
-        yield noisy
-
-
-def _draw(tensors: dict[str, Tensor], generator: torch.Generator) -> list[Tensor]:
-    # One call for all parameters: a kernel launch for each of several hundred tensors would dominate on a GPU.
-    first = next(iter(tensors.values()))
-    sizes = [tensor.numel() for tensor in tensors.values()]
-    flat = torch.randn(sum(sizes), generator=generator, device=generator.device, dtype=first.dtype)
-    pieces = flat.to(first.device).split(sizes)
-    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors.values(), strict=True)]
-
-
-def _add(tensors: dict[str, Tensor], draw: list[Tensor], scale: float) -> dict[str, Tensor]:
-    return dict(zip(tensors, torch._foreach_add(list(tensors.values()), draw, alpha=scale), strict=True))
 
 
 class _MeanLoss(nn.Module):

@@ -13,6 +13,7 @@ from genas_plugins.scoring import (
     METRICS,
     Accuracy,
     CombinedScore,
+    CommonNoise,
     MeasurementError,
     accuracy,
     flatness,
@@ -88,7 +89,9 @@ def parts():
 def test_a_call_measures_what_the_metric_names(parts, metric):
     net, genotype, train, valid = parts
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    score = CombinedScore(metric=metric, sigmas=SIGMAS, alpha=0.5, noise="shared", where="cells", momentum=0.1)
+    score = CombinedScore(
+        metric=metric, sigmas=SIGMAS, alpha=0.5, noise="shared", where="cells", momentum=0.1, relative=True, draws=2
+    )
     result = score(
         net.subnet(genotype),
         valid,
@@ -99,7 +102,7 @@ def test_a_call_measures_what_the_metric_names(parts, metric):
     subnet = net.subnet(genotype)
     recalibrate_batchnorm(subnet, train, 0.1)
     generator = torch.Generator().manual_seed(3)
-    flat = flatness(subnet, valid, SIGMAS, 0.5, "shared", "cells", generator)
+    flat = flatness(subnet, valid, SIGMAS, 0.5, "shared", "cells", generator, relative=True, draws=2)
     assert result.flatness == (flat if "flatness" in metric else None)
     assert result.accuracy == (accuracy(subnet, valid) if "accuracy" in metric else None)
     assert result.angle == (0.25 if "angle" in metric else None)
@@ -122,6 +125,20 @@ def test_named_parameters_are_passed_on(parts):
     assert result.flatness == flatness(subnet, valid, SIGMAS, parameters=["classifier.bias"])
 
 
+def test_common_noise_is_that_of_the_supernet_and_not_of_the_generator(parts):
+    net, genotype, _, valid = parts
+    subnet = net.subnet(genotype)
+    common = CommonNoise(net, 6)
+    score = CombinedScore(sigmas=SIGMAS, common=True)
+    results = [score(subnet, valid, common=common, generator=torch.Generator().manual_seed(s)) for s in (1, 2)]
+    assert results[0] == results[1]
+    assert results[0].flatness == flatness(subnet, valid, SIGMAS, common=common)
+    # Handed in, but not asked for.
+    assert CombinedScore(sigmas=SIGMAS)(subnet, valid, common=common).flatness == flatness(subnet, valid, SIGMAS)
+    with pytest.raises(ValueError, match="pass common="):
+        score(subnet, valid)
+
+
 def test_a_score_that_is_not_finite_is_a_measurement_error():
     with pytest.raises(MeasurementError, match="angle nan"):
         CombinedScore(metric="angle").combine(angle=math.nan)
@@ -139,6 +156,7 @@ def test_a_missing_angle_is_refused(parts):
         ({"sigmas": (2e-3,)}, "at least two positive"),
         ({"noise": "gauss"}, "Unknown noise 'gauss'; valid choices: cumulative"),
         ({"where": "stem"}, "Unknown where 'stem'; valid choices: all, cells"),
+        ({"draws": 0}, "draws must be at least 1, got 0"),
         ({"alpha": -1.0}, "alpha must be at least 0"),
         ({"gamma": math.nan}, "gamma must be at least 0"),
         ({"gamma_accuracy": -0.1}, "gamma_accuracy must be at least 0"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from genas_plugins.correlation import Setting, columns, evaluate, measure_raw, slope_shares
-from genas_plugins.scoring import CombinedScore, accuracy, flatness, flatness_from_losses, mean_loss
+from genas_plugins.scoring import CombinedScore, CommonNoise, accuracy, flatness, flatness_from_losses, mean_loss
 from genas_plugins.scoring.batchnorm import recalibrate_batchnorm
 
 SIGMAS = (0.01, 0.05, 0.1)
@@ -31,8 +31,8 @@ def batches(seed: int, count: int = 2) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def setting(name: str, draws: int = 1, **score: Any) -> Setting:
-    return Setting(name=name, draws=draws, score=CombinedScore(**{"sigmas": SIGMAS, **score}))
+def setting(name: str, **score: Any) -> Setting:
+    return Setting(name=name, score=CombinedScore(**{"sigmas": SIGMAS, **score}))
 
 
 @pytest.mark.parametrize("momentum", [None, 0.1])
@@ -83,6 +83,34 @@ def test_draws_differ_and_eq_4_is_of_their_mean_losses(model: nn.Module) -> None
     assert slope_shares(several, [raw]) == [pytest.approx(expected.slope_share)]
 
 
+def test_settings_with_fewer_draws_share_the_first_of_those_with_more(model: nn.Module) -> None:
+    few, many = setting("one"), setting("three", draws=3)
+    raw = measure_raw(model, [few, many], batches(1), seed=7)
+    assert [len(draws) for draws in raw["statistics"]["cumulative"]["losses"].values()] == [3]
+    for one in (few, many):
+        alone = one.score(model, batches(1), generator=torch.Generator().manual_seed(7))
+        assert evaluate(one, raw) == pytest.approx(alone.score, rel=1e-12)
+
+
+def test_common_and_relative_noise_are_measured_as_by_themselves(model: nn.Module) -> None:
+    chosen = [
+        setting(f"{relative} {common}", relative=relative, common=common)
+        for relative in (False, True)
+        for common in (False, True)
+    ]
+    # A seventh digit makes another sigma.
+    chosen.append(setting("close", sigmas=(0.01, 0.05, 0.1000001)))
+    source = CommonNoise(model, 2)
+    raw = measure_raw(model, chosen, batches(1), seed=7, common=source)
+    assert len(raw["statistics"]["cumulative"]["losses"]) == 5
+    for one in chosen:
+        alone = one.score(model, batches(1), generator=torch.Generator().manual_seed(7), common=source)
+        assert evaluate(one, raw) == pytest.approx(alone.score, rel=1e-12)
+    assert len({evaluate(one, raw) for one in chosen}) == 5
+    with pytest.raises(ValueError, match="pass common="):
+        measure_raw(model, chosen, batches(1))
+
+
 def test_columns_have_the_loss_and_the_terms(model: nn.Module) -> None:
     chosen = [setting("flat"), setting("top", metric="accuracy")]
     raws = []
@@ -109,7 +137,7 @@ def test_what_is_not_finite_has_no_score(model: nn.Module) -> None:
 
 
 def test_what_cannot_be_measured_is_refused(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match="none: draws must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
         setting("none", draws=0)
     with pytest.raises(ValueError, match="needs the angle"):
         measure_raw(model, [setting("turned", metric="angle")], batches(1))

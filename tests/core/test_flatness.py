@@ -13,13 +13,15 @@ from torch import nn
 
 from genas_plugins import CellNetwork, Genotype
 from genas_plugins.scoring import (
+    CommonNoise,
     MeasurementError,
     flatness,
     flatness_from_losses,
     mean_loss,
     recalibrate_batchnorm,
 )
-from genas_plugins.scoring.flatness import perturbations
+from genas_plugins.scoring.flatness import perturbed_losses
+from genas_plugins.scoring.noise import perturbations
 
 SIGMAS = (0.01, 0.03, 0.06)
 GENOTYPE = Genotype.from_code([3, 5, 0, 4, 4, 0, 0, 4, 5, 0, 4, 0, 0, 7, 6, 3, 2, 0, 5, 0, 5, 0, 7, 0, 1, 1, 0, 0])
@@ -147,6 +149,25 @@ def test_relative_noise_is_as_large_as_a_share_of_each_tensor(noise: str) -> Non
         assert float((scaled[1]["a"] - model["a"]).detach().std()) == pytest.approx(0.2 * 3, rel=0.05)
 
 
+def test_draws_are_measurements_of_their_own_and_their_losses_are_averaged():
+    model, data = small_network(), batches()
+    alone = [flatness(model, data, SIGMAS, generator=torch.Generator().manual_seed(3 + d)).losses for d in range(4)]
+    assert perturbed_losses(model, data, SIGMAS, generator=torch.Generator().manual_seed(3), draws=4) == [
+        list(losses) for losses in alone
+    ]
+    result = flatness(model, data, SIGMAS, generator=torch.Generator().manual_seed(3), draws=4, alpha=0.5)
+    means = np.mean(alone, axis=0)
+    assert result.losses == pytest.approx(means, rel=1e-14)
+    assert result.score == pytest.approx(flatness_from_losses(means, SIGMAS, 0.5).score, rel=1e-12)
+
+
+def test_common_noise_needs_no_generator():
+    model, data = small_network(), batches()
+    first, again, other = (flatness(model, data, SIGMAS, common=CommonNoise(model, seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert first.losses != other.losses
+
+
 def test_named_parameters_alone_move():
     model, data = small_network(), batches()
     names = ["classifier.bias", "stem.0.weight"]
@@ -259,6 +280,7 @@ def test_a_loss_that_is_not_finite_is_a_measurement_error_without_traces():
         ({"alpha": -1.0}, "alpha must be at least 0, got -1"),
         ({"alpha": math.nan}, "alpha must be at least 0, got nan"),
         ({"noise": "uniform"}, "valid modes: cumulative, independent, shared, random_walk"),
+        ({"draws": 0}, "draws must be at least 1, got 0"),
         ({"where": "stem"}, "valid choices: all, cells"),
         ({"parameters": ["nothing.weight"]}, "no parameters named nothing.weight"),
         ({"parameters": []}, "No parameter of CellNetwork"),

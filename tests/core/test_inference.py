@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from genas_plugins import ZOO, CellNetwork, SuperNet
 from genas_plugins.nasbench201 import NasBench201Network, NasBench201SuperNet
 from genas_plugins.scoring import flatness, mean_loss, recalibrate_batchnorm
-from genas_plugins.scoring.flatness import perturbations
 from genas_plugins.scoring.inference import InferenceNetwork, _pooling
+from genas_plugins.scoring.noise import perturbations
 from genas_plugins.spaces import DartsSearchSpace
 from genas_plugins.spaces.nasbench201 import OPERATIONS, NasBench201Architecture
 

@@ -26,6 +26,7 @@ from nni_strategy.trained import TrainedSupernet
 SETTINGS = [
     {"name": "flat", "metric": "flatness", "sigmas": [0.01, 0.05]},
     {"name": "flat, no depth", "metric": "flatness", "sigmas": [0.01, 0.05], "alpha": 0.0},
+    {"name": "common", "metric": "flatness", "sigmas": [0.01, 0.05], "common": True, "draws": 2},
     {"name": "accuracy", "metric": "accuracy"},
     {"name": "turned", "metric": "angle"},
     {"name": "ranks", "rank_sum": ["flat", "live FLOPs"]},

@@ -23,8 +23,10 @@ from torch import nn
 
 from genas_plugins.checkpoints import CheckpointError, save_supernet
 from genas_plugins.genotype import Genotype
+from genas_plugins.scoring import CommonNoise
 from genas_plugins.spaces import DartsSearchSpace
-from nni_strategy import CombinedEvaluator, DartsSpace, FlatnessEvaluator, GeNAS
+from nni_strategy import CombinedEvaluator, DartsSpace, FlatnessEvaluator, GeNAS, config
+from nni_strategy.run import _score_arguments
 from nni_strategy.samples import SampleSpace
 from nni_strategy.space import genotype_to_sample, sample_to_genotype
 from nni_strategy.trained import TrainedSupernet
@@ -131,6 +133,22 @@ def test_settings_beat_those_of_the_run(finished: Any, genotypes: list[Genotype]
     assert measured.score == pytest.approx(1 / (abs(second - first) / 0.1 + 0.5 * first / 0.1 + 1e-5), rel=1e-12)
     accuracy = CombinedEvaluator(finished.path, "accuracy", device="cpu").measure(genotypes[0])
     assert accuracy.score * 64 == pytest.approx(round(accuracy.score * 64))
+
+
+def test_common_noise_is_a_function_of_the_seed_of_the_run(finished: Any, genotypes: list[Genotype]) -> None:
+    chosen: dict[str, Any] = {"noise": "random_walk", "relative": True, "draws": 2, "common": True}
+    evaluator = FlatnessEvaluator(finished.path, **chosen, device="cpu")
+    trained = TrainedSupernet.from_run(finished.path, device="cpu")
+    score = evaluator.trained.score
+    assert {name: getattr(score, name) for name in chosen} == chosen
+    subnet = trained.space.subnet(genotypes[0])
+    common = CommonNoise(trained.space, trained.seed)
+    expected = score(subnet, trained.validation, recalibration=trained.recalibration, common=common)
+    assert evaluator.measure(genotypes[0]) == expected
+    # The strategy measures with what the experiment's file says.
+    settings = config.Score(metric="flatness", **chosen)
+    assert GeNAS(**_score_arguments(settings)).score == settings.build()
+    assert {name: getattr(settings.build(), name) for name in chosen} == chosen
 
 
 def test_settings_that_are_not_given_are_those_of_the_run(
@@ -242,6 +260,8 @@ def test_wrong_settings_are_refused_at_once(finished: Any, tmp_path: Path) -> No
         FlatnessEvaluator(finished.path / "supernet.ckpt")
     with pytest.raises(ValueError, match="Unknown metric 'sharpness'; valid metrics: flatness, angle"):
         CombinedEvaluator(finished.path, metric="sharpness")
+    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
+        FlatnessEvaluator(finished.path, draws=0)
     with pytest.raises(ValueError, match="strictly increasing"):
         FlatnessEvaluator(finished.path, sigmas=[2, 1])
     with pytest.raises(TypeError, match="space must be an NNI ModelSpace, got Linear"):
