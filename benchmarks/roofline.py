@@ -348,7 +348,7 @@ def print_growth(stage: str, name: str, settings: Sequence[argparse.Namespace], 
         ]
         for size, time, residual, least in zip(sizes, times, residuals, floors, strict=True)
     ]
-    print_table([name, "ours [s]", "line [s]", "ours / line - 1", "floor [s]", "ours / floor"], rows)
+    print_table([name, "ours [s]", "line [s]", "1 - line / ours", "floor [s]", "ours / floor"], rows)
     print(
         f"{stage}: {start:+.4f} s and {slope:.6f} s for each of {name}; at most "
         f"{max(map(abs, residuals)):.1%} from that line. The floor's own line is at most "
@@ -358,9 +358,9 @@ def print_growth(stage: str, name: str, settings: Sequence[argparse.Namespace], 
 
 
 def fit_line(sizes: Sequence[int], times: Sequence[float]) -> tuple[float, float, list[float]]:
-    """Slope and start of the least-squares line, and how far each time is from it, as a share of it."""
+    """Slope and start of the least-squares line, and how far each time is from it, as a share of the time."""
     slope, start = np.polyfit(sizes, times, 1)
-    return slope, start, [time / (start + slope * size) - 1 for size, time in zip(sizes, times, strict=True)]
+    return slope, start, [1 - (start + slope * size) / time for size, time in zip(sizes, times, strict=True)]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

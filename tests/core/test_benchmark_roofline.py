@@ -185,7 +185,7 @@ def test_the_line_is_the_least_squares_one(roofline: Any) -> None:
     slope, start, residuals = roofline.fit_line([0, 1, 2], [1.0, 1.0, 4.0])
     # By the normal equations: 0.5 + 1.5 x.
     assert (slope, start) == pytest.approx((1.5, 0.5))
-    assert residuals == pytest.approx([1 / 0.5 - 1, 1 / 2 - 1, 4 / 3.5 - 1])
+    assert residuals == pytest.approx([1 - 0.5, 1 - 2.0, 1 - 3.5 / 4])
 
 
 @NEEDS_NNI
