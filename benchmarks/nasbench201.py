@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import rankdata
 
-from genas_plugins.files import write_text
+from genas_plugins.files import atomic_path, write_text
 from genas_plugins.ranking import Estimate, compare, rank_correlation
 
 __all__ = ["PAPER", "Scores", "main", "read_scores", "report"]
@@ -165,7 +165,7 @@ def report(folders: Mapping[int, Path], output: Path, *, resamples: int = 1000) 
         text += "".join(f"- {score}: {', '.join(differences)}\n" for score, _, *differences, _ in kept) or "- none\n"
     write_text(output / "report.md", text)
     head = ["score", "baseline", *(f"seed {s}, half {h}" for s, h in itertools.product(columns, "12")), "better on"]
-    with (output / "halves.csv").open("w", newline="", encoding="utf-8") as file:
+    with atomic_path(output / "halves.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([head, *halves])
     return text
 

@@ -49,7 +49,16 @@ import torch
 import torch.nn.functional as F
 
 # The neighbouring script: running this one puts their folder on the path.
-from scoring import CLASSES, CLOCKS, RECALIBRATION_BATCH, RECALIBRATION_IMAGES, SIGMAS, Benchmark, print_table
+from scoring import (
+    CLASSES,
+    CLOCKS,
+    RECALIBRATION_BATCH,
+    RECALIBRATION_IMAGES,
+    SIGMAS,
+    Benchmark,
+    add_options,
+    print_table,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -376,23 +385,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recalibration-images", type=int, default=RECALIBRATION_IMAGES)
     parser.add_argument("--batch-size", type=int, help="of the validation (default: 64 on a CPU, 512 on CUDA)")
     parser.add_argument("--train-batch-size", type=int, default=64)
-    parser.add_argument("--init-channels", type=int, default=16)
-    parser.add_argument("--num-cells", type=int, default=8)
-    parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument(
         "--scale",
         type=float,
         help=f"--sizes: of {IMAGE_COUNTS[0]} to {IMAGE_COUNTS[-1]} images (default: {CPU_SCALE} on a CPU, else 1)",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own choice)")
-    parser.add_argument(
-        "--clock",
-        choices=sorted(CLOCKS),
-        default="wall",
-        help="cpu counts this process's work only: for a CPU that others use too, with --threads 1",
-    )
+    add_options(parser)
     # What the other benchmark's arms want, of which this script runs one.
     parser.set_defaults(candidates=0, workers=0)
     args = parser.parse_args(arguments)

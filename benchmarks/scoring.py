@@ -40,7 +40,7 @@ from genas_plugins.scoring import CombinedScore, flatness_from_losses
 from genas_plugins.scoring.data import TensorBatches
 from genas_plugins.spaces import DartsSearchSpace
 
-__all__ = ["main", "print_table", "spread"]
+__all__ = ["add_options", "main", "print_table", "spread"]
 
 SIGMAS = (2e-3, 1e-2, 2e-2)
 RECALIBRATION_IMAGES = 850
@@ -84,6 +84,22 @@ class NormalisingImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return (self.data.images[index].float() / 255 - self.mean) / self.std, self.data.labels[index]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What these scripts ask of every run: the supernet, the machine, the clock."""
+    parser.add_argument("--init-channels", type=int, default=16)
+    parser.add_argument("--num-cells", type=int, default=8)
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own choice)")
+    parser.add_argument(
+        "--clock",
+        choices=sorted(CLOCKS),
+        default="wall",
+        help="cpu counts this process's work only: for a CPU that others use too, with --threads 1",
+    )
 
 
 def random_images(count: int, size: int, seed: int) -> ImageTensors:
@@ -209,19 +225,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=1024, help="validation images (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, help="of the validation (default: 64 on a CPU, 512 on CUDA)")
     parser.add_argument("--recalibration-images", type=int, default=RECALIBRATION_IMAGES)
-    parser.add_argument("--init-channels", type=int, default=16)
-    parser.add_argument("--num-cells", type=int, default=8)
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own choice)")
     parser.add_argument("--workers", type=int, default=0, help="of the naive DataLoader (default: its own, 0)")
-    parser.add_argument(
-        "--clock",
-        choices=sorted(CLOCKS),
-        default="wall",
-        help="cpu counts this process's work only: for a CPU that others use too, with --threads 1",
-    )
+    add_options(parser)
     parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
     args = parser.parse_args(arguments)
     # Measured: on a CPU, 32 to 128 are equally fast and 256 is slower, as its activations leave the caches.

@@ -49,7 +49,7 @@ from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.space import RawFormatModelSpace
 
 # The neighbouring script: running this one puts their folder on the path.
-from scoring import CLASSES, CLOCKS, MEAN, STD, print_table, random_images, spread
+from scoring import CLASSES, CLOCKS, MEAN, STD, add_options, print_table, random_images, spread
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -285,18 +285,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100, help="of each arm (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--init-channels", type=int, default=16)
-    parser.add_argument("--num-cells", type=int, default=8)
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own choice)")
-    parser.add_argument(
-        "--clock",
-        choices=sorted(CLOCKS),
-        default="wall",
-        help="cpu counts this process's work only: for a CPU that others use too, with --threads 1",
-    )
+    add_options(parser)
     parser.add_argument("--memory", action="store_true", help="measure the peak memory of both, over ten steps each")
     parser.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")

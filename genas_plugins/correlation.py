@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from genas_plugins.scoring import Accuracy, CombinedScore, Flatness, flatness_from_losses
 from genas_plugins.scoring.batchnorm import evaluation_mode, preserve_batchnorm, recalibrate_batchnorm
 from genas_plugins.scoring.flatness import MeasurementError, perturbed_losses
+from genas_plugins.scoring.inference import InferenceNetwork
 from genas_plugins.scoring.noise import CommonNoise
 
 __all__ = ["Setting", "columns", "evaluate", "measure_raw", "slope_shares"]
@@ -159,8 +160,9 @@ def _without_noise(model: nn.Module, batches: Batches) -> dict[str, float | None
     sums: Tensor | None = None
     count = 0
     with evaluation_mode(model), torch.no_grad():
+        network = InferenceNetwork.of(model) or model
         for images, labels in batches:
-            logits = model(images)
+            logits = network(images)
             loss = F.cross_entropy(logits, labels, reduction="sum").double()
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             found = torch.stack([loss, hits[:, 0].sum().double(), hits.sum().double()])
