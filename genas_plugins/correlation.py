@@ -8,7 +8,7 @@ measured numbers (alpha, gamma, the metric) costs nothing more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +34,73 @@ class Setting:
     Attributes:
         name: Of the column.
         score: What is measured.
+        images: Only the first so many validation images; ``None`` for all.
+        recalibration_images: The first so many images for the statistics of batch normalisation; ``None`` for those
+            of the run.
+
+    Raises:
+        ValueError: A number of images is below 1.
     """
 
     name: str
     score: CombinedScore
+    images: int | None = None
+    recalibration_images: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("images", "recalibration_images"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, or None for all there are, got {count}.")
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """What a network is measured with and on, apart from noise."""
+
+    momentum: float | None
+    recalibration_images: int | None
+    images: int | None
+
+    @classmethod
+    def of(cls, setting: Setting) -> _Statistics:
+        return cls(setting.score.momentum, setting.recalibration_images, setting.images)
+
+    @property
+    def suffix(self) -> str:
+        """What tells columns of these statistics from those of the run's own."""
+        parts = [] if self.momentum is None else [f"momentum {self.momentum:g}"]
+        if self.recalibration_images is not None:
+            parts.append(f"recalibrated on {self.recalibration_images} images")
+        if self.images is not None:
+            parts.append(f"{self.images} images")
+        return f" ({', '.join(parts)})" if parts else ""
+
+    @property
+    def key(self) -> str:
+        """Name in what :func:`measure_raw` gives."""
+        return self.suffix.strip(" ()") or "cumulative"
+
+
+@dataclass(frozen=True)
+class _First:
+    """The first images of batches, as re-iterable as those."""
+
+    batches: Batches
+    count: int
+
+    @classmethod
+    def of(cls, batches: Batches, count: int | None) -> Batches:
+        return batches if count is None else cls(batches, count)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        missing = self.count
+        for images, labels in self.batches:
+            yield images[:missing], labels[:missing]
+            missing -= min(missing, len(labels))
+            if not missing:
+                return
+        raise ValueError(f"A setting asks for {self.count} images, there are {self.count - missing}.")
 
 
 def measure_raw(
@@ -46,6 +109,7 @@ def measure_raw(
     batches: Batches,
     *,
     recalibration: Batches | None = None,
+    recalibration_images: int | None = None,
     angle: Callable[[], float] | None = None,
     seed: int = 0,
     common: CommonNoise | None = None,
@@ -57,20 +121,22 @@ def measure_raw(
         model: A candidate that owns its statistics of batch normalisation; it is left as it was.
         settings: The columns.
         batches: Validation images and labels on the model's device, iterated anew for each loss.
-        recalibration: Training images for the statistics; ``None`` keeps those that the model has.
+        recalibration: Training images for the statistics; ``None`` keeps those that the model has. Settings that name
+            no number of their own take the first ``recalibration_images``.
+        recalibration_images: See ``recalibration``; ``None`` for all.
         angle: Gives the angle to the initial weights as a fraction of pi, where a setting needs it.
         seed: Of the noise; draw number ``d`` has the generator ``seed + d``.
         common: Source of the noise that architectures have in common, where a setting asks for it.
         parameters: Names of the parameters to perturb; ``None`` for all.
 
     Returns:
-        Plain data for JSON: ``angle``, and under ``statistics`` for each recalibration ``loss`` (nats), ``top1`` and
-        ``top5`` (fractions) without noise, and ``losses``: for each noise its draws, each a list of the losses at
-        the sigmas. What is not finite is ``None``.
+        Plain data for JSON: ``angle``, and under ``statistics`` for each recalibration and number of images ``loss``
+        (nats), ``top1`` and ``top5`` (fractions) without noise, and ``losses``: for each noise its draws, each a list
+        of the losses at the sigmas. What is not finite is ``None``.
 
     Raises:
-        ValueError: A setting needs the angle and ``angle`` is missing, or common noise and ``common`` is, or there
-            are no batches.
+        ValueError: A setting needs the angle and ``angle`` is missing, or common noise and ``common`` is, there are
+            no batches, or a setting asks for more images than there are.
     """
     raw: dict[str, Any] = {"statistics": {}}
     if any("angle" in setting.score.metrics for setting in settings):
@@ -83,16 +149,19 @@ def measure_raw(
     by_draws = sorted(settings, key=lambda setting: -setting.score.draws)
     with preserve_batchnorm(model):
         # In the order of first use: the same settings give the same numbers.
-        for momentum in dict.fromkeys(setting.score.momentum for setting in settings):
+        for statistics in dict.fromkeys(map(_Statistics.of, settings)):
             if recalibration is not None:
-                recalibrate_batchnorm(model, recalibration, momentum)
-            part: dict[str, Any] = _without_noise(model, batches)
+                calibrating = _First.of(recalibration, statistics.recalibration_images or recalibration_images)
+                recalibrate_batchnorm(model, calibrating, statistics.momentum)
+            seen = _First.of(batches, statistics.images)
+            part: dict[str, Any] = _without_noise(model, seen)
             part["losses"] = {}
-            raw["statistics"][_momentum_key(momentum)] = part
-            for score in (setting.score for setting in by_draws):
-                key = _noise_key(score)
-                if score.momentum == momentum and "flatness" in score.metrics and key not in part["losses"]:
-                    part["losses"][key] = _losses(model, score, batches, seed, common, parameters)
+            raw["statistics"][statistics.key] = part
+            for setting in by_draws:
+                score, key = setting.score, _noise_key(setting.score)
+                measured = "flatness" in score.metrics and _Statistics.of(setting) == statistics
+                if measured and key not in part["losses"]:
+                    part["losses"][key] = _losses(model, score, seen, seed, common, parameters)
     return raw
 
 
@@ -103,7 +172,7 @@ def evaluate(setting: Setting, raw: Mapping[str, Any]) -> float:
         KeyError: ``raw`` was measured for other settings.
     """
     score = setting.score
-    part = raw["statistics"][_momentum_key(score.momentum)]
+    part = raw["statistics"][_Statistics.of(setting).key]
     flat = _flatness(setting, part) if "flatness" in score.metrics else None
     angle = raw["angle"] if "angle" in score.metrics else None
     top = Accuracy(part["top1"], part["top5"]) if "accuracy" in score.metrics else None
@@ -127,9 +196,9 @@ def columns(settings: Sequence[Setting], raws: Sequence[Mapping[str, Any]]) -> d
     """
     table = {setting.name: [evaluate(setting, raw) for raw in raws] for setting in settings}
     for setting in settings:
-        key = _momentum_key(setting.score.momentum)
-        suffix = "" if setting.score.momentum is None else f" (momentum {key})"
-        parts = [raw["statistics"][key] for raw in raws]
+        statistics = _Statistics.of(setting)
+        suffix = statistics.suffix
+        parts = [raw["statistics"][statistics.key] for raw in raws]
         table.setdefault(f"-loss{suffix}", [math.nan if part["loss"] is None else -part["loss"] for part in parts])
         if "flatness" in setting.score.metrics:
             flats = [_flatness(setting, part) for part in parts]
@@ -142,7 +211,7 @@ def columns(settings: Sequence[Setting], raws: Sequence[Mapping[str, Any]]) -> d
 
 def slope_shares(setting: Setting, raws: Sequence[Mapping[str, Any]]) -> list[float]:
     """Fraction of ``1 / F`` that the slope term makes up, for each architecture; NaN where it is not defined."""
-    key = _momentum_key(setting.score.momentum)
+    key = _Statistics.of(setting).key
     flats = [_flatness(setting, raw["statistics"][key]) for raw in raws]
     return [math.nan if flat is None else flat.slope_share for flat in flats]
 
@@ -202,10 +271,6 @@ def _finite(measure: Callable[[], float]) -> float | None:
         return measure()
     except MeasurementError:
         return None
-
-
-def _momentum_key(momentum: float | None) -> str:
-    return "cumulative" if momentum is None else f"{momentum:g}"
 
 
 def _noise_key(score: CombinedScore) -> str:

@@ -145,9 +145,12 @@ def _setting(data: Any, where: str) -> Setting | RankSum:
         if set(data) != {"name", kind} or not isinstance(of, list) or len(of) < 2:
             raise config.ConfigError(f"{where}: a sum has a name and, as {kind}, a list of two or more columns.")
         return RankSum(data["name"], tuple(map(str, of)), logarithm=kind == "log_rank_sum")
-    rest = {key: value for key, value in data.items() if key != "name"}
+    own = {key: data[key] for key in ("images", "recalibration_images") if data.get(key) is not None}
+    rest = {key: value for key, value in data.items() if key not in ("name", "images", "recalibration_images")}
     try:
-        return Setting(name=data["name"], score=config.build(CombinedScore, rest))
+        if any(type(count) is not int for count in own.values()):
+            raise ValueError(f"images and recalibration_images must be integers, got {own}.")
+        return Setting(name=data["name"], score=config.build(CombinedScore, rest), **own)
     except ValueError as error:
         raise config.ConfigError(f"{where}: {error}") from error
 
@@ -227,13 +230,20 @@ def measure_all(
     display = None if progress is None else progress("measuring", len(architectures), len(done))
     example, _ = next(iter(trained.validation))
     common = CommonNoise(trained.space, trained.seed)
+    recalibration, own = (
+        trained.recalibration,
+        None if trained.recalibration is None else len(trained.data.recalibration),
+    )
+    if wanted := [s.recalibration_images for s in settings if s.recalibration_images is not None]:
+        recalibration = trained.recalibration_on(max(*wanted, own or 0))
     for architecture in architectures[len(done) :]:
         with trained.paths.open(architecture, example) as (model, names):
             raw = measure_raw(
                 model,
                 settings,
                 trained.validation,
-                recalibration=trained.recalibration,
+                recalibration=recalibration,
+                recalibration_images=own,
                 angle=lambda chosen=architecture, names=names: trained.paths.angle(chosen, names),
                 seed=candidate_seed(trained.seed, str(architecture)),
                 common=common,
@@ -405,4 +415,6 @@ def _csv(lines: Sequence[Sequence[Any]]) -> str:
 
 def _plain(setting: Setting) -> dict[str, Any]:
     score = {item.name: getattr(setting.score, item.name) for item in fields(setting.score)}
-    return {"name": setting.name, **score, "sigmas": list(setting.score.sigmas)}
+    counts = {name: getattr(setting, name) for name in ("images", "recalibration_images")}
+    counts = {name: count for name, count in counts.items() if count is not None}
+    return {"name": setting.name, **score, "sigmas": list(setting.score.sigmas), **counts}

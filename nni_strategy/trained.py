@@ -91,6 +91,7 @@ class TrainedSupernet:
         self.paths = SupernetPaths(self.space, initial)
         size = batch_size_for(self.device, batch_size)
         self._batch_size = size
+        self._recalibration_batch_size = recalibration_batch_size
         self.validation = self._batches(data.validation, size)
         self.recalibration = self._batches(data.recalibration, recalibration_batch_size) if recalibrate else None
 
@@ -135,6 +136,23 @@ class TrainedSupernet:
         """Score one candidate of the space (of its ``search_space``)."""
         return measure_candidate(
             self.paths, candidate, score or self.score, self.recalibration, self.validation, self.seed
+        )
+
+    def recalibration_on(self, images: int) -> TensorBatches:
+        """The first ``images`` of the train half; those that the run recalibrates on are the first of them.
+
+        Raises:
+            ValueError: The train half has fewer, or the run does not recalibrate.
+        """
+        train = self.data.train
+        if self.recalibration is None or not 1 <= images <= len(train):
+            raise ValueError(
+                f"Recalibration on {images} images: this run "
+                + ("does not recalibrate." if self.recalibration is None else f"has 1 to {len(train)} to train on.")
+            )
+        chosen = train.subset(range(images))
+        return self._batches(
+            chosen if isinstance(chosen, ImageTensors) else chosen.load(), self._recalibration_batch_size
         )
 
     def test_accuracy(self, candidate: Any) -> Accuracy | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -124,6 +125,31 @@ def test_columns_have_the_loss_and_the_terms(model: nn.Module) -> None:
         assert table["top"][position] == pytest.approx(accuracy(model, batches(seed)).top1)
         assert table["-slope: cumulative, all, 0.01 0.05 0.1"][position] == pytest.approx(-flat.slope)
         assert table["-depth: cumulative, all, 0.01 0.05 0.1"][position] == pytest.approx(-flat.depth)
+
+
+def test_numbers_of_images_of_a_settings_own(model: nn.Module) -> None:
+    usual = setting("usual", metric="accuracy+flatness")
+    fewer = dataclasses.replace(usual, name="fewer", images=20)
+    more = dataclasses.replace(usual, name="more", recalibration_images=40)
+    recalibration = batches(2, 3)
+    raw = measure_raw(
+        model, [usual, fewer, more], batches(1), recalibration=recalibration, recalibration_images=16, seed=5
+    )
+    cut = [batches(1)[0], tuple(part[:4] for part in batches(1)[1])]
+    for one, images, first in (
+        (usual, batches(1), recalibration[:1]),
+        (fewer, cut, recalibration[:1]),
+        (more, batches(1), [*recalibration[:2], tuple(part[:8] for part in recalibration[2])]),
+    ):
+        generator = torch.Generator().manual_seed(5)
+        alone = one.score(copy.deepcopy(model), images, recalibration=first, generator=generator)
+        assert evaluate(one, raw) == pytest.approx(alone.score, rel=1e-9)
+    names = columns([usual, fewer, more], [raw])
+    assert {"-loss", "-loss (20 images)", "-loss (recalibrated on 40 images)"} <= names.keys()
+    with pytest.raises(ValueError, match="asks for 33 images, there are 32"):
+        measure_raw(model, [dataclasses.replace(usual, images=33)], batches(1))
+    with pytest.raises(ValueError, match="recalibration_images must be at least 1, or None for all there are, got 0"):
+        dataclasses.replace(usual, recalibration_images=0)
 
 
 def test_what_is_not_finite_has_no_score(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from scipy.stats import kendalltau, rankdata
 
@@ -28,6 +29,7 @@ SETTINGS = [
     {"name": "flat, no depth", "metric": "flatness", "sigmas": [0.01, 0.05], "alpha": 0.0},
     {"name": "common", "metric": "flatness", "sigmas": [0.01, 0.05], "common": True, "draws": 2},
     {"name": "accuracy", "metric": "accuracy"},
+    {"name": "few", "metric": "accuracy", "images": 32, "recalibration_images": 100},
     {"name": "turned", "metric": "angle"},
     {"name": "ranks", "rank_sum": ["flat", "live FLOPs"]},
     {"name": "log ranks", "log_rank_sum": ["flat", "live FLOPs"]},
@@ -176,6 +178,15 @@ def test_a_sum_of_columns_that_are_not_measured_is_refused_before_anything_is(
     assert not (tmp_path / "out").exists()
 
 
+def test_numbers_of_images_are_those_of_the_run_or_of_the_setting(files: Path) -> None:
+    trained = TrainedSupernet.from_run(files / "run", device="cpu")
+    own = torch.cat([images for images, _ in trained.recalibration])
+    more, fewer = (torch.cat([images for images, _ in trained.recalibration_on(n)]) for n in (128, 100))
+    assert torch.equal(more, own) and torch.equal(fewer, own[:100])
+    with pytest.raises(ValueError, match="Recalibration on 129 images: this run has 1 to 128 to train on"):
+        trained.recalibration_on(129)
+
+
 def test_samples_are_seeded_and_all_is_all(truth: dict[str, float]) -> None:
     assert len(set(choose(truth, None, 0))) == 15625
     assert choose(truth, 50, 1) == choose(truth, 50, 1) != choose(truth, 50, 2)
@@ -206,6 +217,8 @@ def test_the_shipped_settings_are_those_of_the_papers_tables() -> None:
         ("- {name: a, metric: sharpness}", "number 1: Unknown metric 'sharpness'"),
         ("- {name: a, metrik: accuracy}", "unknown key metrik .did you mean metric"),
         ("- {name: a, draws: 0}", "draws must be at least 1, got 0"),
+        ("- {name: a, images: many}", "images and recalibration_images must be integers, got {'images': 'many'}"),
+        ("- {name: a, recalibration_images: 0}", "recalibration_images must be at least 1"),
         ("- {name: a, draws: many}", "draws must be a whole number, got 'many'"),
         ("- {name: a, rank_sum: [b]}", "a sum has a name and, as rank_sum, a list of two or more columns"),
         ("- {name: a, log_rank_sum: b}", "a sum has a name and, as log_rank_sum, a list of two or more columns"),
