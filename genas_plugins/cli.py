@@ -242,7 +242,7 @@ def _quiet_hosts() -> None:
 
 
 def _report(outcome: Outcome) -> Iterable[str]:
-    from nni_strategy.correlate import LEAST_SLOPE
+    from nni_strategy.report import LEAST_SLOPE
 
     failed = f", {outcome.failed} failed" if outcome.failed else ""
     yield f"\nThe best {len(outcome.best)} of {outcome.scored} architectures{failed}:\n"
@@ -306,7 +306,7 @@ def _correlate(options: argparse.Namespace) -> int:
     require("matplotlib", extra="plots", purpose="the pictures")
     import nni_strategy  # noqa: F401
     from genas_plugins.truth import read_truth
-    from nni_strategy import config, correlate
+    from nni_strategy import config, correlate, report
     from nni_strategy.progress import Bar
     from nni_strategy.run import run_experiment
     from nni_strategy.trained import TrainedSupernet
@@ -337,10 +337,10 @@ def _correlate(options: argparse.Namespace) -> int:
         resume=options.resume,
         progress=progress,
     )
-    rows, left_out = correlate.write_report(
+    rows, left_out = report.write_report(
         folder, raws, settings, truth, sums=sums, seed=options.seed, resamples=options.resamples
     )
-    print("\n".join(_table(correlate.table_of(rows))), *correlate.remarks(rows, left_out), sep="\n")
+    print("\n".join(_table(report.table_of(rows))), *report.remarks(rows, left_out), sep="\n")
     print(f"correlations.csv, scores.csv, taus.csv and scatter.png are in {folder}.")
     return 0
 

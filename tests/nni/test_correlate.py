@@ -15,12 +15,15 @@ import torch
 import yaml
 from scipy.stats import kendalltau, rankdata
 
+from genas_plugins.checkpoints import load_supernet
 from genas_plugins.cli import _report
 from genas_plugins.correlation import Setting
 from genas_plugins.scoring import CombinedScore
+from genas_plugins.scoring.training_free import synflow
 from genas_plugins.spaces import NasBench201Architecture, NasBench201SearchSpace
 from nni_strategy import config
-from nni_strategy.correlate import choose, load_settings, measure_all, remarks, write_report
+from nni_strategy.correlate import choose, load_settings, measure_all
+from nni_strategy.report import remarks, write_report
 from nni_strategy.run import Found, Outcome, run_experiment
 from nni_strategy.trained import TrainedSupernet
 
@@ -102,7 +105,17 @@ def test_the_command_writes_scores_and_their_taus(
     assert [float(line["ranks"]) for line in scores] == (parts[0] + parts[1]).tolist()
     assert [float(line["log ranks"]) for line in scores] == pytest.approx(np.log(parts[0] * parts[1]))
     assert [float(row["truth"]) for row in scores] == [truth[row["architecture"]] for row in scores]
-    assert set(table) >= {"parameters", "live FLOPs", "NASWOT", "SynFlow", "ZiCo", "flat", "turned", "-loss"}
+    assert set(table) >= {
+        "parameters",
+        "live FLOPs",
+        "NASWOT",
+        "SynFlow",
+        "ZiCo",
+        "SynFlow, supernet",
+        "flat",
+        "turned",
+        "-loss",
+    }
     for name, row in table.items():
         tau = kendalltau([float(line[name]) for line in scores], [float(line["truth"]) for line in scores]).statistic
         assert float(row["tau"]) == pytest.approx(tau)
@@ -117,6 +130,12 @@ def test_the_command_writes_scores_and_their_taus(
     assert float(between["flat"]["turned"]) == float(between["turned"]["flat"]) == pytest.approx(tau)
     assert (tmp_path / "out" / "scatter.png").read_bytes().startswith(b"\x89PNG")
     assert "12 architectures" in done.stdout
+
+
+def synflow_of_subnets(run: Path, scores: list[dict[str, str]]) -> set[float]:
+    supernet = load_supernet(run / "supernet.ckpt")
+    names = [NasBench201Architecture.from_string(line["architecture"]) for line in scores]
+    return {synflow(supernet.subnet(architecture), (3, 8, 8)) for architecture in names}
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(files: Path, genas: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,0 +1,223 @@
+"""The table of ``genas correlate``: how well each score ranks NAS-Bench-201, and the files that say so."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from genas_plugins.correlation import Setting, columns, slope_shares
+from genas_plugins.files import write_text
+from genas_plugins.nasbench201 import nasbench201_costs
+from genas_plugins.plotting import plot_scatter
+from genas_plugins.ranking import Estimate, Ranking, correlation_matrix, partial_kendall, rank_correlation
+from genas_plugins.spaces.nasbench201 import NasBench201Architecture
+from genas_plugins.truth import lookup
+
+__all__ = [
+    "LEAST_SLOPE",
+    "ON_SUPERNET",
+    "TRAINING_FREE",
+    "RankSum",
+    "Row",
+    "references",
+    "remarks",
+    "table_of",
+    "write_report",
+]
+
+LEAST_SLOPE = 0.01
+"""Below this share of Eq. 4 the slope term decides next to nothing, and flatness ranks as the loss does."""
+
+TRAINING_FREE = ("NASWOT", "SynFlow", "ZiCo")
+"""Columns of networks that were never trained."""
+
+ON_SUPERNET = tuple(f"{name}, supernet" for name in TRAINING_FREE)
+"""The same formulas on the supernet's trained weights."""
+
+
+@dataclass(frozen=True)
+class RankSum:
+    """A column that adds the ranks of others: scores of different units, with equal say and without labels.
+
+    Attributes:
+        name: Of the column.
+        of: The columns whose ranks are added.
+        logarithm: Add the logarithms of ranks instead, lowest first, so that a bad rank weighs more than a good one
+            (the non-linear aggregation of AZ-NAS, Lee and Ham, CVPR 2024).
+    """
+
+    name: str
+    of: tuple[str, ...]
+    logarithm: bool = False
+
+    def __call__(self, table: Mapping[str, Sequence[float]]) -> list[float]:
+        """The column, from those of a table."""
+        ranks = [rankdata(table[name]) for name in self.of]
+        return sum(map(np.log, ranks) if self.logarithm else ranks).tolist()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        name: The column of scores.
+        ranking: How it ranks.
+        given_loss: Kendall's partial tau with the accuracy given the loss without noise, through normal variables, so
+            that it is zero where a score owes all to the loss; None for references and terms.
+        slope_share: Median share of the slope term; None where there is none.
+    """
+
+    name: str
+    ranking: Ranking
+    given_loss: Estimate | None
+    slope_share: float | None
+
+
+def write_report(
+    folder: str | Path,
+    raws: Sequence[Mapping[str, Any]],
+    settings: Sequence[Setting],
+    truth: Mapping[str, float],
+    *,
+    sums: Sequence[RankSum] = (),
+    seed: int = 0,
+    resamples: int = 1000,
+) -> tuple[list[Row], int]:
+    """Write ``correlations.csv``, ``scores.csv``, ``taus.csv`` (tau between all columns) and ``scatter.png``.
+
+    An architecture whose score is not defined in any column is left out of all; a column with one value for all of them
+    ranks nothing and is left out. A training-free score that is not finite counts as the lowest.
+
+    Args:
+        folder: Where to.
+        raws: Of :func:`nni_strategy.correlate.measure_all`.
+        settings: The columns.
+        truth: Accuracy in percent by architecture.
+        sums: Further columns, of those that there are.
+        seed: Of the bootstrap.
+        resamples: Of the bootstrap; 200 do for all 15,625 architectures.
+
+    Returns:
+        The table, highest tau first, and how many architectures were left out.
+    """
+    folder = Path(folder)
+    names = [raw["architecture"] for raw in raws]
+    table = {**references(names), **_training_free_columns(raws), **columns(settings, raws)}
+    defined = [all(math.isfinite(column[i]) for column in table.values()) for i in range(len(names))]
+    kept = [name for name, fine in zip(names, defined, strict=True) if fine]
+    table = {name: [v for v, fine in zip(column, defined, strict=True) if fine] for name, column in table.items()}
+    for one in sums:
+        table[one.name] = one(table)
+    table = {name: column for name, column in table.items() if len(set(column)) > 1}
+    accuracies = lookup(truth, kept)
+    shares = {
+        setting.name: [s for s, fine in zip(slope_shares(setting, raws), defined, strict=True) if fine]
+        for setting in settings
+        if "flatness" in setting.score.metrics
+    }
+    loss = next((column for name, column in table.items() if name.startswith("-loss")), None)
+    rows = []
+    for name, column in table.items():
+        given = None
+        if loss is not None and name in {setting.name for setting in settings}:
+            given = partial_kendall(column, accuracies, loss, seed=seed, normal=True, resamples=resamples)
+        share = statistics.median(shares[name]) if name in shares else None
+        ranking = rank_correlation(column, accuracies, seed=seed, resamples=resamples)
+        rows.append(Row(name, ranking, given, share))
+    rows.sort(key=lambda row: -row.ranking.tau.value)
+    write_text(folder / "correlations.csv", _csv(_lines(rows)))
+    lines = [["architecture", "truth", *table]]
+    lines += [[name, accuracies[i], *(column[i] for column in table.values())] for i, name in enumerate(kept)]
+    write_text(folder / "scores.csv", _csv(lines))
+    matrix = correlation_matrix(table)
+    write_text(
+        folder / "taus.csv", _csv([["", *table], *([name, *row] for name, row in zip(table, matrix, strict=True))])
+    )
+    shown = {row.name: table[row.name] for row in rows}
+    taus = {row.name: row.ranking.tau.value for row in rows}
+    plot_scatter(shown, accuracies, folder / "scatter.png", taus)
+    return rows, len(names) - len(kept)
+
+
+def table_of(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The table for the eye, its head first."""
+    head = ("score", "tau [95 %]", "rho", "better half", "top k", "nDCG", "best pick", "gap", "tau given loss", "slope")
+    table = [head]
+    for row in rows:
+        r = row.ranking
+        table.append(
+            (
+                *(row.name, str(r.tau), f"{r.rho.value:.3f}", f"{r.tau_better_half.value:.3f}"),
+                *(f"{r.precision:.2f}", f"{r.ndcg:.3f}", f"{r.best_accuracy:.2f}", f"{r.gap:.2f}"),
+                "-" if row.given_loss is None else str(row.given_loss),
+                "-" if row.slope_share is None else f"{row.slope_share:.2%}",
+            )
+        )
+    return table
+
+
+def remarks(rows: Sequence[Row], left_out: int) -> Iterator[str]:
+    """What is to be said under the table."""
+    ranking = rows[0].ranking
+    yield f"\n{ranking.count} architectures" + (
+        f"; {left_out} without a finite score are left out." if left_out else "."
+    )
+    yield f"top k: share of the best {ranking.k}; slope: median share of the slope term in Eq. 4."
+    weak = [row.name for row in rows if row.slope_share is not None and row.slope_share < LEAST_SLOPE]
+    if weak:
+        yield f"The slope term decides less than {LEAST_SLOPE:.0%} of the score in: {'; '.join(weak)}."
+
+
+def references(names: Sequence[str]) -> dict[str, list[float]]:
+    """The two that need no training: what every score is shown beside."""
+    architectures = [NasBench201Architecture.from_string(name) for name in names]
+    return {
+        "parameters": [float(nasbench201_costs(a).parameters) for a in architectures],
+        "live FLOPs": [float(nasbench201_costs(a, live=True).flops) for a in architectures],
+    }
+
+
+def _training_free_columns(raws: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    table = {}
+    for name in raws[0].get("training_free", {}):
+        scores = [raw["training_free"][name] for raw in raws]
+        lowest = min((score for score in scores if score is not None), default=0.0)
+        table[name] = [lowest - 1.0 if score is None else score for score in scores]
+    return table
+
+
+def _lines(rows: Sequence[Row]) -> list[list[Any]]:
+    lines: list[list[Any]] = [
+        [
+            *("score", "architectures", "tau", "tau_low", "tau_high", "rho", "rho_low", "rho_high"),
+            *("tau_better_half", "k", "precision_at_k", "ndcg_at_k", "best_accuracy", "gap"),
+            *("tau_given_loss", "tau_given_loss_low", "tau_given_loss_high", "median_slope_share"),
+        ]
+    ]
+    for row in rows:
+        r, given = row.ranking, row.given_loss
+        lines.append(
+            [
+                *(row.name, r.count, r.tau.value, r.tau.low, r.tau.high, r.rho.value, r.rho.low, r.rho.high),
+                *(r.tau_better_half.value, r.k, r.precision, r.ndcg, r.best_accuracy, r.gap),
+                *(("", "", "") if given is None else (given.value, given.low, given.high)),
+                "" if row.slope_share is None else row.slope_share,
+            ]
+        )
+    return lines
+
+
+def _csv(lines: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
