@@ -30,7 +30,8 @@ class ConfigError(ValueError):
 class Space:
     """The supernet: ``init_channels`` and the numbers of cells of the official supernets by default.
 
-    ``num_cells`` and ``stem`` are of the DARTS space, ``cells_per_stage`` is of NAS-Bench-201.
+    ``num_cells`` and ``stem`` are of the DARTS space, ``cells_per_stage`` and ``affine`` are of NAS-Bench-201; without
+    ``affine`` the batch normalisation of its cells has no weight and bias, as in the supernet of RLNAS.
     """
 
     name: Literal["darts", "nasbench201"] = "darts"
@@ -38,6 +39,7 @@ class Space:
     num_cells: int = 8
     stem: Literal["cifar", "imagenet"] = "cifar"
     cells_per_stage: int = 5
+    affine: bool = True
 
     def check(self) -> None:
         if self.name == "darts":

@@ -171,7 +171,7 @@ def run_experiment(
 
 def _space(settings: config.Space, num_classes: int) -> SupernetSpace:
     if settings.name == "nasbench201":
-        return NasBench201Space(num_classes, settings.init_channels, settings.cells_per_stage)
+        return NasBench201Space(num_classes, settings.init_channels, settings.cells_per_stage, settings.affine)
     return DartsSpace(num_classes, settings.init_channels, settings.num_cells, settings.stem)
 
 

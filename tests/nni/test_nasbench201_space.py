@@ -30,7 +30,7 @@ from nni_strategy.trained import TrainedSupernet
 
 TINY: dict[str, Any] = {
     "seed": 1,
-    "space": {"name": "nasbench201", "init_channels": 2, "cells_per_stage": 1},
+    "space": {"name": "nasbench201", "init_channels": 2, "cells_per_stage": 1, "affine": False},
     "data": {
         "name": "digits",
         "train_images": 64,
@@ -124,6 +124,7 @@ def test_a_search_ends_in_an_architecture_whose_accuracy_is_known(run: Path) -> 
     top = max(records, key=lambda record: record["score"])
     assert top["candidate"] == str(best) and found["record"] == top
     assert 10.0 <= known(best) <= 94.0
+    assert not load_supernet(run / "supernet.ckpt").affine
     assert {path.name for path in run.iterdir()} >= {"search.png", "loss_curves.png", "supernet.ckpt"}
     assert not (run / "genotype.json").exists() and not (run / "cells.svg").exists()
 
