@@ -92,7 +92,7 @@ def commands(args: argparse.Namespace) -> Iterator[list[str]]:
         command = [sys.executable, "-m", "genas_plugins", "correlate", "--config", args.config, "--quiet"]
         for item in (*overrides, f"seed={seed}"):
             command += ["--set", item]
-        command += ["--truth", str(args.source / "nasbench201_accuracy.csv"), "--settings", args.settings]
+        command += ["--truth", str(args.source / "nasbench201_accuracy.csv"), "--settings", *args.settings]
         command += ["--sample", str(args.sample), "--resamples", str(args.resamples), "--output", str(folder)]
         command += ["--training-free"] * args.training_free
         command += ["--resume"] * folder.exists()
@@ -207,11 +207,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="DIR", help="with the two archives and the accuracies")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--config", default="nasbench201_cifar10_small", help="of the supernet (default: %(default)s)")
+    parser.add_argument(
+        "--config", default="nasbench201_cifar10_reduced", help="of the supernet (default: %(default)s)"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="on top of it"
     )
-    parser.add_argument("--settings", default="paper_tables", help="of genas correlate (default: %(default)s)")
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        help="of genas correlate (default: paper_tables, and estimators with the training-free scores)",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="a supernet each (default: 0 1)")
     parser.add_argument("--sample", type=int, default=500, help="architectures (default: %(default)s)")
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (default: %(default)s)")
@@ -222,6 +228,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.jobs < 1 or len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--jobs must be at least 1 and the seeds must differ, got {args.jobs} and {args.seeds}")
+    args.settings = args.settings or ["paper_tables", *["estimators"] * args.training_free]
     return args
 
 

@@ -114,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
         help="a CSV with the columns arch and that of the data set, a NATS-Bench archive, or: nni",
     )
     correlate.add_argument("--dataset", default="cifar10", help="cifar10 (default), cifar100 or imagenet16_120")
-    correlate.add_argument("--settings", default="paper_tables", metavar="FILE", help="YAML; default: %(default)s")
+    correlate.add_argument(
+        "--settings", nargs="+", default=["paper_tables"], metavar="FILE", help="YAML; default: paper_tables"
+    )
     correlate.add_argument("--sample", type=int, metavar="N", help="so many architectures; default: all 15,625")
     correlate.add_argument("--training-free", action="store_true", help="also NASWOT, SynFlow and ZiCo")
     correlate.add_argument("--seed", type=int, default=0, help="of the sample and the bootstrap; default: %(default)s")
@@ -315,7 +317,7 @@ def _correlate(options: argparse.Namespace) -> int:
         raise ValueError("Name either --run, the folder of a search, or --config, to train first.")
     # All that can be wrong is found before anything takes long.
     truth = read_truth(options.truth, options.dataset)
-    settings, sums = correlate.load_settings(options.settings)
+    settings, sums = correlate.load_settings(*options.settings)
     correlate.check_sums(sums, settings, options.training_free)
     architectures = correlate.choose(truth, options.sample, options.seed)
     folder = Path(options.output)

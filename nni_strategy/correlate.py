@@ -36,14 +36,30 @@ MEASUREMENTS_FILE = "measurements.jsonl"
 _RESERVED = {"architecture", "truth", "parameters", "live FLOPs", *TRAINING_FREE, *ON_SUPERNET}
 
 
-def load_settings(name_or_path: str | Path) -> tuple[list[Setting], list[RankSum]]:
-    """Read settings from a YAML file: a list, each with a ``name`` and the fields of ``CombinedScore``.
+def load_settings(*names_or_paths: str | Path) -> tuple[list[Setting], list[RankSum]]:
+    """Read settings from YAML files: lists, each item with a ``name`` and the fields of ``CombinedScore``.
 
     One with ``rank_sum``, a list of columns, adds their ranks instead, and one with ``log_rank_sum`` their logarithms.
+    ``images`` and ``recalibration_images`` are those of :class:`genas_plugins.correlation.Setting`. What several files
+    say alike is measured once.
 
     Raises:
         ConfigError: There is no such file, or it says something that cannot be measured.
     """
+    items: dict[str, Setting | RankSum] = {}
+    for name in names_or_paths:
+        for item in _read(name):
+            if items.setdefault(item.name, item) != item:
+                raise config.ConfigError(f"{name} says {item.name!r} otherwise than the files before it.")
+    if taken := sorted(_RESERVED.intersection(items)):
+        raise config.ConfigError(f"The table itself has columns of the name {', '.join(taken)}.")
+    settings = [item for item in items.values() if isinstance(item, Setting)]
+    if not settings:
+        raise config.ConfigError("The settings have nothing to measure: only sums of ranks.")
+    return settings, [item for item in items.values() if isinstance(item, RankSum)]
+
+
+def _read(name_or_path: str | Path) -> list[Setting | RankSum]:
     known = packaged_configs("correlate")
     path = Path(name_or_path) if Path(name_or_path).is_file() else known.get(str(name_or_path))
     if path is None:
@@ -56,14 +72,9 @@ def load_settings(name_or_path: str | Path) -> tuple[list[Setting], list[RankSum
         raise config.ConfigError(f"{path.name} must hold a list of settings, got {type(data).__name__}.")
     items = [_setting(item, f"{path.name}, number {number}") for number, item in enumerate(data, 1)]
     names = [item.name for item in items]
-    if taken := sorted(_RESERVED.intersection(names)):
-        raise config.ConfigError(f"{path.name}: the table itself has columns of the name {', '.join(taken)}.")
     if twice := {name for name in names if names.count(name) > 1}:
         raise config.ConfigError(f"{path.name} has several settings of the name {', '.join(sorted(twice))}.")
-    settings = [item for item in items if isinstance(item, Setting)]
-    if not settings:
-        raise config.ConfigError(f"{path.name} has nothing to measure: only sums of ranks.")
-    return settings, [item for item in items if isinstance(item, RankSum)]
+    return items
 
 
 def check_sums(sums: Sequence[RankSum], settings: Sequence[Setting], training_free: bool) -> None:

@@ -22,7 +22,7 @@ from genas_plugins.scoring import CombinedScore
 from genas_plugins.scoring.training_free import synflow
 from genas_plugins.spaces import NasBench201Architecture, NasBench201SearchSpace
 from nni_strategy import config
-from nni_strategy.correlate import choose, load_settings, measure_all
+from nni_strategy.correlate import check_sums, choose, load_settings, measure_all
 from nni_strategy.report import remarks, write_report
 from nni_strategy.run import Found, Outcome, run_experiment
 from nni_strategy.trained import TrainedSupernet
@@ -228,6 +228,17 @@ def test_the_shipped_settings_are_those_of_the_papers_tables() -> None:
     assert settings["angle + flatness"].gamma == 16 and settings["accuracy + flatness"].gamma == 32
 
 
+def test_settings_of_several_files_are_put_together(tmp_path: Path) -> None:
+    settings, sums = load_settings("paper_tables", "estimators")
+    first, second = load_settings("paper_tables"), load_settings("estimators")
+    assert {item.name for item in settings} == {item.name for item in (*first[0], *second[0])}
+    assert len(settings) < len(first[0]) + len(second[0]) and len(sums) == len(first[1]) + len(second[1])
+    check_sums(sums, settings, training_free=True)
+    (tmp_path / "other.yaml").write_text("- {name: flatness, metric: flatness, sigmas: [0.1, 0.2]}\n")
+    with pytest.raises(config.ConfigError, match=r"other\.yaml says 'flatness' otherwise than the files before it"):
+        load_settings("paper_tables", tmp_path / "other.yaml")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -241,8 +252,8 @@ def test_the_shipped_settings_are_those_of_the_papers_tables() -> None:
         ("- {name: a, draws: many}", "draws must be a whole number, got 'many'"),
         ("- {name: a, rank_sum: [b]}", "a sum has a name and, as rank_sum, a list of two or more columns"),
         ("- {name: a, log_rank_sum: b}", "a sum has a name and, as log_rank_sum, a list of two or more columns"),
-        ("- {name: a, rank_sum: [b, c]}", "has nothing to measure: only sums of ranks"),
-        ("- {name: truth}", "the table itself has columns of the name truth"),
+        ("- {name: a, rank_sum: [b, c]}", "have nothing to measure: only sums of ranks"),
+        ("- {name: truth}", "The table itself has columns of the name truth"),
         ("- {name: a}\n- {name: a}", "several settings of the name a"),
         ("- {name: a, sigmas: [0.2, 0.1]}", "strictly increasing"),
         ("a: [", "is not a YAML file"),
@@ -257,7 +268,7 @@ def test_settings_that_cannot_be_measured_are_refused(text: str, message: str, t
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"--settings": "nowhere"}, "There are no settings 'nowhere'; the package has: paper_tables"),
+        ({"--settings": "nowhere"}, "There are no settings 'nowhere'; the package has: estimators, paper_tables"),
         ({"--sample": "20000"}, "The sample must have 3 to 15625 architectures, got 20000"),
         ({"--dataset": "cifar100"}, "cifar100"),
         ({"--config": "quickstart_digits"}, "Name either --run"),
