@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genas_plugins.scoring import Accuracy, CombinedScore, Flatness, flatness_from_losses
+from genas_plugins.scoring import Accuracy, CombinedScore, Flatness, MeasurementError, flatness_from_losses
 from genas_plugins.scoring.batchnorm import evaluation_mode, preserve_batchnorm, recalibrate_batchnorm
-from genas_plugins.scoring.flatness import MeasurementError, perturbed_losses
+from genas_plugins.scoring.flatness import perturbed_losses
 from genas_plugins.scoring.inference import InferenceNetwork
 from genas_plugins.scoring.noise import CommonNoise
 
@@ -251,18 +251,23 @@ def _losses(
     common: CommonNoise | None,
     parameters: Collection[str] | None,
 ) -> list[list[float | None]]:
-    draws = perturbed_losses(
-        model,
-        batches,
-        score.sigmas,
-        score.noise,
-        score.where,
-        torch.Generator(next(model.parameters()).device).manual_seed(seed),
-        relative=score.relative,
-        draws=score.draws,
-        common=common if score.common else None,
-        parameters=parameters,
-    )
+    try:
+        draws = perturbed_losses(
+            model,
+            batches,
+            score.sigmas,
+            score.noise,
+            score.where,
+            torch.Generator(next(model.parameters()).device).manual_seed(seed),
+            relative=score.relative,
+            draws=score.draws,
+            common=common if score.common else None,
+            parameters=parameters,
+            hessian_directions=score.hessian_directions,
+        )
+    except MeasurementError:
+        # The directions of the noise are not finite: no loss was measured.
+        return [[None] * len(score.sigmas)] * score.draws
     return [[loss if math.isfinite(loss) else None for loss in losses] for losses in draws]
 
 
@@ -277,4 +282,6 @@ def _noise_key(score: CombinedScore) -> str:
     # Every digit: settings with the same key share their losses.
     sigmas = " ".join(map(repr, score.sigmas))
     switches = "".join(f", {name}" for name in ("relative", "common") if getattr(score, name))
-    return f"{score.noise}, {score.where}, {sigmas}{switches}"
+    count = score.hessian_directions
+    directions = "" if score.noise != "hessian" else f" {count} direction{'s' if count > 1 else ''}"
+    return f"{score.noise}{directions}, {score.where}, {sigmas}{switches}"

@@ -116,6 +116,7 @@ class Score:
     relative: bool = False
     draws: int = 1
     common: bool = False
+    hessian_directions: int = 1
     recalibration_images: int = 850
     recalibration_batch_size: int = 64
     recalibration_momentum: float | None = None

@@ -42,11 +42,12 @@ class CombinedEvaluator(Evaluator):
         alpha: Weight of the depth term.
         gamma: Weight of flatness in a combination.
         gamma_accuracy: Weight of accuracy in ``"angle+accuracy"``.
-        noise: ``"cumulative"``, ``"independent"``, ``"shared"`` or ``"random_walk"``.
+        noise: ``"cumulative"``, ``"independent"``, ``"shared"``, ``"random_walk"`` or ``"hessian"``.
         where: ``"all"`` or ``"cells"``.
         relative: Sigmas are fractions of each tensor's root mean square.
         draws: How often the noise is drawn; the losses are averaged.
         common: The same noise for all candidates on what they share.
+        hessian_directions: Number of eigenvectors that the noise ``"hessian"`` is along.
         recalibration_momentum: Of the running average.
         data: With a checkpoint: keyword arguments of
             :func:`genas_plugins.datasets.load_search_data`. With a run folder, the run's data is used.
@@ -77,6 +78,7 @@ class CombinedEvaluator(Evaluator):
         relative: bool | None = None,
         draws: int | None = None,
         common: bool | None = None,
+        hessian_directions: int | None = None,
         recalibration_momentum: float | None = None,
         data: Mapping[str, Any] | None = None,
         space: ModelSpace | None = None,
@@ -97,6 +99,7 @@ class CombinedEvaluator(Evaluator):
             "relative": relative,
             "draws": draws,
             "common": common,
+            "hessian_directions": hessian_directions,
             "momentum": recalibration_momentum,
         }
         self.settings = {name: value for name, value in settings.items() if value is not None}

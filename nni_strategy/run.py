@@ -271,6 +271,7 @@ def _score_arguments(score: config.Score) -> dict[str, Any]:
         "relative",
         "draws",
         "common",
+        "hessian_directions",
         "recalibration_momentum",
     )
     return {name: getattr(score, name) for name in names}

@@ -45,11 +45,12 @@ class GeNAS(RandomOneShot):
         alpha: Weight of the depth term of Eq. 4.
         gamma: Weight of flatness in a combination (Eq. 5).
         gamma_accuracy: Weight of accuracy in ``"angle+accuracy"``.
-        noise: ``"cumulative"``, ``"independent"``, ``"shared"`` or ``"random_walk"``.
+        noise: ``"cumulative"``, ``"independent"``, ``"shared"``, ``"random_walk"`` or ``"hessian"``.
         where: Perturb ``"all"`` parameters or those of the ``"cells"``.
         relative: Sigmas are fractions of each tensor's root mean square.
         draws: How often the noise is drawn; the losses are averaged.
         common: The same noise for all candidates on what they share.
+        hessian_directions: Number of eigenvectors that the noise ``"hessian"`` is along.
         recalibration_images: Training images for the statistics of batch normalisation; 0 keeps the
             supernet's.
         recalibration_momentum: ``None`` for the cumulative average, 0.1 for the official code's behaviour.
@@ -86,6 +87,7 @@ class GeNAS(RandomOneShot):
         relative: bool = False,
         draws: int = 1,
         common: bool = False,
+        hessian_directions: int = 1,
         recalibration_images: int = 850,
         recalibration_momentum: float | None = None,
         validation_images: int | None = None,
@@ -115,6 +117,7 @@ class GeNAS(RandomOneShot):
             relative=relative,
             draws=draws,
             common=common,
+            hessian_directions=hessian_directions,
             momentum=recalibration_momentum,
         )
         for name, count in (

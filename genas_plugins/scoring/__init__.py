@@ -4,13 +4,9 @@ from genas_plugins.scoring.accuracy import Accuracy, accuracy
 from genas_plugins.scoring.angle import angle, parameter_angle
 from genas_plugins.scoring.batchnorm import recalibrate_batchnorm
 from genas_plugins.scoring.combined import METRICS, CombinedScore, Measurement
-from genas_plugins.scoring.flatness import (
-    Flatness,
-    MeasurementError,
-    flatness,
-    flatness_from_losses,
-    mean_loss,
-)
+from genas_plugins.scoring.errors import MeasurementError
+from genas_plugins.scoring.flatness import Flatness, flatness, flatness_from_losses, mean_loss
+from genas_plugins.scoring.hessian import Eigenpairs, top_eigenvectors
 from genas_plugins.scoring.noise import CommonNoise
 
 __all__ = [
@@ -18,6 +14,7 @@ __all__ = [
     "Accuracy",
     "CombinedScore",
     "CommonNoise",
+    "Eigenpairs",
     "Flatness",
     "Measurement",
     "MeasurementError",
@@ -28,4 +25,5 @@ __all__ = [
     "mean_loss",
     "parameter_angle",
     "recalibrate_batchnorm",
+    "top_eigenvectors",
 ]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from genas_plugins.scoring.accuracy import Accuracy, accuracy
 from genas_plugins.scoring.batchnorm import recalibrate_batchnorm
-from genas_plugins.scoring.flatness import Flatness, MeasurementError, Where, check_sigmas, flatness
-from genas_plugins.scoring.noise import CommonNoise, Noise
+from genas_plugins.scoring.errors import MeasurementError
+from genas_plugins.scoring.flatness import Flatness, Where, check_sigmas, flatness
+from genas_plugins.scoring.noise import CommonNoise, Noise, check_noise
 
 __all__ = ["METRICS", "CombinedScore", "Measurement"]
 
@@ -81,10 +82,12 @@ class CombinedScore:
         draws: See :func:`genas_plugins.scoring.flatness`.
         common: The same noise for all candidates on what they share, see
             :class:`genas_plugins.scoring.noise.CommonNoise`; it lowers the noise of comparisons.
+        hessian_directions: See :func:`genas_plugins.scoring.flatness`.
         momentum: Of the recalibration; ``None`` for the cumulative average, 0.1 for the official code's.
 
     Raises:
-        ValueError: An unknown metric or mode, sigmas that do not increase, a negative weight, or no draw.
+        ValueError: An unknown metric or mode, sigmas that do not increase, a negative weight, no draw or direction, or
+            noise along eigenvectors that is to be common.
     """
 
     metric: str = "flatness"
@@ -97,15 +100,16 @@ class CombinedScore:
     relative: bool = False
     draws: int = 1
     common: bool = False
+    hessian_directions: int = 1
     momentum: float | None = None
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise ValueError(f"Unknown metric {self.metric!r}; valid metrics: {', '.join(METRICS)}.")
         object.__setattr__(self, "sigmas", check_sigmas(self.sigmas))
-        for name, kind in (("noise", Noise), ("where", Where)):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"Unknown {name} {getattr(self, name)!r}; valid choices: {', '.join(get_args(kind))}.")
+        check_noise(self.noise, self.common, self.hessian_directions)
+        if self.where not in get_args(Where):
+            raise ValueError(f"Unknown where {self.where!r}; valid choices: {', '.join(get_args(Where))}.")
         for name in ("alpha", "gamma", "gamma_accuracy"):
             if not getattr(self, name) >= 0.0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
@@ -168,6 +172,7 @@ class CombinedScore:
                 draws=self.draws,
                 common=common if self.common else None,
                 parameters=parameters,
+                hessian_directions=self.hessian_directions,
             )
         return self.combine(flat, angle() if "angle" in self.metrics and angle is not None else None, top)
 

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from genas_plugins.scoring.batchnorm import evaluation_mode
+from genas_plugins.scoring.errors import MeasurementError
+from genas_plugins.scoring.hessian import noise_directions
 from genas_plugins.scoring.inference import InferenceNetwork
-from genas_plugins.scoring.noise import CommonNoise, Noise, perturbations
+from genas_plugins.scoring.noise import CommonNoise, Noise, check_noise, perturbations
 
 __all__ = [
     "Flatness",
@@ -34,10 +36,6 @@ __all__ = [
 
 Where = Literal["all", "cells"]
 _EPSILON = 1e-5
-
-
-class MeasurementError(ArithmeticError):
-    """A measurement gave no finite number; the search records such a candidate as failed and goes on."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +119,7 @@ def flatness(
     draws: int = 1,
     common: CommonNoise | None = None,
     parameters: Collection[str] | None = None,
+    hessian_directions: int = 1,
 ) -> Flatness:
     """Measure Eq. 4 of GeNAS on a network whose batch normalisation is calibrated.
 
@@ -137,22 +136,30 @@ def flatness(
             theta_i + N(0, s_{i+1} - s_i)``, standard deviations. ``"independent"`` (the formula as printed):
             ``theta + N(0, s_i)``, a new draw for each sigma. ``"shared"``: one draw, scaled by each sigma.
             ``"random_walk"``: as the first with steps of ``sqrt(s_{i+1}^2 - s_i^2)``, which make the noise as large
-            as sigma says.
+            as sigma says. ``"hessian"``: ``theta + s_i * sum_j z_j v_j`` with one draw of ``z_j ~ N(0, 1)`` for all
+            sigmas, Gaussian noise in the span of the eigenvectors ``v_j`` of the Hessian with the largest absolute
+            eigenvalues. The Hessian is that of the mean cross-entropy of the first 256 images with respect to all
+            perturbed parameters together, over which the eigenvectors have length 1 (Table 7; see
+            :func:`genas_plugins.scoring.hessian.top_eigenvectors`).
         where: ``"all"`` parameters, or only those of the ``"cells"`` (Table 7), which spares stem and
             classifier.
         generator: Source of the noise, on any device. ``None`` is a generator with seed 0.
         parameters: Names to perturb; ``None`` for all. For a supernet that runs with one path fixed: the
             names on that path.
         relative: Sigmas are fractions of each tensor's root mean square, as in the directions of Li et al.
-            (NeurIPS 2018), there for each filter. A tensor of zeros gets no noise.
+            (NeurIPS 2018), there for each filter. A tensor of zeros gets no noise. Along eigenvectors they are
+            fractions of the norm of all perturbed parameters together, ``theta + s_i * |theta| * sum_j z_j v_j /
+            sqrt(k)``, which makes that noise as long as this one.
         draws: How often the noise is drawn; Eq. 4 is computed from the mean losses. Draw number ``d`` has the seed of
-            ``generator`` plus ``d``.
+            ``generator`` plus ``d``. Eigenvectors are the same for all draws.
         common: Noise that all candidates share, in place of ``generator``.
+        hessian_directions: Number of eigenvectors ``k`` of the noise ``"hessian"``.
 
     Raises:
         ValueError: Wrong sigmas or alpha, an unknown noise mode or ``where``, names that do not exist, no
-            parameter left to perturb, fewer draws than one, or no batches.
-        MeasurementError: A loss is not finite.
+            parameter left to perturb, fewer draws or directions than one, common noise along eigenvectors, or no
+            batches.
+        MeasurementError: A loss, or the Hessian, is not finite.
     """
     losses = perturbed_losses(
         model,
@@ -165,6 +172,7 @@ def flatness(
         draws=draws,
         common=common,
         parameters=parameters,
+        hessian_directions=hessian_directions,
     )
     return flatness_from_losses([sum(column) / draws for column in zip(*losses, strict=True)], sigmas, alpha)
 
@@ -181,6 +189,7 @@ def perturbed_losses(
     draws: int = 1,
     common: CommonNoise | None = None,
     parameters: Collection[str] | None = None,
+    hessian_directions: int = 1,
 ) -> list[list[float]]:
     """What :func:`flatness` is computed from: for each draw of the noise the mean loss in nats at each sigma.
 
@@ -189,12 +198,18 @@ def perturbed_losses(
     sigmas = check_sigmas(sigmas)
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}.")
+    check_noise(noise, common is not None, hessian_directions)
     names = _perturbed_names(model, where, parameters)
+    directions: Sequence[dict[str, Tensor]] = ()
+    if noise == "hessian":
+        directions = noise_directions(model, batches, names, hessian_directions, generator)
     network = InferenceNetwork.of(model)
     losses = [
         _perturbed_loss(network or model, noisy, batches)
         for draw in range(draws)
-        for noisy in perturbations(model, names, sigmas, noise, generator, relative, draw=draw, common=common)
+        for noisy in perturbations(
+            model, names, sigmas, noise, generator, relative, draw=draw, common=common, directions=directions
+        )
     ]
     return torch.stack(losses).view(draws, -1).tolist()
 

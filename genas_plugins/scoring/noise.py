@@ -1,19 +1,19 @@
-"""Gaussian noise on weights: how it grows with sigma, what it is measured in, and who shares it."""
+"""Gaussian noise on weights: how it grows with sigma, where it points, what it is measured in, and who shares it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CommonNoise", "Noise", "perturbations"]
+__all__ = ["CommonNoise", "Noise", "check_noise", "perturbations"]
 
-Noise = Literal["cumulative", "independent", "shared", "random_walk"]
+Noise = Literal["cumulative", "independent", "shared", "random_walk", "hessian"]
 
 
 class CommonNoise:
@@ -59,6 +59,28 @@ class CommonNoise:
         return drawn
 
 
+def check_noise(noise: str, common: bool, hessian_directions: int) -> None:
+    """Refuse noise that there is not.
+
+    Args:
+        noise: The mode.
+        common: Whether candidates are to have it in common.
+        hessian_directions: Of the mode ``"hessian"``.
+
+    Raises:
+        ValueError: An unknown mode, common noise along eigenvectors, or fewer directions than one.
+    """
+    if noise not in get_args(Noise):
+        raise ValueError(f"Unknown noise {noise!r}; valid choices: {', '.join(get_args(Noise))}.")
+    if noise == "hessian" and common:
+        raise ValueError(
+            "The noise 'hessian' cannot be common: it is along eigenvectors that each candidate has for itself. "
+            "Set common to false, or take another noise."
+        )
+    if hessian_directions < 1:
+        raise ValueError(f"hessian_directions must be at least 1, got {hessian_directions}.")
+
+
 def perturbations(
     model: nn.Module,
     names: Collection[str],
@@ -69,6 +91,7 @@ def perturbations(
     *,
     draw: int = 0,
     common: CommonNoise | None = None,
+    directions: Sequence[Mapping[str, Tensor]] = (),
 ) -> Iterator[dict[str, Tensor]]:
     """For each sigma, yield noisy copies of the named parameters, as :func:`torch.func.functional_call` takes them.
 
@@ -82,12 +105,15 @@ def perturbations(
         draw: Number of the draw: the first comes from ``generator`` as it stands, number ``d`` from a new generator
             whose seed is that of ``generator`` plus ``d``.
         common: Source of the noise in place of ``generator``.
+        directions: Of the noise ``"hessian"``: orthogonal unit vectors, by the names of the parameters.
 
     Raises:
-        ValueError: An unknown noise mode, or a parameter that is not the supernet's of ``common``.
+        ValueError: See :func:`check_noise`; the noise ``"hessian"`` without directions, or a parameter that is not
+            the supernet's of ``common``.
     """
-    if noise not in get_args(Noise):
-        raise ValueError(f"Unknown noise {noise!r}; valid modes: {', '.join(get_args(Noise))}.")
+    check_noise(noise, common is not None, 1)
+    if noise == "hessian" and not directions:
+        raise ValueError("The noise 'hessian' needs directions; pass those of top_eigenvectors as directions=.")
     chosen = set(names)
     parameters = {name: parameter for name, parameter in model.named_parameters() if name in chosen}
     tensors = {name: parameter.detach() for name, parameter in parameters.items()}
@@ -102,6 +128,11 @@ def perturbations(
         return pieces if scales is None else list(torch._foreach_mul(pieces, scales))
 
     fixed = normals(0) if noise == "shared" else None
+    if noise == "hessian":
+        fixed = _along([[direction[name] for name in tensors] for direction in directions], generator)
+        if relative:
+            whole = torch.stack(torch._foreach_norm(list(tensors.values()))).norm()
+            fixed = list(torch._foreach_mul(fixed, whole / math.sqrt(len(directions))))
     previous = 0.0
     noisy = tensors
     for step, sigma in enumerate(sigmas):
@@ -122,6 +153,15 @@ def _draw(tensors: dict[str, Tensor], generator: torch.Generator) -> list[Tensor
     flat = torch.randn(sum(sizes), generator=generator, device=generator.device, dtype=first.dtype)
     pieces = flat.to(first.device).split(sizes)
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors.values(), strict=True)]
+
+
+def _along(directions: list[list[Tensor]], generator: torch.Generator) -> list[Tensor]:
+    first = directions[0][0]
+    drawn = torch.randn(len(directions), generator=generator, device=generator.device, dtype=first.dtype)
+    total = [torch.zeros_like(piece) for piece in directions[0]]
+    for number, direction in zip(drawn.tolist(), directions, strict=True):
+        total = list(torch._foreach_add(total, direction, alpha=number))
+    return total
 
 
 def _add(tensors: dict[str, Tensor], draw: list[Tensor], scale: float) -> dict[str, Tensor]:
