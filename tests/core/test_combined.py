@@ -139,6 +139,18 @@ def test_common_noise_is_that_of_the_supernet_and_not_of_the_generator(parts):
         score(subnet, valid)
 
 
+def test_noise_along_eigenvectors_is_that_of_the_generator(parts):
+    net, genotype, _, valid = parts
+    subnet = net.subnet(genotype)
+    score = CombinedScore(sigmas=SIGMAS, noise="hessian", hessian_directions=2, draws=2)
+    result = score(subnet, valid, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    assert result.flatness == flatness(
+        subnet, valid, SIGMAS, noise="hessian", generator=generator, draws=2, hessian_directions=2
+    )
+    assert result.flatness != flatness(subnet, valid, SIGMAS, noise="hessian", generator=generator, draws=2)
+
+
 def test_a_score_that_is_not_finite_is_a_measurement_error():
     with pytest.raises(MeasurementError, match="angle nan"):
         CombinedScore(metric="angle").combine(angle=math.nan)
@@ -156,6 +168,8 @@ def test_a_missing_angle_is_refused(parts):
         ({"sigmas": (2e-3,)}, "at least two positive"),
         ({"noise": "gauss"}, "Unknown noise 'gauss'; valid choices: cumulative"),
         ({"where": "stem"}, "Unknown where 'stem'; valid choices: all, cells"),
+        ({"noise": "hessian", "common": True}, "'hessian' cannot be common"),
+        ({"hessian_directions": 0}, "hessian_directions must be at least 1, got 0"),
         ({"draws": 0}, "draws must be at least 1, got 0"),
         ({"alpha": -1.0}, "alpha must be at least 0"),
         ({"gamma": math.nan}, "gamma must be at least 0"),

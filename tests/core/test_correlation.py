@@ -112,6 +112,25 @@ def test_common_and_relative_noise_are_measured_as_by_themselves(model: nn.Modul
         measure_raw(model, chosen, batches(1))
 
 
+def test_noise_along_eigenvectors_is_measured_as_by_itself(model: nn.Module) -> None:
+    chosen = [
+        setting("one", noise="hessian"),
+        setting("two", noise="hessian", hessian_directions=2),
+        setting("relative", noise="hessian", relative=True),
+        setting("draws", noise="hessian", draws=2, alpha=0.5),
+    ]
+    raw = measure_raw(model, chosen, batches(1), seed=7)
+    assert list(raw["statistics"]["cumulative"]["losses"]) == [
+        "hessian 1 direction, all, 0.01 0.05 0.1",
+        "hessian 2 directions, all, 0.01 0.05 0.1",
+        "hessian 1 direction, all, 0.01 0.05 0.1, relative",
+    ]
+    for one in chosen:
+        alone = one.score(model, batches(1), generator=torch.Generator().manual_seed(7))
+        assert evaluate(one, raw) == pytest.approx(alone.score, rel=1e-12)
+    assert len({evaluate(one, raw) for one in chosen}) == 4
+
+
 def test_columns_have_the_loss_and_the_terms(model: nn.Module) -> None:
     chosen = [setting("flat"), setting("top", metric="accuracy")]
     raws = []
@@ -155,7 +174,11 @@ def test_numbers_of_images_of_a_settings_own(model: nn.Module) -> None:
 def test_what_is_not_finite_has_no_score(model: nn.Module) -> None:
     with torch.no_grad():
         model[0].weight[0, 0, 0, 0] = math.inf
-    chosen = [setting("flat"), setting("both", metric="accuracy+flatness")]
+    chosen = [
+        setting("flat"),
+        setting("both", metric="accuracy+flatness"),
+        setting("bent", noise="hessian", draws=2),
+    ]
     raw = measure_raw(model, chosen, batches(1))
     assert raw["statistics"]["cumulative"]["loss"] is None
     assert all(math.isnan(evaluate(one, raw)) for one in chosen)

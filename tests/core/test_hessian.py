@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 import math
 import random
@@ -160,7 +161,8 @@ def test_a_parameter_without_say_has_no_part_in_it() -> None:
     model.forward = forward.forward
     found = top_eigenvectors(model, batches())
     assert found.values == pytest.approx(top_eigenvectors(tiny(), batches()).values, rel=1e-5)
-    assert all(not tensor.any() for name, tensor in found.vectors[0].items() if name.startswith("unused"))
+    # What the search started with there has gone, as far as the tolerance says.
+    assert max(float(t.abs().max()) for name, t in found.vectors[0].items() if name.startswith("unused")) < 1e-3
     assert top_eigenvectors(model, batches(), ["unused.weight"]).values == (0.0,)
 
 
@@ -267,15 +269,18 @@ SUPERNETS = {
 }
 
 
-@pytest.mark.parametrize("space", list(SUPERNETS))
-@pytest.mark.parametrize("relative", [False, True])
-@pytest.mark.parametrize("where", ["all", "cells"])
-def test_losses_of_a_subnet_by_hand(space: str, relative: bool, where: str) -> None:
+def subnet(space: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = SUPERNETS[space]().double()
-    data = batches()
-    recalibrate_batchnorm(model, data)
+    recalibrate_batchnorm(model, batches())
+    return model
+
+
+@pytest.mark.parametrize("space", list(SUPERNETS))
+@pytest.mark.parametrize(("relative", "where"), [(False, "all"), (True, "cells")])
+def test_losses_of_a_subnet_by_hand(space: str, relative: bool, where: str) -> None:
+    model, data = subnet(space), batches()
     names = [name for name, _ in model.named_parameters() if where == "all" or name.startswith("cells.")]
     directions = list(noise_directions(model, data, names, 2, torch.Generator().manual_seed(5)))
     steps = torch.randn(2, generator=torch.Generator().manual_seed(5), dtype=torch.float64).tolist()
@@ -293,11 +298,24 @@ def test_losses_of_a_subnet_by_hand(space: str, relative: bool, where: str) -> N
     )
     assert result.losses == pytest.approx(expected, rel=1e-10)
     assert len({round(loss, 9) for loss in expected}) == 3
-    # The loss bends there as the eigenvalue says: a difference of losses on both sides.
-    found = top_eigenvectors(model, data, names, tolerance=1e-6)
-    step = 1e-4
-    around = [mean_loss(moved(model, [found.vectors[0]], [s]), data) for s in (-step, 0.0, step)]
-    assert (around[0] - 2 * around[1] + around[2]) / step**2 == pytest.approx(found.values[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("space", list(SUPERNETS))
+def test_eigenvectors_of_a_subnet_by_another_product(space: str) -> None:
+    model = subnet(space)
+    data = batches(sizes=(4, 3))
+    found = top_eigenvectors(model, data, tolerance=1e-3)
+    names = [name for name, _ in model.named_parameters()]
+    images, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
+
+    def loss(*weights: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(model.eval(), dict(zip(names, weights, strict=True)), (images,)), labels)
+
+    weights, vector = tuple(p.detach() for p in model.parameters()), tuple(found.vectors[0].values())
+    _, image = torch.autograd.functional.hvp(loss, weights, vector)
+    residual = sum(float((a - found.values[0] * b).square().sum()) for a, b in zip(image, vector, strict=True)) ** 0.5
+    assert residual == pytest.approx(found.residuals[0], rel=1e-4)
+    assert 0.0 < residual <= 1e-3 * abs(found.values[0])
 
 
 def test_each_draw_has_steps_of_its_own_along_the_same_eigenvectors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +331,8 @@ def test_each_draw_has_steps_of_its_own_along_the_same_eigenvectors(monkeypatch:
     ]
     calls = []
     monkeypatch.setattr(
-        "genas_plugins.scoring.flatness.noise_directions",
+        importlib.import_module("genas_plugins.scoring.flatness"),
+        "noise_directions",
         lambda *arguments: calls.append(arguments) or noise_directions(*arguments),
     )
     losses = perturbed_losses(
@@ -324,9 +343,9 @@ def test_each_draw_has_steps_of_its_own_along_the_same_eigenvectors(monkeypatch:
 
 
 def test_steps_are_normal_numbers_and_relative_ones_as_long_as_isotropic_noise() -> None:
-    model = nn.ParameterDict({"a": torch.full((40, 100), 3.0), "b": torch.linspace(-1, 1, 5000)})
-    basis = torch.linalg.qr(torch.randn(9000, 3, generator=torch.Generator().manual_seed(0)))[0].T
-    directions = [{"a": row[:4000].view(40, 100), "b": row[4000:]} for row in basis]
+    model = nn.ParameterDict({"a": torch.full((4, 100), 3.0), "b": torch.linspace(-1, 1, 500)})
+    basis = torch.linalg.qr(torch.randn(900, 3, generator=torch.Generator().manual_seed(0)))[0].T
+    directions = [{"a": row[:400].view(4, 100), "b": row[400:]} for row in basis]
 
     def noise(mode: str, relative: bool, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -334,15 +353,15 @@ def test_steps_are_normal_numbers_and_relative_ones_as_long_as_isotropic_noise()
         last = list(perturbations(model, ["a", "b"], SIGMAS, mode, generator, relative, directions=chosen))[-1]
         return torch.cat([(last[name] - model[name]).flatten() for name in ("a", "b")]).detach()
 
-    plain = torch.stack([basis @ noise("hessian", False, seed) for seed in range(2000)])
-    # Five standard errors of 2,000 draws.
-    assert torch.cov(plain.T) / 0.06**2 == pytest.approx(np.eye(3), abs=5 * math.sqrt(2 / 2000))
-    assert plain.mean(0) / 0.06 == pytest.approx(np.zeros(3), abs=5 / math.sqrt(2000))
-    squares = torch.stack([noise("hessian", True, seed).square().sum() for seed in range(2000)])
+    plain = torch.stack([basis @ noise("hessian", False, seed) for seed in range(500)])
+    # Five standard errors of 500 draws.
+    assert torch.cov(plain.T) / 0.06**2 == pytest.approx(np.eye(3), abs=5 * math.sqrt(2 / 500))
+    assert plain.mean(0) / 0.06 == pytest.approx(np.zeros(3), abs=5 / math.sqrt(500))
+    squares = torch.stack([noise("hessian", True, seed).square().sum() for seed in range(500)])
     isotropic = float(noise("shared", True, 0).square().sum())
     assert isotropic == pytest.approx(0.06**2 * norm_of(model, ["a", "b"]) ** 2, rel=0.1)
     # A third of a chi-square variable of three degrees has variance 2/3.
-    assert float(squares.mean()) == pytest.approx(isotropic, rel=0.1 + 5 * math.sqrt(2 / 3 / 2000))
+    assert float(squares.mean()) == pytest.approx(isotropic, rel=0.1 + 5 * math.sqrt(2 / 3 / 500))
 
 
 def test_the_first_images_alone_give_the_directions() -> None:
@@ -363,8 +382,8 @@ def test_the_first_images_alone_give_the_directions() -> None:
     [
         ({"names": ["nothing.weight"]}, "no parameters named nothing.weight"),
         ({"names": []}, "at least one parameter, got no names"),
-        ({"count": 0}, "count must be 1 to 205, the number of weights, got 0"),
-        ({"count": 206}, "count must be 1 to 205, the number of weights, got 206"),
+        ({"count": 0}, "count must be 1 to 199, the number of weights, got 0"),
+        ({"count": 200}, "count must be 1 to 199, the number of weights, got 200"),
         ({"tolerance": 0.0}, "tolerance must be between 0 and 1"),
         ({"tolerance": math.nan}, "tolerance must be between 0 and 1"),
         ({"max_iterations": 0}, "max_iterations must be at least 1, got 0"),

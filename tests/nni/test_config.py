@@ -204,6 +204,8 @@ def section(name: str, /, **values: Any) -> dict[str, Any]:
         (section("score", sigmas=[0.2, 0.1]), ["score: sigmas must be", "strictly increasing", "[0.2, 0.1]"]),
         (section("score", sigmas=[0.1]), ["at least two"]),
         (section("score", metric="sharpness"), ["score: Unknown metric 'sharpness'", "angle+flatness"]),
+        (section("score", noise="hessian", common=True), ["score", "'hessian' cannot be common"]),
+        (section("score", hessian_directions=0), ["hessian_directions must be at least 1, got 0"]),
         (section("score", noise="none"), ["Unknown noise 'none'", "cumulative, independent, shared"]),
         (section("score", where="stem"), ["Unknown where 'stem'", "all, cells"]),
         (section("score", gamma=-1), ["gamma must be at least 0"]),

@@ -31,6 +31,7 @@ SETTINGS = [
     {"name": "flat", "metric": "flatness", "sigmas": [0.01, 0.05]},
     {"name": "flat, no depth", "metric": "flatness", "sigmas": [0.01, 0.05], "alpha": 0.0},
     {"name": "common", "metric": "flatness", "sigmas": [0.01, 0.05], "common": True, "draws": 2},
+    {"name": "bent", "metric": "flatness", "sigmas": [0.01, 0.05], "noise": "hessian", "hessian_directions": 2},
     {"name": "accuracy", "metric": "accuracy"},
     {"name": "few", "metric": "accuracy", "images": 32, "recalibration_images": 100},
     {"name": "turned", "metric": "angle"},
@@ -224,7 +225,7 @@ def test_the_shipped_settings_are_those_of_the_papers_tables() -> None:
         *((1e-6, 5e-6, 1e-5), (5e-4, 1e-3, 2e-3), (2e-3, 1e-2, 2e-2), (2e-3, 2e-2, 4e-2)),
     }
     assert {score.where for score in settings.values()} == {"all", "cells"}
-    assert {score.noise for score in settings.values()} == {"cumulative", "independent", "shared"}
+    assert {score.noise for score in settings.values()} == {"cumulative", "independent", "shared", "hessian"}
     assert settings["angle + flatness"].gamma == 16 and settings["accuracy + flatness"].gamma == 32
 
 
@@ -249,6 +250,7 @@ def test_settings_of_several_files_are_put_together(tmp_path: Path) -> None:
         ("- {name: a, draws: 0}", "draws must be at least 1, got 0"),
         ("- {name: a, images: many}", "images and recalibration_images must be integers, got {'images': 'many'}"),
         ("- {name: a, recalibration_images: 0}", "recalibration_images must be at least 1"),
+        ("- {name: a, noise: hessian, common: true}", "number 1: The noise 'hessian' cannot be common"),
         ("- {name: a, draws: many}", "draws must be a whole number, got 'many'"),
         ("- {name: a, rank_sum: [b]}", "a sum has a name and, as rank_sum, a list of two or more columns"),
         ("- {name: a, log_rank_sum: b}", "a sum has a name and, as log_rank_sum, a list of two or more columns"),

@@ -151,6 +151,21 @@ def test_common_noise_is_a_function_of_the_seed_of_the_run(finished: Any, genoty
     assert {name: getattr(settings.build(), name) for name in chosen} == chosen
 
 
+def test_noise_along_eigenvectors_reaches_the_measurement(finished: Any, genotypes: list[Genotype]) -> None:
+    chosen: dict[str, Any] = {"noise": "hessian", "relative": True, "hessian_directions": 2, "common": False}
+    evaluator = FlatnessEvaluator(finished.path, **chosen, device="cpu")
+    score = evaluator.trained.score
+    assert {name: getattr(score, name) for name in chosen} == chosen
+    measured = evaluator.measure(genotypes[0])
+    assert measured == TrainedSupernet.from_run(finished.path, score=score, device="cpu").measure(genotypes[0])
+    # The strategy measures with what the experiment's file says.
+    settings = config.parse({"score": {"metric": "flatness", **chosen}}).score
+    assert GeNAS(**_score_arguments(settings)).score == settings.build()
+    assert {name: getattr(settings.build(), name) for name in chosen} == chosen
+    with pytest.raises(ValueError, match="'hessian' cannot be common"):
+        FlatnessEvaluator(finished.path, noise="hessian", common=True)
+
+
 def test_settings_that_are_not_given_are_those_of_the_run(
     finished: Any, tmp_path: Path, genotypes: list[Genotype]
 ) -> None:
