@@ -247,6 +247,7 @@ def _report(outcome: Outcome) -> Iterable[str]:
     from nni_strategy.report import LEAST_SLOPE
 
     failed = f", {outcome.failed} failed" if outcome.failed else ""
+    failed += f", {outcome.dropped} dropped" if outcome.dropped else ""
     yield f"\nThe best {len(outcome.best)} of {outcome.scored} architectures{failed}:\n"
     rows = [("", "score", "slope", "losses at the sigmas", "test top-1", "code")]
     for rank, found in enumerate(outcome.best, 1):
@@ -270,6 +271,8 @@ def _report(outcome: Outcome) -> Iterable[str]:
             f"The slope term decides less than {LEAST_SLOPE:.0%} of these scores, which rank nearly as the loss does: "
             "larger score.sigmas or a smaller score.alpha give it weight."
         )
+    if outcome.spared is not None:
+        yield f"Racing saved {outcome.spared:.1%} of the image evaluations."
     yield f"The best architecture, the history and pictures are in {outcome.folder}."
 
 

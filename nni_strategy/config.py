@@ -17,6 +17,7 @@ from genas_plugins.files import packaged_configs
 from genas_plugins.network import cell_shapes
 from genas_plugins.scoring import CombinedScore
 from genas_plugins.search import Evolution
+from genas_plugins.search.racing import check_confidence
 from genas_plugins.spaces import DartsSearchSpace
 
 __all__ = ["ConfigError", "Experiment", "build", "config_names", "dump", "find_config", "load", "parse"]
@@ -136,7 +137,11 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """The evolution; see :class:`genas_plugins.search.Evolution`."""
+    """The evolution; see :class:`genas_plugins.search.Evolution`.
+
+    ``racing`` is a confidence such as 0.999, with which candidates that cannot be parents are not measured on all
+    images (:mod:`genas_plugins.search.racing`); ``null`` measures them on all.
+    """
 
     population: int = 50
     generations: int = 20
@@ -144,9 +149,13 @@ class Search:
     mutants: int = 25
     crossovers: int = 25
     mutation_probability: float = 0.1
+    racing: float | None = None
 
     def check(self) -> None:
-        Evolution(DartsSearchSpace(), **dataclasses.asdict(self))
+        settings = dataclasses.asdict(self)
+        if (racing := settings.pop("racing")) is not None:
+            check_confidence(racing)
+        Evolution(DartsSearchSpace(), **settings)
 
 
 @dataclass(frozen=True, kw_only=True)

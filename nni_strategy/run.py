@@ -31,6 +31,7 @@ from genas_plugins.plotting import LossCurve, plot_cells, plot_loss_curves, plot
 from genas_plugins.profiling import SearchProfile
 from genas_plugins.scoring import mean_loss, recalibrate_batchnorm
 from genas_plugins.search import History
+from genas_plugins.search.racing import spared_images
 from genas_plugins.spaces.nasbench201 import NasBench201Architecture
 from nni_strategy import config
 from nni_strategy.progress import SearchProgress, TrainingProgress
@@ -78,12 +79,16 @@ class Outcome:
         best: The best architectures, best first.
         scored: Number of candidates scored.
         failed: Number of candidates without a finite score.
+        dropped: Number of candidates that a race did not measure on all images.
+        spared: Fraction of the image evaluations of all candidates that racing saved; ``None`` without racing.
     """
 
     folder: Path
     best: tuple[Found, ...]
     scored: int
     failed: int
+    dropped: int = 0
+    spared: float | None = None
 
 
 def run_experiment(
@@ -114,7 +119,7 @@ def run_experiment(
         ConfigError: The folder holds a run and ``resume`` is not set, holds another experiment or other files, or
             holds nothing to resume; or Lightning cannot train with these settings on this machine.
         FileNotFoundError: The images are not where the experiment says.
-        ValueError: They are not what it expects, or ``profile`` is below 1.
+        ValueError: They are not what it expects, or ``profile`` is below 1, or given with racing.
         CheckpointError: The folder's supernet cannot be read.
         OSError: The folder cannot be written to; what is in it stays readable, and can be resumed.
         KeyboardInterrupt: The user interrupted; the folder can be resumed.
@@ -123,6 +128,10 @@ def run_experiment(
     folder = Path(folder)
     # Lightning starts the other processes of a distributed run as copies of this one.
     primary = rank_zero_only.rank == 0
+    if profile is not None and experiment.search.racing is not None:
+        raise ValueError(
+            "A profile traces candidates one by one, which a race does not measure; leave out one of both."
+        )
     profiler = SearchProfile(folder, profile) if profile is not None and primary else None
     if primary:
         _check_folder(folder, experiment, resume)
@@ -369,13 +378,16 @@ def _hand_over(
     by_candidate = {json.dumps(record["candidate"]): record for record in records}
     best = []
     curves = []
-    for rank, (genotype, _) in enumerate(strategy.evolution.best(_TOP), 1):
+    # Behind the parents, a race may have dropped what would come next.
+    certain = _TOP if strategy.racing is None else min(_TOP, strategy.evolution.parents)
+    for rank, (genotype, _) in enumerate(strategy.evolution.best(certain), 1):
         record = by_candidate[json.dumps(plain(genotype))]
         accuracy = scorer.test_accuracy(genotype)
         best.append(Found(genotype, record, None if accuracy is None else accuracy.top1))
         if "losses" in record:
             curves.append(_curve(scorer, genotype, record, f"#{rank}"))
-    failed = sum(record["status"] == "failed" for record in records)
+    failed, dropped = (sum(record["status"] == status for record in records) for status in ("failed", "dropped"))
+    spared = None if strategy.racing is None else spared_images(records, len(scorer.data.validation))
     if not best:
         raise SearchFailedError(
             f"None of the {len(records)} candidates has a finite score; "
@@ -399,6 +411,7 @@ def _hand_over(
             "seed": experiment.seed,
             "candidates": len(records),
             "failed": failed,
+            **({} if spared is None else {"dropped": dropped, "spared": round(spared, 4)}),
             "seconds": round(seconds, 1),
         },
     }
@@ -409,7 +422,7 @@ def _hand_over(
     else:
         content = {"architecture": plain(found.genotype), **details}
         write_text(folder / ARCHITECTURE_FILE, json.dumps(content, indent=2) + "\n")
-    return Outcome(folder, tuple(best), len(records), failed)
+    return Outcome(folder, tuple(best), len(records), failed, dropped, spared)
 
 
 def _curve(scorer: TrainedSupernet, genotype: Any, record: dict[str, Any], label: str) -> LossCurve:

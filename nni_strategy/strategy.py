@@ -12,12 +12,13 @@ from nni.nas.oneshot.pytorch.strategy import MutationHook, RandomOneShot, is_sup
 from nni.nas.space import ExecutableModelSpace, RawFormatModelSpace, SimplifiedModelSpace
 from torch import Tensor
 
-from genas_plugins.scoring import CombinedScore, CommonNoise, Measurement
+from genas_plugins.scoring import CombinedScore, Measurement
 from genas_plugins.scoring.flatness import Where
 from genas_plugins.scoring.noise import Noise
-from genas_plugins.search import Evolution, History, candidate_seed, run_search
+from genas_plugins.search import Evolution, History, run_search
 from genas_plugins.spaces import DartsSearchSpace
 from nni_strategy.oneshot import UniformPathModule
+from nni_strategy.racing import check_race, opened, supernet_race
 from nni_strategy.samples import SupernetPaths
 from nni_strategy.training import TrainBatches
 
@@ -64,6 +65,9 @@ class GeNAS(RandomOneShot):
         mutants: Mutants a generation.
         crossovers: Crossovers a generation; the rest is random.
         mutation_probability: Of each edge (:class:`DartsSpace`) or label (other spaces).
+        racing: Confidence, for instance 0.999, with which a candidate that cannot be among the best ``parents`` so far
+            is not measured on further images; the best are those of a search without racing. ``None`` measures all
+            on all images. See :mod:`genas_plugins.search.racing`.
         seed: Of paths, noise and evolution.
         history: Records of the candidates on disk; a search that finds them there goes on after them.
         on_record: Called with each candidate's record, for progress.
@@ -99,6 +103,7 @@ class GeNAS(RandomOneShot):
         mutants: int = 25,
         crossovers: int = 25,
         mutation_probability: float = 0.1,
+        racing: float | None = None,
         seed: int = 0,
         history: History | None = None,
         on_record: Callable[[dict[str, Any]], None] | None = None,
@@ -128,6 +133,9 @@ class GeNAS(RandomOneShot):
                 raise ValueError(f"{name} must not be negative, got {count}.")
         if validation_images == 0:
             raise ValueError("validation_images must be at least 1, or None for all, got 0.")
+        if racing is not None:
+            check_race(racing, self.score)
+        self.racing = racing
         self.recalibration_images = recalibration_images
         self.validation_images = validation_images
         self.seed = seed
@@ -213,6 +221,10 @@ class GeNAS(RandomOneShot):
         try:
             supernet.to(device)
             recalibration, validation = self._batches(evaluator, device)
+            race = None
+            if self.racing is not None:
+                settings = {"confidence": self.racing, "keep": self._evolution.parents}
+                race = supernet_race(self.paths, self.score, recalibration, validation, self.seed, **settings)
             # A generation that was cut off is measured anew.
             del self.records[self._evolution.scored :]
             run_search(
@@ -222,6 +234,7 @@ class GeNAS(RandomOneShot):
                 ),
                 history=self.history,
                 on_record=self._remember,
+                race=race,
             )
         finally:
             supernet.to(home)
@@ -304,19 +317,8 @@ def measure_candidate(
         validation: Images and labels to score on.
         seed: Of the search; the noise is a function of it and the candidate, or of it alone where it is common.
     """
-    example, _ = next(iter(validation))
-    number = candidate_seed(seed, paths.search_space.to_json(candidate))
-    generator = torch.Generator(example.device).manual_seed(number)
-    with paths.open(candidate, example) as (model, names):
-        return score(
-            model,
-            validation,
-            recalibration=recalibration,
-            angle=lambda: paths.angle(candidate, names),
-            generator=generator,
-            common=CommonNoise(paths.space, seed) if score.common else None,
-            parameters=names,
-        )
+    with opened(paths, candidate, score, validation, seed) as (model, sources):
+        return score(model, validation, recalibration=recalibration, **sources)
 
 
 def _collect(loader: Any, images: int | None, device: torch.device, purpose: str) -> list[tuple[Tensor, Tensor]]:

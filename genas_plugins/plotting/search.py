@@ -21,7 +21,7 @@ Records = Sequence[Mapping[str, Any]]
 
 _KEYS = ("index", "generation", "origin", "status", "score", "seconds")
 _ORIGINS = {"random": "#8d949e", "mutation": PALETTE[0], "crossover": PALETTE[1]}
-_STATUSES = ("ok", "failed")
+_STATUSES = ("ok", "failed", "dropped")
 
 
 def plot_search(records: Records, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
@@ -29,8 +29,9 @@ def plot_search(records: Records, path: str | os.PathLike[str], *, title: str | 
 
     Args:
         records: One a candidate, as in the history file: ``index``, ``generation``, ``origin`` ("random",
-            "mutation" or "crossover"), ``status`` ("ok" or "failed"), ``score`` (a number if ok; higher is
-            better), ``seconds``, and optionally ``shares``, fractions by name that are told of the best.
+            "mutation" or "crossover"), ``status`` ("ok", "failed" or, by a race, "dropped"), ``score`` (a
+            number if ok; higher is better), ``seconds``, and optionally ``shares``, fractions by name that are told of
+            the best.
         path: File to write; its suffix (.svg, .png or .pdf) is the format, its folder must exist.
         title: Headline.
 
@@ -81,9 +82,11 @@ def _check_records(records: Records) -> None:
 
 
 def _summary(history: Records, scored: Records) -> str:
-    count, failed = len(history), len(history) - len(scored)
+    count = len(history)
+    failed, dropped = (sum(record["status"] == status for record in history) for status in ("failed", "dropped"))
     spent = _duration(sum(record["seconds"] for record in history))
-    text = f"{count} candidate{'s' * (count > 1)}, {failed} failed, {spent} of scoring"
+    text = f"{count} candidate{'s' * (count > 1)}, {failed} failed, "
+    text += f"{dropped} dropped, " * bool(dropped) + f"{spent} of scoring"
     if scored:
         best = max(scored, key=lambda record: record["score"])
         text += f"; best: candidate {best['index']}, score {short_number(best['score'])}"
@@ -114,16 +117,17 @@ def _draw_history(axes: Axes, history: Records, scored: Records) -> None:
         axes.step([*x, history[-1]["index"] + 0.5], [*y, y[-1]], **style)
         best = scores.index(y[-1])
         axes.scatter(x[best], y[-1], s=42, color="white", edgecolors=INK, linewidths=1.5, zorder=4)
-    if failed := [record["index"] for record in history if record["status"] == "failed"]:
-        style = {"marker": "x", "linewidths": 1.2, "color": PALETTE[6], "label": "failed", "zorder": 3}
-        axes.scatter(failed, [0.035] * len(failed), s=22, transform=axes.get_xaxis_transform(), **style)
+    for status, marker, colour in (("failed", "x", PALETTE[6]), ("dropped", "|", GREY)):
+        if chosen := [record["index"] for record in history if record["status"] == status]:
+            style = {"marker": marker, "linewidths": 1.2, "color": colour, "label": status, "zorder": 3}
+            axes.scatter(chosen, [0.035] * len(chosen), s=22, transform=axes.get_xaxis_transform(), **style)
     pad = 0.5 + 0.005 * len(history)
     axes.set_xlim(history[0]["index"] - pad, history[-1]["index"] + pad)
     axes.set_xlabel("candidate")
     axes.set_ylabel("score")
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     style = {"handlelength": 1.6, "handletextpad": 0.3, "columnspacing": 1.4, "markerscale": 1.3}
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=5, **style)
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=6, **style)
 
 
 def _draw_bands(axes: Axes, history: Records) -> None:

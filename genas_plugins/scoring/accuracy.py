@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from genas_plugins.scoring.batchnorm import evaluation_mode
 from genas_plugins.scoring.inference import InferenceNetwork
 
-__all__ = ["Accuracy", "accuracy"]
+__all__ = ["Accuracy", "accuracy", "image_hits"]
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,25 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Accu
     Raises:
         ValueError: ``batches`` is empty.
     """
-    correct: Tensor | None = None
-    count = 0
+    hits = image_hits(model, batches)
+    top1, top5 = (hits.sum(0).double() / len(hits)).tolist()
+    return Accuracy(top1, top5)
+
+
+def image_hits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """What :func:`accuracy` is the mean of: for each image whether the label is first, and among the first five.
+
+    Returns:
+        ``(N, 2)``, boolean. Arguments and errors are those of :func:`accuracy`.
+    """
+    found: list[Tensor] = []
     with evaluation_mode(model), torch.no_grad():
         network = InferenceNetwork.of(model) or model
         for images, labels in batches:
             logits = network(images)
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
             hits = ranked == labels[:, None]
-            found = torch.stack([hits[:, 0].sum(), hits.sum()])
-            correct = found if correct is None else correct + found
-            count += len(labels)
-    if correct is None:
+            found.append(torch.stack([hits[:, 0], hits.any(1)], dim=1))
+    if not found:
         raise ValueError("Accuracy needs at least one batch of images, got none.")
-    top1, top5 = (correct.double() / count).tolist()
-    return Accuracy(top1, top5)
+    return torch.cat(found)

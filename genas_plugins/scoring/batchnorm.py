@@ -6,7 +6,7 @@ few training images before the path is measured (Guo et al., Single Path One-Sho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from genas_plugins.scoring.inference import InferenceNetwork
 
-__all__ = ["evaluation_mode", "preserve_batchnorm", "recalibrate_batchnorm"]
+__all__ = [
+    "evaluation_mode",
+    "load_statistics",
+    "preserve_batchnorm",
+    "recalibrate_batchnorm",
+    "saved_statistics",
+]
 
 
 @contextmanager
@@ -38,6 +44,23 @@ def preserve_batchnorm(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         _restore(saved)
+
+
+def saved_statistics(model: nn.Module) -> list[Tensor]:
+    """Copies of all statistics of batch normalisation, for :func:`load_statistics`."""
+    return [value for _, value in _statistics(model)]
+
+
+def load_statistics(model: nn.Module, values: Sequence[Tensor]) -> None:
+    """Put back what :func:`saved_statistics` gave, of this network or of one that is built alike.
+
+    Raises:
+        ValueError: The network has another number of statistics.
+    """
+    buffers = [buffer for buffer, _ in _statistics(model)]
+    if len(buffers) != len(values):
+        raise ValueError(f"The network has {len(buffers)} statistics of batch normalisation, got {len(values)}.")
+    _restore(list(zip(buffers, values, strict=True)))
 
 
 def recalibrate_batchnorm(

@@ -151,10 +151,7 @@ class CombinedScore:
                 ``common`` is missing.
             MeasurementError: A number is not finite.
         """
-        if "angle" in self.metrics and angle is None:
-            raise ValueError(f"The metric {self.metric!r} needs the angle to the initial weights; pass angle=.")
-        if self.common and "flatness" in self.metrics and common is None:
-            raise ValueError("Noise that candidates have in common needs their supernet; pass common=CommonNoise(...).")
+        self.check_sources(angle, common)
         if recalibration is not None and self.metrics != {"angle"}:
             recalibrate_batchnorm(model, recalibration, self.momentum)
         top = accuracy(model, batches) if "accuracy" in self.metrics else None
@@ -175,6 +172,17 @@ class CombinedScore:
                 hessian_directions=self.hessian_directions,
             )
         return self.combine(flat, angle() if "angle" in self.metrics and angle is not None else None, top)
+
+    def check_sources(self, angle: Callable[[], float] | None, common: CommonNoise | None) -> None:
+        """Refuse a measurement that lacks what the metric needs.
+
+        Raises:
+            ValueError: As :meth:`__call__`.
+        """
+        if "angle" in self.metrics and angle is None:
+            raise ValueError(f"The metric {self.metric!r} needs the angle to the initial weights; pass angle=.")
+        if self.common and "flatness" in self.metrics and common is None:
+            raise ValueError("Noise that candidates have in common needs their supernet; pass common=CommonNoise(...).")
 
     def combine(
         self, flat: Flatness | None = None, angle: float | None = None, top: Accuracy | None = None

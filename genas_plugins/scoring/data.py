@@ -93,6 +93,19 @@ class TensorBatches:
             torch.addcmul(self._shift, images, self._scale, out=images)
             yield images.to(self.dtype), labels
 
+    def section(self, start: int, stop: int) -> TensorBatches:
+        """Return the batches ``start`` to ``stop`` (exclusive), which share this object's memory.
+
+        Raises:
+            ValueError: Not ``0 <= start < stop <= len(self)``.
+        """
+        if not 0 <= start < stop <= len(self):
+            raise ValueError(f"section takes 0 <= start < stop <= {len(self)} batches, but got {start} and {stop}.")
+        view = copy.copy(self)
+        view._images = self._images[start * self.batch_size : stop * self.batch_size]
+        view._labels = self._labels[start * self.batch_size : stop * self.batch_size]
+        return view
+
     def limit(self, num_images: int) -> TensorBatches:
         """Return batches of the first ``num_images`` images, which share this object's memory.
 

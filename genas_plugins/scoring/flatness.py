@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +31,12 @@ __all__ = [
     "flatness",
     "flatness_from_losses",
     "mean_loss",
+    "perturbed_image_losses",
     "perturbed_losses",
 ]
 
 Where = Literal["all", "cells"]
+Result = TypeVar("Result")
 _EPSILON = 1e-5
 
 
@@ -195,6 +197,55 @@ def perturbed_losses(
 
     Losses that are not finite are returned as they are. Arguments and other errors are those of :func:`flatness`.
     """
+    losses = _at_each_noise(
+        _mean_loss, model, batches, sigmas, noise, where, generator, relative, draws, common, parameters
+    )
+    return torch.stack(losses).view(draws, -1).tolist()
+
+
+def perturbed_image_losses(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    sigmas: Sequence[float],
+    noise: Noise = "cumulative",
+    where: Where = "all",
+    generator: torch.Generator | None = None,
+    *,
+    relative: bool = False,
+    draws: int = 1,
+    common: CommonNoise | None = None,
+    parameters: Collection[str] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The losses behind :func:`perturbed_losses`, image by image and batch by batch.
+
+    Arguments and errors are those of :func:`flatness`.
+
+    Returns:
+        Cross-entropy in nats of each image, ``(draws, sigmas, N)``, and its sum over each batch in float64,
+        ``(draws, sigmas, batches)``. Added up in the order of the batches and divided by ``N``, the sums give
+        what :func:`perturbed_losses` returns, bit for bit.
+    """
+    pairs = _at_each_noise(
+        _loss_of_each, model, batches, sigmas, noise, where, generator, relative, draws, common, parameters
+    )
+    images, sums = (torch.stack(part).unflatten(0, (draws, -1)) for part in zip(*pairs, strict=True))
+    return images, sums
+
+
+def _at_each_noise(
+    measure: Callable[[Callable[[Tensor], Tensor], Iterable[tuple[Tensor, Tensor]]], Result],
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    sigmas: Sequence[float],
+    noise: Noise,
+    where: Where,
+    generator: torch.Generator | None,
+    relative: bool,
+    draws: int,
+    common: CommonNoise | None,
+    parameters: Collection[str] | None,
+) -> list[Result]:
+    """What ``measure`` gives of the perturbed network, for each draw and each sigma of it."""
     sigmas = check_sigmas(sigmas)
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}.")
@@ -204,14 +255,13 @@ def perturbed_losses(
     if noise == "hessian":
         directions = noise_directions(model, batches, names, hessian_directions, generator)
     network = InferenceNetwork.of(model)
-    losses = [
-        _perturbed_loss(network or model, noisy, batches)
+    return [
+        _perturbed(measure, network or model, noisy, batches)
         for draw in range(draws)
         for noisy in perturbations(
             model, names, sigmas, noise, generator, relative, draw=draw, common=common, directions=directions
         )
     ]
-    return torch.stack(losses).view(draws, -1).tolist()
 
 
 def mean_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -220,18 +270,19 @@ def mean_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> flo
     Raises:
         ValueError: ``batches`` is empty.
     """
-    return float(_perturbed_loss(InferenceNetwork.of(model) or model, {}, batches))
+    return float(_perturbed(_mean_loss, InferenceNetwork.of(model) or model, {}, batches))
 
 
-class _MeanLoss(nn.Module):
-    """Mean loss over all batches as one call, so that parameters are swapped once and not for every batch."""
+class _Pass(nn.Module):
+    """One measurement over all batches as one call, so that parameters are swapped once and not for every batch."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, measure: Callable[..., Any], model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self._measure = measure
 
-    def forward(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        return _mean_loss(self.model, batches)
+    def forward(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Any:
+        return self._measure(self.model, batches)
 
 
 def _mean_loss(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -248,16 +299,32 @@ def _mean_loss(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor
     return total / count
 
 
-def _perturbed_loss(
-    model: nn.Module | InferenceNetwork, noisy: dict[str, Tensor], batches: Iterable[tuple[Tensor, Tensor]]
-) -> Tensor:
+def _loss_of_each(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    images: list[Tensor] = []
+    sums: list[Tensor] = []
+    for inputs, labels in batches:
+        logits = model(inputs)
+        images.append(F.cross_entropy(logits, labels, reduction="none"))
+        # Not the sum of the row above, which rounds in another order than _mean_loss.
+        sums.append(F.cross_entropy(logits, labels, reduction="sum").double())
+    if not images:
+        raise ValueError("The validation loss needs at least one batch of images, got none.")
+    return torch.cat(images), torch.stack(sums)
+
+
+def _perturbed(
+    measure: Callable[[Callable[[Tensor], Tensor], Iterable[tuple[Tensor, Tensor]]], Result],
+    model: nn.Module | InferenceNetwork,
+    noisy: dict[str, Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+) -> Result:
     with torch.no_grad():
         if isinstance(model, InferenceNetwork):
             model.load(noisy)
-            return _mean_loss(model, batches)
+            return measure(model, batches)
         replaced = {f"model.{name}": tensor for name, tensor in noisy.items()}
         with evaluation_mode(model):
-            return functional_call(_MeanLoss(model), replaced, (batches,))
+            return functional_call(_Pass(measure, model), replaced, (batches,))
 
 
 def _perturbed_names(model: nn.Module, where: Where, parameters: Collection[str] | None) -> list[str]:

@@ -6,13 +6,14 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from genas_plugins.scoring.combined import Measurement
 from genas_plugins.scoring.flatness import MeasurementError
 from genas_plugins.search.evolution import Candidate, Evolution, Proposal
 from genas_plugins.search.history import History, HistoryError
+from genas_plugins.search.racing import Finish, Race
 
 __all__ = ["candidate_seed", "run_search"]
 
@@ -38,6 +39,7 @@ def run_search(
     *,
     history: History | None = None,
     on_record: Callable[[dict[str, Any]], None] | None = None,
+    race: Race[Candidate] | None = None,
 ) -> list[dict[str, Any]]:
     """Run ``evolution`` to its end.
 
@@ -50,11 +52,14 @@ def run_search(
             reason; every other exception ends the search.
         history: Records so far, to which new ones are appended.
         on_record: Called with each record, replayed ones included, for a progress bar.
+        race: Measures whole generations in place of ``measure`` and drops what cannot be among the best. Records
+            are then written when the generation has ended; one that was cut off is measured anew, with the same end.
 
     Returns:
         The records, one dictionary per candidate: ``index``, ``generation``, ``origin``, ``candidate``,
-        ``status`` (``"ok"`` or ``"failed"``), ``score`` (``None`` if failed), ``seconds``, ``reason`` if
-        failed, and what :meth:`Measurement.to_dict` gives.
+        ``status`` (``"ok"``, ``"failed"`` or, in a race, ``"dropped"``), ``score`` (``None`` unless ok), ``seconds``,
+        ``reason`` if failed, and what :meth:`Measurement.to_dict` gives. If dropped: ``images`` seen, the score on
+        these as ``estimate``, and its ``standard_error`` as an estimate of the score on all.
 
     Raises:
         HistoryError: The history holds other candidates than this search proposes.
@@ -64,7 +69,9 @@ def run_search(
     index = evolution.scored
     while not evolution.finished:
         scores: list[float | None] = []
-        for proposal in evolution.ask():
+        proposals = evolution.ask()
+        new = _new_records(evolution, proposals, index, len(known) - index, measure, race)
+        for proposal in proposals:
             candidate = evolution.space.to_json(proposal.candidate)
             if index < len(known):
                 record = known[index]
@@ -77,7 +84,7 @@ def run_search(
                         "this search proposes there: the history belongs to other settings or another seed."
                     )
             else:
-                record = _measured(evolution, proposal, candidate, index, measure)
+                record = next(new)
                 if history is not None:
                     history.append(record)
             records.append(record)
@@ -90,24 +97,61 @@ def run_search(
     return records
 
 
-def _measured(
+def _new_records(
     evolution: Evolution[Candidate],
-    proposal: Proposal[Candidate],
-    candidate: Any,
+    proposals: Sequence[Proposal[Candidate]],
     index: int,
+    known: int,
     measure: Callable[[Candidate], Measurement],
-) -> dict[str, Any]:
-    record: dict[str, Any] = {
+    race: Race[Candidate] | None,
+) -> Iterator[dict[str, Any]]:
+    """Records of a generation's candidates behind the ``known`` first, each measured when it is asked for."""
+    numbered = list(enumerate(proposals, index))[max(0, known) :]
+    if race is not None:
+        best = [candidate for candidate, _ in evolution.best(race.keep)]
+        finishes = race.run([proposal.candidate for proposal in proposals], best)
+        for (number, proposal), finish in zip(numbered, finishes[max(0, known) :], strict=True):
+            yield _named(evolution, proposal, number) | _finished(finish, number)
+        return
+    for number, proposal in numbered:
+        yield _measured(evolution, proposal, number, measure)
+
+
+def _named(evolution: Evolution[Candidate], proposal: Proposal[Candidate], index: int) -> dict[str, Any]:
+    return {
         "index": index,
         "generation": evolution.generation,
         "origin": proposal.origin,
-        "candidate": candidate,
+        "candidate": evolution.space.to_json(proposal.candidate),
     }
+
+
+def _measured(
+    evolution: Evolution[Candidate],
+    proposal: Proposal[Candidate],
+    index: int,
+    measure: Callable[[Candidate], Measurement],
+) -> dict[str, Any]:
+    record = _named(evolution, proposal, index)
     start = time.perf_counter()
     try:
         record |= {"status": "ok", **measure(proposal.candidate).to_dict()}
     except MeasurementError as error:
-        _logger.warning("Candidate %d failed: %s", index, error)
-        record |= {"status": "failed", "score": None, "reason": str(error)}
+        record |= _failed(str(error), index)
     record["seconds"] = round(time.perf_counter() - start, 4)
     return record
+
+
+def _finished(finish: Finish, index: int) -> dict[str, Any]:
+    seconds = round(finish.seconds, 4)
+    if finish.measurement is None:
+        return {**_failed(str(finish.reason), index), "seconds": seconds}
+    if finish.error is None:
+        return {"status": "ok", **finish.measurement.to_dict(), "seconds": seconds}
+    seen = {"estimate": finish.measurement.score, "standard_error": finish.error, "images": finish.count}
+    return {"status": "dropped", "score": None, **seen, "seconds": seconds}
+
+
+def _failed(reason: str, index: int) -> dict[str, Any]:
+    _logger.warning("Candidate %d failed: %s", index, reason)
+    return {"status": "failed", "score": None, "reason": reason}
