@@ -65,7 +65,7 @@ def linearise(score: CombinedScore, losses: np.ndarray, hits: np.ndarray, angle:
         score: Its settings.
         losses: ``(n, sigmas)``, cross-entropy in nats; not read unless the metric contains flatness.
         hits: ``(n,)``, whether top-1 is right; not read unless the metric contains the accuracy.
-        angle: As a fraction of pi, where the metric contains it.
+        angle: As a fraction of pi; not read unless the metric contains it.
 
     Raises:
         MeasurementError: The score of these images is not finite.
@@ -76,7 +76,7 @@ def linearise(score: CombinedScore, losses: np.ndarray, hits: np.ndarray, angle:
     if "flatness" in score.metrics:
         flat = flatness_from_losses(losses.mean(0).tolist(), score.sigmas, score.alpha)
     top = Accuracy(float(hits.mean()), math.nan) if "accuracy" in score.metrics else None
-    value = score.combine(flat, angle, top).score
+    value = score.combine(flat, angle if "angle" in score.metrics else None, top).score
     if top is not None:
         weight = score.gamma_accuracy if "angle" in score.metrics else 1.0
         influence = influence + weight * (hits - top.top1)

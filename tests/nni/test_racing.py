@@ -1,0 +1,195 @@
+"""Raced searches of supernets: the best and their scores are those of a search without racing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nni.nas.execution import SequentialExecutionEngine
+from nni.nas.hub.pytorch import NasBench201
+from nni.nas.nn.pytorch import ModelSpace
+from nni.nas.space import RawFormatModelSpace
+from torch import Tensor
+
+from genas_plugins.datasets import ImageTensors, SearchData
+from genas_plugins.search import History
+from nni_strategy.space import NasBench201Space
+from nni_strategy.strategy import GeNAS, measure_candidate
+from nni_strategy.training import supernet_evaluator
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL: dict[str, Any] = {
+    "population": 10,
+    "generations": 2,
+    "parents": 2,
+    "mutants": 4,
+    "crossovers": 4,
+    "sigmas": (0.02, 0.05, 0.1),
+}
+
+
+def evaluator() -> Any:
+    """One that is never trained."""
+    pixels = torch.zeros(16, 3, 8, 8, dtype=torch.uint8)
+    part = ImageTensors(pixels, torch.arange(16) % 10, tuple("0123456789"))
+    half = (0.5, 0.5, 0.5)
+    data = SearchData(part, part, part, None, half, half, 10, "digits", 8)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return supernet_evaluator(data, 1, batch_size=16, accelerator="cpu", enable_model_summary=False, **quiet)
+
+
+def batches(count: int, size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(count, 3, 8, 8, generator=generator)
+    labels = torch.randint(10, (count,), generator=generator)
+    return list(zip(inputs.split(size), labels.split(size), strict=True))
+
+
+def made(build: Callable[[], ModelSpace], **changes: Any) -> GeNAS:
+    """A strategy around a supernet whose candidates differ much, as those of a trained one do."""
+    validation = batches(416, 16, 0)
+    settings = {**SMALL, "recalibration_batches": batches(32, 16, 1), "validation_batches": validation, **changes}
+    strategy = GeNAS(**settings, device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        strategy.initialize(RawFormatModelSpace(build(), evaluator()), SequentialExecutionEngine())
+    with torch.no_grad():
+        for parameter in strategy.supernet.parameters():
+            if parameter.dim() == 2 and len(parameter) == 10:
+                parameter *= 8.0
+    return strategy
+
+
+SPACES = {"own": lambda: NasBench201Space(10, 4, 1), "hub": lambda: NasBench201(4, 1, 10)}
+
+
+def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+@pytest.mark.parametrize(("space", "metric"), [("own", "flatness"), ("own", "accuracy+flatness"), ("hub", "flatness")])
+def test_a_raced_search_finds_the_best_with_their_scores(space: str, metric: str) -> None:
+    whole, raced = made(SPACES[space], metric=metric), made(SPACES[space], metric=metric, racing=0.99)
+    before = {name: value.clone() for name, value in raced.supernet.state_dict().items()}
+    whole.search()
+    raced.search()
+    assert raced.evolution.best(2) == whole.evolution.best(2)
+    statuses = [record["status"] for record in raced.records]
+    assert 3 < statuses.count("dropped") < 18
+    for ours, theirs in zip(timeless(raced.records), timeless(whole.records), strict=True):
+        if ours["status"] == "ok":
+            # To the last bit.
+            assert ours == theirs
+        else:
+            assert ours["candidate"] == theirs["candidate"]
+            assert abs(ours["estimate"] - theirs["score"]) < 6 * ours["standard_error"]
+            assert ours["images"] in (112, 208)
+    assert all(torch.equal(value, before[name]) for name, value in raced.supernet.state_dict().items())
+
+
+@pytest.mark.parametrize("killed_at", [3, 9, 13])
+def test_a_raced_search_that_is_killed_goes_on(killed_at: int, tmp_path: Path) -> None:
+    whole = made(SPACES["own"], racing=0.99)
+    whole.search()
+
+    def kill(record: dict[str, Any]) -> None:
+        if record["index"] == killed_at:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "history.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        made(SPACES["own"], racing=0.99, history=History(path), on_record=kill).search()
+    assert len(History(path).records) == killed_at + 1
+    resumed = made(SPACES["own"], racing=0.99, history=History(path))
+    resumed.search()
+    assert timeless(resumed.records) == timeless(whole.records) == timeless(History(path).records)
+
+
+def test_wrong_races_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"larger than 0.5 and smaller than 1, .* got 1.5"):
+        GeNAS(racing=1.5)
+    with pytest.raises(ValueError, match="'angle' reads no images"):
+        GeNAS(metric="angle", racing=0.99)
+    by_class = sorted(batches(416, 1, 0), key=lambda pair: int(pair[1]))
+    with pytest.raises(ValueError, match="random order"):
+        made(SPACES["own"], racing=0.99, validation_batches=by_class).search()
+
+
+def test_without_racing_a_candidate_is_measured_as_before() -> None:
+    """Nothing of a record is new, and the scores are those of one measurement each."""
+    strategy = made(SPACES["own"])
+    strategy.search()
+    recalibration, validation = strategy._recalibration_batches, strategy._validation_batches
+    for record in strategy.records:
+        candidate = strategy.paths.search_space.from_json(record["candidate"])
+        measured = measure_candidate(strategy.paths, candidate, strategy.score, recalibration, validation, 0).to_dict()
+        assert {key: record[key] for key in measured} == measured
+        named = {"index", "generation", "origin", "candidate", "status", "seconds"}
+        assert record.keys() == measured.keys() | named
+
+
+@pytest.fixture(scope="module")
+def raced(genas: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """The tiny search with racing, on images enough for rounds."""
+    folder = tmp_path_factory.mktemp("raced") / "run"
+    changes = ("search.racing=0.9", "data.validation_images=448", "score.batch_size=16", "score.metric=accuracy")
+    return genas.search(folder, *changes, "training.epochs=1", "search.population=10").wait(), folder
+
+
+def test_the_command_tells_what_racing_saved(raced: tuple[Any, Path], genas: Any, tmp_path: Path) -> None:
+    done, folder = raced
+    assert (done.status, done.stderr) == (0, "")
+    records = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    dropped = [record for record in records if record["status"] == "dropped"]
+    assert dropped
+    assert f"of {len(records)} architectures, {len(dropped)} dropped:" in done.stdout
+    saved = sum(448 - record["images"] for record in dropped) / (448 * len(records))
+    assert f"Racing saved {saved:.1%} of the image evaluations." in done.stdout
+    # Of the best, no more are named than racing leaves certain.
+    data = json.loads((folder / "genotype.json").read_text())
+    assert len(data["top"]) == 2
+    assert (data["provenance"]["dropped"], data["provenance"]["spared"]) == (len(dropped), round(saved, 4))
+    assert genas("plot", "search", folder, tmp_path / "search.svg").status == 0
+    assert "dropped" in (tmp_path / "search.svg").read_text()
+    again = genas.search(folder, resume=True).wait()
+    assert (again.status, again.stdout) == (0, done.stdout)
+
+
+def test_racing_and_a_profile_exclude_each_other(genas: Any, tmp_path: Path) -> None:
+    done = genas(
+        "search", "--config", genas.config, "--set", "search.racing=0.9", "--profile", "--output", tmp_path / "run"
+    )
+    assert "leave out one of both" in done.error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield importlib.import_module("racing")
+    for name in ("racing", "scoring"):
+        sys.modules.pop(name, None)
+
+
+def test_the_benchmark_compares_searches(
+    benchmark: Any, raced: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--searches", "1", "--population", "8", "--generations", "1", "--parents", "2", "--confidence", "0.9"]
+    arguments = [str(raced[1]), *small, "--device", "cpu", "--check"]
+    assert benchmark.main(arguments) == 0
+    assert "the same top 2 in 1 of 1 searches" in capsys.readouterr().out
+    # A search that finds others is told and fails the check.
+    true = benchmark.measure_candidate
+
+    def other(*parts: Any) -> Any:
+        return true(*parts[:-1], parts[-1] + 1)
+
+    monkeypatch.setattr(benchmark, "measure_candidate", other)
+    monkeypatch.setattr(benchmark, "spared_images", lambda *parts: 0.0)
+    assert benchmark.main([*arguments, "--metric", "flatness"]) == 1
