@@ -15,7 +15,7 @@ from torch import Tensor
 from genas_plugins.scoring import CombinedScore, Measurement
 from genas_plugins.scoring.flatness import Where
 from genas_plugins.scoring.noise import Noise
-from genas_plugins.search import Evolution, History, run_search
+from genas_plugins.search import Evolution, History, SharedSearch, run_search
 from genas_plugins.spaces import DartsSearchSpace
 from nni_strategy.oneshot import UniformPathModule
 from nni_strategy.racing import check_race, opened, supernet_race
@@ -36,8 +36,9 @@ class GeNAS(RandomOneShot):
     evolution proposes architectures; each is scored with the supernet's weights after batch normalisation was
     recalibrated for it. ``experiment.export_top_models(top_k)`` returns the best, best first.
 
-    Works on every model space that NNI can turn into a supernet. In a distributed run every process searches
-    for itself, with the same result.
+    Works on every model space that NNI can turn into a supernet. In a distributed run the processes share the
+    candidates, each on its own device, with the result of a search in one; with ``racing`` every process searches for
+    itself, with the same result.
 
     Args:
         metric: ``"flatness"``, ``"angle"``, ``"accuracy"``, ``"angle+flatness"``, ``"accuracy+flatness"`` or
@@ -235,6 +236,7 @@ class GeNAS(RandomOneShot):
                 history=self.history,
                 on_record=self._remember,
                 race=race,
+                shared=SharedSearch.current(),
             )
         finally:
             supernet.to(home)

@@ -4,5 +4,17 @@ from genas_plugins.search.evolution import Evolution, Proposal, SearchSpace
 from genas_plugins.search.history import History, HistoryError
 from genas_plugins.search.loop import candidate_seed, run_search
 from genas_plugins.search.racing import Race
+from genas_plugins.search.sharing import SharedSearch, SharedSearchError
 
-__all__ = ["Evolution", "History", "HistoryError", "Proposal", "Race", "SearchSpace", "candidate_seed", "run_search"]
+__all__ = [
+    "Evolution",
+    "History",
+    "HistoryError",
+    "Proposal",
+    "Race",
+    "SearchSpace",
+    "SharedSearch",
+    "SharedSearchError",
+    "candidate_seed",
+    "run_search",
+]

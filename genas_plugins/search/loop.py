@@ -14,6 +14,7 @@ from genas_plugins.scoring.flatness import MeasurementError
 from genas_plugins.search.evolution import Candidate, Evolution, Proposal
 from genas_plugins.search.history import History, HistoryError
 from genas_plugins.search.racing import Finish, Race
+from genas_plugins.search.sharing import SharedSearch
 
 __all__ = ["candidate_seed", "run_search"]
 
@@ -40,6 +41,7 @@ def run_search(
     history: History | None = None,
     on_record: Callable[[dict[str, Any]], None] | None = None,
     race: Race[Candidate] | None = None,
+    shared: SharedSearch | None = None,
 ) -> list[dict[str, Any]]:
     """Run ``evolution`` to its end.
 
@@ -54,6 +56,9 @@ def run_search(
         on_record: Called with each record, replayed ones included, for a progress bar.
         race: Measures whole generations in place of ``measure`` and drops what cannot be among the best. Records
             are then written when the generation has ended; one that was cut off is measured anew, with the same end.
+        shared: Processes that all call this function with equal arguments: of as many candidates as there are processes
+            each measures one, and all return the same records, those of a search in one process. Where their histories
+            differ, that of the first counts. An exception in one ends all. A race is not shared: each process runs it.
 
     Returns:
         The records, one dictionary per candidate: ``index``, ``generation``, ``origin``, ``candidate``,
@@ -63,14 +68,37 @@ def run_search(
 
     Raises:
         HistoryError: The history holds other candidates than this search proposes.
+        SharedSearchError: Another process failed.
     """
+    if shared is None or race is not None:
+        return _run(evolution, measure, history, on_record, race, None)
+    try:
+        records = _run(evolution, measure, history, on_record, None, shared)
+    except BaseException as error:
+        shared.tell(error)
+        raise
+    # Who has failed after the last candidate finds somebody to tell.
+    shared.exchange(None)
+    return records
+
+
+def _run(
+    evolution: Evolution[Candidate],
+    measure: Callable[[Candidate], Measurement],
+    history: History | None,
+    on_record: Callable[[dict[str, Any]], None] | None,
+    race: Race[Candidate] | None,
+    shared: SharedSearch | None,
+) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     known = [] if history is None else list(history.records)
+    if shared is not None:
+        known = shared.exchange(known)[0]
     index = evolution.scored
     while not evolution.finished:
         scores: list[float | None] = []
         proposals = evolution.ask()
-        new = _new_records(evolution, proposals, index, len(known) - index, measure, race)
+        new = _new_records(evolution, proposals, index, len(known) - index, measure, race, shared)
         for proposal in proposals:
             candidate = evolution.space.to_json(proposal.candidate)
             if index < len(known):
@@ -104,6 +132,7 @@ def _new_records(
     known: int,
     measure: Callable[[Candidate], Measurement],
     race: Race[Candidate] | None,
+    shared: SharedSearch | None,
 ) -> Iterator[dict[str, Any]]:
     """Records of a generation's candidates behind the ``known`` first, each measured when it is asked for."""
     numbered = list(enumerate(proposals, index))[max(0, known) :]
@@ -112,6 +141,12 @@ def _new_records(
         finishes = race.run([proposal.candidate for proposal in proposals], best)
         for (number, proposal), finish in zip(numbered, finishes[max(0, known) :], strict=True):
             yield _named(evolution, proposal, number) | _finished(finish, number)
+        return
+    if shared is not None:
+        for start in range(0, len(numbered), shared.size):
+            chunk = numbered[start : start + shared.size]
+            own = [_measured(evolution, proposal, number, measure) for number, proposal in chunk[shared.rank :][:1]]
+            yield from (record for records in shared.exchange(own) for record in records)
         return
     for number, proposal in numbered:
         yield _measured(evolution, proposal, number, measure)

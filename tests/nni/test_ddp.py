@@ -33,6 +33,7 @@ from nni_strategy import DartsSpace, GeNAS, supernet_evaluator  # first, as a us
 
 import nni.nas.oneshot.pytorch.strategy
 import nni.nas.strategy
+import nni_strategy.strategy
 from genas_plugins.datasets import ImageTensors, SearchData
 from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.space import RawFormatModelSpace
@@ -77,6 +78,17 @@ evaluator = supernet_evaluator(
     enable_model_summary=False,
     default_root_dir=folder,
 )
+# Counts what this process measures itself.
+module = nni_strategy.strategy
+measure, measured = module.measure_candidate, []
+
+
+def counting(*arguments):
+    measured.append(arguments)
+    return measure(*arguments)
+
+
+module.measure_candidate = counting
 strategy = GeNAS(
     population=4,
     generations=2,
@@ -91,7 +103,13 @@ torch.save({name: value for name, value in space.named_parameters()}, f"{folder}
 with open(f"{folder}/seen{rank}.json", "w") as file:
     scores = [[record["candidate"], record["score"]] for record in strategy.records]
     best = [[model.sample, model.metric] for model in strategy.list_models(limit=3)]
-    report = {"paths": witness.paths, "images": witness.images, "scores": scores, "best": best, "whole": whole}
+    # All candidates by this process alone.
+    paths, _, *settings = measured[0]
+    candidates = [paths.search_space.from_json(record["candidate"]) for record in strategy.records]
+    alone = [measure(paths, candidate, *settings).score for candidate in candidates]
+    own = [paths.search_space.to_json(candidate) for _, candidate, *_ in measured]
+    report = {"alone": alone, "own": own}
+    report |= {"paths": witness.paths, "images": witness.images, "scores": scores, "best": best, "whole": whole}
     json.dump(report, file)
 """
 
@@ -170,6 +188,15 @@ def test_every_process_finds_the_same(seen: tuple[list[dict[str, Any]], Any]) ->
     assert len(first["scores"]) == 8
     assert first["scores"] == second["scores"]
     assert first["best"] == second["best"]
+
+
+def test_processes_share_the_candidates(seen: tuple[list[dict[str, Any]], Any]) -> None:
+    reports, _ = seen
+    proposed = [candidate for candidate, _ in reports[0]["scores"]]
+    for rank, report in enumerate(reports):
+        assert report["own"] == proposed[rank::2]
+        # One process that measures all finds the same scores.
+        assert report["alone"] == [score for _, score in report["scores"]]
 
 
 def test_importing_the_package_leaves_nni_whole(seen: tuple[list[dict[str, Any]], Any]) -> None:

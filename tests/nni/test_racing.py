@@ -51,9 +51,9 @@ def batches(count: int, size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(inputs.split(size), labels.split(size), strict=True))
 
 
-def made(build: Callable[[], ModelSpace], **changes: Any) -> GeNAS:
+def made(build: Callable[[], ModelSpace], images: int = 416, **changes: Any) -> GeNAS:
     """A strategy around a supernet whose candidates differ much, as those of a trained one do."""
-    validation = batches(416, 16, 0)
+    validation = batches(images, 32, 0)
     settings = {**SMALL, "recalibration_batches": batches(32, 16, 1), "validation_batches": validation, **changes}
     strategy = GeNAS(**settings, device="cpu")
     with torch.random.fork_rng(devices=[]):
@@ -73,15 +73,21 @@ def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
 
 
-@pytest.mark.parametrize(("space", "metric"), [("own", "flatness"), ("own", "accuracy+flatness"), ("hub", "flatness")])
-def test_a_raced_search_finds_the_best_with_their_scores(space: str, metric: str) -> None:
-    whole, raced = made(SPACES[space], metric=metric), made(SPACES[space], metric=metric, racing=0.99)
+@pytest.mark.parametrize(
+    ("space", "metric", "images"),
+    [("own", "flatness", 416), ("own", "accuracy+flatness", 416), ("hub", "flatness", 208)],
+)
+def test_a_raced_search_finds_the_best_with_their_scores(space: str, metric: str, images: int) -> None:
+    generations = 1 if space == "hub" else 2
+    whole, raced = (
+        made(SPACES[space], images, metric=metric, generations=generations, racing=racing) for racing in (None, 0.99)
+    )
     before = {name: value.clone() for name, value in raced.supernet.state_dict().items()}
     whole.search()
     raced.search()
     assert raced.evolution.best(2) == whole.evolution.best(2)
     statuses = [record["status"] for record in raced.records]
-    assert 3 < statuses.count("dropped") < 18
+    assert 2 < statuses.count("dropped") <= 10 * generations - 2
     for ours, theirs in zip(timeless(raced.records), timeless(whole.records), strict=True):
         if ours["status"] == "ok":
             # To the last bit.
@@ -89,7 +95,7 @@ def test_a_raced_search_finds_the_best_with_their_scores(space: str, metric: str
         else:
             assert ours["candidate"] == theirs["candidate"]
             assert abs(ours["estimate"] - theirs["score"]) < 6 * ours["standard_error"]
-            assert ours["images"] in (112, 208)
+            assert ours["images"] in (128, 224)
     assert all(torch.equal(value, before[name]) for name, value in raced.supernet.state_dict().items())
 
 
