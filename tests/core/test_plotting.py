@@ -317,6 +317,15 @@ def test_search_tells_the_best_with_its_shares(tmp_path: Path) -> None:
     assert {"Search", "random", "mutation", "crossover", "best so far", "failed"} <= set(texts)
 
 
+def test_search_shows_what_a_race_dropped(tmp_path: Path) -> None:
+    records = [*history(), record(15, status="dropped", score=None, estimate=0.1, standard_error=0.01, images=128)]
+    texts = svg_texts(plot_search(records, tmp_path / "search.svg"))
+    assert any(
+        text.startswith("16 candidates, 1 failed, 1 dropped, 24 s of scoring; best: candidate 3") for text in texts
+    )
+    assert {"failed", "dropped"} <= set(texts)
+
+
 @pytest.mark.parametrize(
     "records",
     [[record(0, shares=None)], [record(7, status="failed", score=None)], [record(0), record(1, score=0.0)]],
