@@ -94,6 +94,7 @@ def commands(args: argparse.Namespace) -> Iterator[list[str]]:
             command += ["--set", item]
         command += ["--truth", str(args.source / "nasbench201_accuracy.csv"), "--settings", *args.settings]
         command += ["--sample", str(args.sample), "--resamples", str(args.resamples), "--output", str(folder)]
+        command += ["--images", str(args.images)] if args.images else []
         command += ["--training-free"] * args.training_free
         command += ["--resume"] * folder.exists()
         yield command
@@ -220,6 +221,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="a supernet each (default: 0 1)")
     parser.add_argument("--sample", type=int, default=500, help="architectures (default: %(default)s)")
+    parser.add_argument("--images", type=int, help="to score on (default: those of the configuration)")
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time (default: %(default)s)")
     parser.add_argument(

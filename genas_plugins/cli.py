@@ -118,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "--settings", nargs="+", default=["paper_tables"], metavar="FILE", help="YAML; default: paper_tables"
     )
     correlate.add_argument("--sample", type=int, metavar="N", help="so many architectures; default: all 15,625")
+    correlate.add_argument("--images", type=int, metavar="N", help="so many validation images; default: the run's")
     correlate.add_argument("--training-free", action="store_true", help="also NASWOT, SynFlow and ZiCo")
     correlate.add_argument("--seed", type=int, default=0, help="of the sample and the bootstrap; default: %(default)s")
     correlate.add_argument(
@@ -338,6 +339,7 @@ def _correlate(options: argparse.Namespace) -> int:
         architectures,
         settings,
         folder,
+        images=options.images,
         training_free=options.training_free,
         resume=options.resume,
         progress=progress,

@@ -132,6 +132,7 @@ def measure_all(
     settings: Sequence[Setting],
     folder: str | Path,
     *,
+    images: int | None = None,
     training_free: bool = False,
     resume: bool = False,
     progress: Callable[[str, int, int], Any] | None = None,
@@ -143,6 +144,7 @@ def measure_all(
         architectures: What to measure.
         settings: The columns.
         folder: Where ``measurements.jsonl`` and ``settings.json`` are written.
+        images: Only the first so many of the run's validation images; ``None`` for all.
         training_free: Also NASWOT, SynFlow and ZiCo, on freshly initialised networks of the benchmark's size and on
             the supernet's trained weights.
         resume: Go on with what the folder holds.
@@ -153,16 +155,19 @@ def measure_all(
 
     Raises:
         TypeError: The supernet is of another space.
+        ValueError: There are fewer images than a setting asks for.
         ConfigError: The folder holds measurements and ``resume`` is not set, or those of other settings.
         OSError: The folder cannot be written to.
     """
     if not isinstance(trained.space, NasBench201Space):
         raise TypeError(f"The supernet is one of {type(trained.space).__name__}, expected NasBench201Space.")
+    validation = trained.validation if images is None else trained.validation.limit(images)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     told = json.dumps(
         {
             "settings": [_plain(setting) for setting in settings],
+            "images": validation.num_images,
             "seed": trained.seed,
             "training_free": training_free,
             "architectures": list(map(str, architectures)),
@@ -183,7 +188,7 @@ def measure_all(
     if done != [str(architecture) for architecture in architectures[: len(done)]]:
         raise HistoryError(f"{history.path} holds other architectures than these: name another folder.")
     display = None if progress is None else progress("measuring", len(architectures), len(done))
-    example, _ = next(iter(trained.validation))
+    example, _ = next(iter(validation))
     common = CommonNoise(trained.space, trained.seed)
     recalibration, own = (
         trained.recalibration,
@@ -196,7 +201,7 @@ def measure_all(
             raw = measure_raw(
                 model,
                 settings,
-                trained.validation,
+                validation,
                 recalibration=recalibration,
                 recalibration_images=own,
                 angle=lambda chosen=architecture, names=names: trained.paths.angle(chosen, names),

@@ -198,7 +198,8 @@ def perturbed_losses(
     Losses that are not finite are returned as they are. Arguments and other errors are those of :func:`flatness`.
     """
     losses = _at_each_noise(
-        _mean_loss, model, batches, sigmas, noise, where, generator, relative, draws, common, parameters
+        *(_mean_loss, model, batches, sigmas, noise, where, generator, relative, draws, common, parameters),
+        hessian_directions,
     )
     return torch.stack(losses).view(draws, -1).tolist()
 
@@ -244,6 +245,7 @@ def _at_each_noise(
     draws: int,
     common: CommonNoise | None,
     parameters: Collection[str] | None,
+    hessian_directions: int = 1,
 ) -> list[Result]:
     """What ``measure`` gives of the perturbed network, for each draw and each sigma of it."""
     sigmas = check_sigmas(sigmas)

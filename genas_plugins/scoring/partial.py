@@ -106,13 +106,19 @@ class PartialScore:
         score: Its settings; with the angle alone there is nothing to extend.
 
     Raises:
-        ValueError: The metric is the angle alone.
+        ValueError: The metric is the angle alone, or the noise follows the Hessian, whose eigenvectors depend on the
+            images.
     """
 
     def __init__(self, score: CombinedScore) -> None:
         if score.metrics == {"angle"}:
             raise ValueError(
                 "The metric 'angle' reads no images, so a race has none to spare; expected another metric."
+            )
+        if score.noise == "hessian" and "flatness" in score.metrics:
+            raise ValueError(
+                "The noise 'hessian' depends on the images that are seen, so that a slice of them has another; "
+                "expected another noise, or no race."
             )
         self.score = score
         self.angle: float | None = None

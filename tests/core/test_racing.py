@@ -202,9 +202,11 @@ def test_a_confidence_is_between_a_half_and_one(confidence: float) -> None:
         Race(lambda candidate: None, [1], confidence, 1)
 
 
-def test_the_angle_alone_cannot_be_raced() -> None:
+def test_what_cannot_be_raced() -> None:
     with pytest.raises(ValueError, match="'angle' reads no images"):
         PartialScore(CombinedScore(metric="angle"))
+    with pytest.raises(ValueError, match="'hessian' depends on the images"):
+        PartialScore(CombinedScore(noise="hessian"))
 
 
 def test_spared_images() -> None:

@@ -152,8 +152,9 @@ def test_a_killed_run_goes_on_and_ends_the_same(files: Path, genas: Callable[...
     assert genas(*command(files, cut, "--resume")).status == 0
     for name in ("measurements.jsonl", "correlations.csv", "scores.csv", "scatter.png"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
-    other = genas(*command(files, cut, "--resume", "--seed", "1"))
-    assert "measurements of other settings or architectures" in other.error
+    for different in (["--seed", "1"], ["--images", "48"]):
+        other = genas(*command(files, cut, "--resume", *different))
+        assert "measurements of other settings or architectures" in other.error
 
 
 def test_the_truth_itself_has_tau_1_and_shuffled_it_has_about_0(tmp_path: Path, truth: dict[str, float]) -> None:
@@ -271,6 +272,7 @@ def test_settings_that_cannot_be_measured_are_refused(text: str, message: str, t
     ("changes", "message"),
     [
         ({"--settings": "nowhere"}, "There are no settings 'nowhere'; the package has: estimators, paper_tables"),
+        ({"--images": "65"}, "limit takes 1 to 64 images"),
         ({"--sample": "20000"}, "The sample must have 3 to 15625 architectures, got 20000"),
         ({"--dataset": "cifar100"}, "cifar100"),
         ({"--config": "quickstart_digits"}, "Name either --run"),
