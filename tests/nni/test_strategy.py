@@ -226,17 +226,18 @@ def test_scores_are_those_of_standalone_networks(tmp_path: Path) -> None:
         assert record["score"] == record["top1"]
 
 
-def test_noise_goes_on_the_path_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["cumulative", "hessian"])
+def test_noise_goes_on_the_path_alone(tmp_path: Path, mode: str) -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(8, 3, 8, 8, generator=generator), torch.arange(8)) for _ in range(2)]
     torch.manual_seed(0)
-    strategy = initialised(GeNAS(**SMALL), NasBench201(4, 1, 10), tmp_path)
+    strategy = initialised(GeNAS(**SMALL, noise=mode), NasBench201(4, 1, 10), tmp_path)
     candidate = strategy.paths.search_space.sample(np.random.default_rng(0))
     measured = measure_candidate(strategy.paths, candidate, strategy.score, batches, batches, seed=3)
     frozen = strategy.supernet.freeze(strategy.paths.to_sample(candidate))
     plain_statistics(frozen, batches)
     noise = torch.Generator().manual_seed(candidate_seed(3, strategy.paths.search_space.to_json(candidate)))
-    alone = flatness(frozen, batches, (2e-3, 1e-2, 2e-2), generator=noise)
+    alone = flatness(frozen, batches, (2e-3, 1e-2, 2e-2), noise=mode, generator=noise)
     assert measured.flatness is not None
     assert measured.flatness.losses == pytest.approx(alone.losses, abs=1e-6)
 
