@@ -1,13 +1,13 @@
 """Networks of this project as convolutions and little else: what a score needs of them, a thousand times over.
 
-In evaluation mode batch normalisation is a convolution with other weights, an activation that several layers read is
-computed once, and one that nobody else reads in place. Logits are those of the network up to rounding.
+In evaluation mode batch normalisation is a convolution with other weights, and sums and activations belong to the
+convolution before them; an activation that several layers read is computed once. Logits are those of the network up to
+rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -16,70 +16,11 @@ from torch import Tensor, nn
 from genas_plugins.nasbench201 import NasBench201Network, NasBench201SubNet
 from genas_plugins.network import Cell, CellNetwork
 from genas_plugins.operations import FactorizedReduce, shift_image
+from genas_plugins.scoring.layers import Branch, Layer, Parts, Step, as_parts, fused_convolutions, pooling
 from genas_plugins.spaces.nasbench201 import EDGES, NODES
 from genas_plugins.supernet import SubNet
 
 __all__ = ["InferenceNetwork"]
-
-Step = Callable[[Tensor], Tensor]
-
-
-@dataclass(eq=False)
-class _Weighted:
-    """A convolution and the batch normalisation behind it, or either alone.
-
-    Attributes:
-        convolution: Without bias; ``None`` for a normalisation that follows something else.
-        norm: ``None`` for a convolution that is not normalised.
-        channels: Those of the normalisation that belong here; the halves of a factorized reduction share one.
-        stride: Of the convolution.
-        weight: Kernels, or scales ``(1, C, 1, 1)``, as loaded.
-        bias: ``(C)``, or shifts ``(1, C, 1, 1)``, as loaded.
-        average: During calibration, by how much the statistics of a batch move those of the normalisation.
-    """
-
-    convolution: nn.Conv2d | None
-    norm: nn.BatchNorm2d | None
-    channels: slice
-    stride: tuple[int, ...]
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    average: float | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.average is not None:
-            return self._normalised(self._convolved(x, None))
-        if self.convolution is None:
-            return torch.addcmul(self.bias, x, self.weight)
-        return self._convolved(x, self.weight, self.bias)
-
-    def _convolved(self, x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
-        conv = self.convolution
-        if conv is None:
-            return x
-        weight = conv.weight if weight is None else weight
-        return F.conv2d(x, weight, bias, self.stride, conv.padding, conv.dilation, conv.groups)
-
-    def _normalised(self, x: Tensor) -> Tensor:
-        norm, part = self.norm, self.channels
-        if norm is None:
-            return x
-        weight, bias = (norm.weight[part], norm.bias[part]) if norm.affine else (None, None)
-        mean, variance = norm.running_mean[part], norm.running_var[part]
-        return F.batch_norm(x, mean, variance, weight, bias, True, self.average, norm.eps)
-
-
-@dataclass(eq=False)
-class _Branch:
-    """Layers in a row. Where ``rectified`` they expect what is behind the ReLU that they began with."""
-
-    rectified: bool
-    steps: Sequence[Step]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        for step in self.steps:
-            x = step(x)
-        return x
 
 
 class _UnknownLayersError(TypeError):
@@ -102,7 +43,10 @@ class InferenceNetwork:
             raise _UnknownLayersError("A network with hooks cannot be rewritten for inference.")
         self._own = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._layers: list[_Weighted] = []
+        self._layers: list[Layer] = []
+        parameter = next(model.parameters())
+        on_cpu = parameter.device.type == "cpu" and parameter.dtype == torch.float32
+        self._fused = on_cpu and torch.backends.mkldnn.enabled and fused_convolutions()
         # Not isinstance: a subclass may run its layers otherwise.
         if type(model) in (SubNet, CellNetwork):
             self._run = self._cell_stack(model)
@@ -139,7 +83,7 @@ class InferenceNetwork:
         self._classifier = [current(parameter) for parameter in self._head]
         for layer in self._layers:
             if layer.convolution is not None:
-                layer.weight = current(layer.convolution.weight)
+                layer.load(current(layer.convolution.weight), None)
         gammas = [current(n.weight) if n.affine else torch.ones_like(n.running_var) for _, n in self._normed]
         betas = [current(n.bias) if n.affine else torch.zeros_like(n.running_var) for _, n in self._normed]
         scale, shift = (
@@ -148,25 +92,28 @@ class InferenceNetwork:
         )
         scale = scale * self._inverse
         shift = torch.addcmul(shift, self._mean, scale, value=-1)
-        kernels, gains = [], []
+        kernels, gains, shifts = [], [], []
         for (layer, _), gain, bias in zip(
             self._normed, scale.split(self._sizes), shift.split(self._sizes), strict=True
         ):
             if layer.convolution is None:
-                layer.weight, layer.bias = gain.view(1, -1, 1, 1), bias.view(1, -1, 1, 1)
+                layer.load(gain.view(1, -1, 1, 1), bias.view(1, -1, 1, 1))
             else:
-                layer.bias = bias
                 kernels.append(layer.weight)
                 gains.append(gain.view(-1, 1, 1, 1))
-        folded = iter(torch._foreach_mul(kernels, gains))
-        for layer, _ in self._normed:
-            if layer.convolution is not None:
-                layer.weight = next(folded)
+                shifts.append(bias)
+        normed = (layer for layer, _ in self._normed if layer.convolution is not None)
+        for layer, folded, bias in zip(normed, torch._foreach_mul(kernels, gains), shifts, strict=True):
+            layer.load(folded, bias)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``."""
-        return F.linear(self._run(x).mean((2, 3)), *self._classifier)
+        features = torch.cat([part.mean((2, 3)) for part in self._features(x)], dim=1)
+        return F.linear(features, *self._classifier)
+
+    def _features(self, x: Tensor) -> Parts:
+        return self._run(x.contiguous(memory_format=torch.channels_last) if self._fused else x)
 
     @property
     def norms(self) -> set[nn.BatchNorm2d]:
@@ -186,66 +133,71 @@ class InferenceNetwork:
         try:
             for layer in self._layers:
                 layer.average = average
-            self._run(x)
+            self._features(x)
         finally:
             for layer in self._layers:
                 layer.average = None
         for norm in self.norms:
             norm.num_batches_tracked.add_(1)
 
-    def _weighted(
-        self, convolution: nn.Conv2d | None, norm: nn.Module | None, channels: slice = slice(None)
-    ) -> _Weighted:
+    def _layer(
+        self,
+        convolution: nn.Conv2d | None,
+        norm: nn.Module | None,
+        channels: slice = slice(None),
+        inplace: bool = True,
+    ) -> Layer:
         if norm is not None and not (type(norm) is nn.BatchNorm2d and norm.track_running_stats):
             raise _UnknownLayersError(f"{type(norm).__name__} cannot be folded into a convolution.")
         if convolution is not None and convolution.bias is not None:
             raise _UnknownLayersError("A convolution with a bias is not one of these networks' layers.")
         stride = (1, 1) if convolution is None else convolution.stride
-        layer = _Weighted(convolution, norm, channels, stride)
+        layer = Layer(convolution, norm, channels, stride, self._fused, inplace)
         self._layers.append(layer)
         return layer
 
-    def _branch(self, module: nn.Module) -> _Branch:
+    def _branch(self, module: nn.Module) -> Branch:
         if isinstance(module, FactorizedReduce):
-            return _Branch(True, [self._factorized_reduce(module)])
+            return Branch(True, [self._factorized_reduce(module)])
         layers = list(_flat(module))
         rectified = bool(layers) and type(layers[0]) is nn.ReLU
         steps: list[Step] = []
         for layer in layers[rectified:]:
             last = steps[-1] if steps else None
             if type(layer) is nn.Conv2d:
-                steps.append(self._weighted(layer, None))
+                steps.append(self._layer(layer, None))
             elif isinstance(layer, nn.BatchNorm2d):
-                if isinstance(last, _Weighted) and last.norm is None:
+                if isinstance(last, Layer) and last.norm is None and not last.rectify:
                     self._layers.remove(last)
-                    steps[-1] = self._weighted(last.convolution, layer)
+                    steps[-1] = self._layer(last.convolution, layer)
                 else:
-                    steps.append(self._weighted(None, layer))
-            elif type(layer) is nn.ReLU and steps:
-                # Nobody else has seen what the step before it returned.
-                steps.append(torch.relu_)
+                    # Nobody else has seen what a step before it returned.
+                    steps.append(self._layer(None, layer, inplace=bool(steps)))
+            elif type(layer) is nn.ReLU and isinstance(last, Layer):
+                last.rectify = True
             elif type(layer) in (nn.MaxPool2d, nn.AvgPool2d):
-                steps.append(_pooling(layer))
+                steps.append(pooling(layer))
             else:
                 raise _UnknownLayersError(f"{type(layer).__name__} cannot be rewritten for inference.")
-        return _Branch(rectified, steps)
+        return Branch(rectified, steps)
 
     def _factorized_reduce(self, module: FactorizedReduce) -> Step:
         if type(module.relu) is not nn.ReLU:
             raise _UnknownLayersError(f"{type(module.relu).__name__} cannot be rewritten for inference.")
         half, stride, distance = module.conv_1.out_channels, module.stride, module.shift
-        first = self._weighted(module.conv_1, module.bn, slice(half))
-        second = self._weighted(module.conv_2, module.bn, slice(half, None))
+        first = self._layer(module.conv_1, module.bn, slice(half))
+        second = self._layer(module.conv_2, module.bn, slice(half, None))
         # Its pixels are picked before the convolution, which would copy an image that is shifted and no more.
         second.stride = (1, 1)
 
-        def reduce(x: Tensor) -> Tensor:
-            picked = shift_image(x, distance, stride)[:, :, ::stride, ::stride]
-            return torch.cat([first(x), second(picked)], dim=1)
+        def reduce(x: Tensor | Parts) -> Tensor:
+            parts = as_parts(x)
+            picked = tuple(shift_image(part, distance, stride)[:, :, ::stride, ::stride] for part in parts)
+            return torch.cat([first(parts), second(picked)], dim=1)
 
         return reduce
 
-    def _cell_stack(self, model: SubNet | CellNetwork) -> Step:
+    def _cell_stack(self, model: SubNet | CellNetwork) -> Callable[[Tensor], Parts]:
         cells: list[nn.Module] = list(model.cells)
         if model.stem_kind == "imagenet":
             stems = [self._branch(model.stem0), self._branch(model.stem1)]
@@ -253,56 +205,56 @@ class InferenceNetwork:
             stems = [self._branch(model.stem)]
         run_cells = [self._cell(cell, last=cell is cells[-1]) for cell in cells]
 
-        def run(x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Parts:
             # What cells hand over goes through a ReLU in each that takes it: it is done once, and before, where
             # tensors are small.
-            s0 = s1 = stems[0](x).relu_()
+            s0 = s1 = as_parts(stems[0](x, rectify=True))
             if len(stems) > 1:
-                s1 = stems[1](s0).relu_()
+                s1 = as_parts(stems[1](s0, rectify=True))
             for cell in run_cells:
                 s0, s1 = s1, cell(s0, s1)
             return s1
 
         return run
 
-    def _cell(self, cell: nn.Module, last: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    def _cell(self, cell: nn.Module, last: bool) -> Callable[[Parts, Parts], Parts]:
         if type(cell) is not Cell:
             raise _UnknownLayersError(f"{type(cell).__name__} cannot be rewritten for inference.")
         inputs = [self._branch(cell.preprocess0), self._branch(cell.preprocess1)]
-        branches = [self._branch(operation) for operation in cell._ops]
         if not all(branch.rectified for branch in inputs):
             raise _UnknownLayersError("A preprocessing without ReLU is not one of these networks' layers.")
-        sources = list(cell._sources)
-        states = 2 + len(branches) // 2
-        rectified = {source for source, branch in zip(sources, branches, strict=True) if branch.rectified}
-        plain = {source for source, branch in zip(sources, branches, strict=True) if not branch.rectified}
-        (plain if last else rectified).update(range(2, states))
+        edges = [(self._branch(op), source) for op, source in zip(cell._ops, cell._sources, strict=True)]
+        # The second of a pair adds the first to its result.
+        pairs = [sorted(edges[k : k + 2], key=lambda edge: edge[0].adds) for k in range(0, len(edges), 2)]
+        rectified = {source for branch, source in edges if branch.rectified}
+        plain = {source for branch, source in edges if not branch.rectified}
+        (plain if last else rectified).update(range(2, 2 + len(pairs)))
+        # Nobody but the means at the end, or convolutions that can sum over pieces, reads what a cell returns.
+        pieces = last or self._fused
 
-        def run(s0: Tensor, s1: Tensor) -> Tensor:
+        def run(s0: Parts, s1: Parts) -> Parts:
             plains: list[Tensor] = []
             behind: list[Tensor] = []
 
-            def add(state: Tensor) -> None:
-                number = len(plains)
-                plains.append(state)
-                if number in rectified:
-                    behind.append(state.relu() if number in plain else state.relu_())
-                else:
-                    behind.append(state)
+            def read(branch: Branch, source: int) -> Tensor:
+                return (behind if branch.rectified else plains)[source]
 
-            add(inputs[0](s0))
-            add(inputs[1](s1))
-            for node in range(2, states):
-                first, second = (
-                    branches[k]((behind if branches[k].rectified else plains)[sources[k]])
-                    for k in (2 * node - 4, 2 * node - 3)
-                )
-                add(first + second)
-            return torch.cat((plains if last else behind)[2:], dim=1)
+            for number in range(2 + len(pairs)):
+                rectify = number not in plain
+                if number < 2:
+                    state = inputs[number]((s0, s1)[number], rectify=rectify)
+                else:
+                    (first, a), (second, b) = pairs[number - 2]
+                    out = first(read(first, a))
+                    state = second(read(second, b), out, rectify=rectify, reuse=first.fresh)
+                plains.append(state)
+                behind.append(state.relu() if number in plain and number in rectified else state)
+            states = tuple((plains if last else behind)[2:])
+            return states if pieces else (torch.cat(states, dim=1),)
 
         return run
 
-    def _nasbench201(self, model: NasBench201SubNet | NasBench201Network) -> Step:
+    def _nasbench201(self, model: NasBench201SubNet | NasBench201Network) -> Callable[[Tensor], Parts]:
         operations = model.architecture.operations
         stem = self._branch(model.stem)
         steps: list[Step] = []
@@ -311,14 +263,14 @@ class InferenceNetwork:
                 steps.append(self._nasbench201_cell(cell.layers, operations))
             else:
                 steps.append(self._residual_block(cell))
-        last = self._branch(model.lastact)
-        return _Branch(False, [stem, *steps, last])
+        whole = Branch(False, [stem, *steps, self._branch(model.lastact)])
+        return lambda x: (whole(x),)
 
     def _nasbench201_cell(self, layers: nn.ModuleList, operations: tuple[str, ...]) -> Step:
         # What does not reach the output is not computed. What comes from a node without inputs is: normalisation
         # makes its bias of zeros.
         read = {NODES[-1]}
-        edges: list[tuple[int, int, _Branch]] = []
+        edges: list[tuple[int, int, Branch]] = []
         for (source, end), layer, name in reversed(list(zip(EDGES, layers, operations, strict=True))):
             if end in read and name != "none":
                 read.add(source)
@@ -329,13 +281,16 @@ class InferenceNetwork:
             behind: dict[int, Tensor] = {}
             for node in NODES:
                 total: Tensor | None = None
+                ours = False
                 for source, end, branch in edges:
                     if end != node:
                         continue
                     if branch.rectified and source not in behind:
                         behind[source] = plain[source].relu()
-                    out = branch(behind[source] if branch.rectified else plain[source])
-                    total = out if total is None else total + out
+                    image = behind[source] if branch.rectified else plain[source]
+                    added = branch(image, total, reuse=ours)
+                    ours = branch.fresh or total is not None
+                    total = added
                 plain.append(torch.zeros_like(x) if total is None else total)
             return plain[-1]
 
@@ -345,50 +300,9 @@ class InferenceNetwork:
         first, second, shortcut = (self._branch(part) for part in (block.conv_a, block.conv_b, block.downsample))
 
         def run(x: Tensor) -> Tensor:
-            return shortcut(x) + second(first(x.relu()).relu_())
+            return second(first(x.relu(), rectify=True), shortcut(x), reuse=shortcut.fresh)
 
         return run
-
-
-def _pooling(layer: nn.MaxPool2d | nn.AvgPool2d) -> Step:
-    """The pooling, by other means on a CPU if it is one of these spaces' 3x3 poolings.
-
-    PyTorch's take several times as long there: the maximum keeps indices, and neither uses vector instructions well.
-    """
-    maximum = isinstance(layer, nn.MaxPool2d)
-    stride = layer.stride
-    shape = (layer.kernel_size, layer.padding, layer.ceil_mode)
-    if maximum:
-        known = (layer.dilation, layer.return_indices) == (1, False)
-    else:
-        known = (layer.count_include_pad, layer.divisor_override) == (False, None)
-    if shape != (3, 1, False) or not known or not isinstance(stride, int):
-        return layer
-
-    def pool(x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return layer(x)
-        if maximum:
-            return _running_maximum(_running_maximum(x, 2, stride), 3, stride)
-        kernel = x.new_full((x.shape[1], 1, 3, 3), 1 / 9)
-        # Of nine pixels, those that are in the image.
-        share = F.avg_pool2d(x.new_ones((1, 1, *x.shape[2:])), 3, stride, 1)
-        return F.conv2d(x, kernel, None, stride, 1, 1, x.shape[1]).div_(share)
-
-    return pool
-
-
-def _running_maximum(x: Tensor, dim: int, stride: int) -> Tensor:
-    """Maximum of each ``stride``-th entry along ``dim`` and its two neighbours, as far as there are any."""
-    centre = (slice(None),) * dim
-    out = x[(*centre, slice(None, None, stride))].clone()
-    after = x[(*centre, slice(1, None, stride))]
-    before = x[(*centre, slice(stride - 1, -1, stride))]
-    for part, start in ((after, 0), (before, 1)):
-        count = min(part.shape[dim], out.shape[dim] - start)
-        there = out.narrow(dim, start, count)
-        torch.maximum(there, part.narrow(dim, 0, count), out=there)
-    return out
 
 
 def _flat(module: nn.Module) -> Iterator[nn.Module]:

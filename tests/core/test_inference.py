@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from genas_plugins import ZOO, CellNetwork, SuperNet
 from genas_plugins.nasbench201 import NasBench201Network, NasBench201SuperNet
-from genas_plugins.scoring import flatness, mean_loss, recalibrate_batchnorm
-from genas_plugins.scoring.inference import InferenceNetwork, _pooling
+from genas_plugins.scoring import flatness, layers, mean_loss, recalibrate_batchnorm
+from genas_plugins.scoring.inference import InferenceNetwork
+from genas_plugins.scoring.layers import fused_convolutions, pooling
 from genas_plugins.scoring.noise import perturbations
 from genas_plugins.spaces import DartsSearchSpace
 from genas_plugins.spaces.nasbench201 import OPERATIONS, NasBench201Architecture
@@ -137,6 +138,65 @@ def test_recalibration_gives_the_statistics_of_the_network_itself(space: str, mo
         torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-12, msg=name)
 
 
+@pytest.mark.skipif(not fused_convolutions(), reason="this PyTorch has no fused convolutions of oneDNN")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [3, 6, 8])
+@pytest.mark.parametrize("space", ["darts", "imagenet stem", "nasbench201"])
+def test_fused_convolutions_give_the_logits_of_float64(space: str, channels: int, layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    size = 64 if space == "imagenet stem" else 17
+    if space == "darts":
+        candidate = DartsSearchSpace().sample(np.random.default_rng(channels))
+        network: nn.Module = SuperNet(10, 2 * channels, 4).subnet(candidate)
+    elif space == "imagenet stem":
+        network = CellNetwork(ZOO["genas_flatness_c100"].genotype, 2 * channels, 5, 7, stem="imagenet")
+    else:
+        operations = tuple(np.random.default_rng(channels).choice(OPERATIONS, 6).tolist())
+        network = NasBench201Network(NasBench201Architecture(operations), channels, 2)
+    x = images(size, 5, torch.float32)
+    prepared(network, x)
+    rewritten = InferenceNetwork(network)
+    assert all(layer.fused for layer in rewritten._layers)
+    exact = copy.deepcopy(network).double().eval()
+    for batch in (x, x[:2]):
+        before = batch.contiguous(memory_format=layout).clone(memory_format=torch.preserve_format)
+        ours = rewritten(before)
+        assert torch.equal(before, batch)
+        with torch.no_grad():
+            expected = exact(batch.double())
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_without_onednn_nothing_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = NasBench201Network(NasBench201Architecture(("nor_conv_1x1",) * 6), 4, 1).eval()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    fused_convolutions.cache_clear()
+    rewritten = InferenceNetwork(network)
+    fused_convolutions.cache_clear()
+    assert not any(layer.fused for layer in rewritten._layers)
+    x = images(8, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(rewritten(x), network(x))
+
+
+@pytest.mark.parametrize("change", ["missing", "other arguments", "other result"])
+def test_a_pytorch_that_changed_its_fused_convolutions_goes_without(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(x: Tensor, *unused: object, rectify: bool) -> Tensor:
+        if change == "missing":
+            raise AttributeError("_convolution_pointwise")
+        if change == "other arguments":
+            raise RuntimeError("expected at most 3 arguments")
+        return torch.zeros_like(x)
+
+    monkeypatch.setattr(layers, "_convolve", changed)
+    fused_convolutions.cache_clear()
+    assert not fused_convolutions()
+    monkeypatch.undo()
+    fused_convolutions.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("stride", [1, 2])
@@ -146,12 +206,12 @@ def test_poolings_are_those_of_torch(stride: int, layout: torch.memory_format, d
     for height, width in itertools.product((1, 2, 3, 4, 7, 8), (1, 2, 5, 8)):
         x = torch.randn(2, 3, height, width, generator=generator, dtype=dtype).contiguous(memory_format=layout)
         before = x.clone()
-        assert torch.equal(_pooling(maximum)(x), maximum(x))
-        torch.testing.assert_close(_pooling(mean)(x), mean(x))
+        assert torch.equal(pooling(maximum)(x), maximum(x))
+        torch.testing.assert_close(pooling(mean)(x), mean(x))
         assert torch.equal(x, before)
     # Others are left as they are.
     for other in (nn.AvgPool2d(3, stride, 1), nn.MaxPool2d(3, stride, 1, dilation=2), nn.AvgPool2d(2, 2)):
-        assert _pooling(other) is other
+        assert pooling(other) is other
 
 
 def test_parameters_are_replaced_one_loading_after_another() -> None:
