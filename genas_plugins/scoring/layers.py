@@ -183,7 +183,17 @@ class Layer:
             return x
         weight, bias = (norm.weight[part], norm.bias[part]) if norm.affine else (None, None)
         mean, variance = norm.running_mean[part], norm.running_var[part]
-        return F.batch_norm(x, mean, variance, weight, bias, True, self.average, norm.eps)
+        # One value a channel has no variance: batch_norm says so.
+        if x.device.type != "cpu" or x.dtype != mean.dtype or x.numel() == x.shape[1]:
+            return F.batch_norm(x, mean, variance, weight, bias, True, self.average, norm.eps)
+        # batch_norm as its two halves, the second in place: two thirds of the time on a CPU.
+        centre, spread = torch.batch_norm_update_stats(x, mean, variance, self.average)
+        scale = (spread + norm.eps).rsqrt()
+        scale = scale if weight is None else scale * weight
+        shift = torch.zeros_like(centre) if bias is None else bias
+        shift = torch.addcmul(shift, centre, scale, value=-1)
+        out = x if self.convolution is not None or self.inplace else None
+        return torch.addcmul(shift.view(1, -1, 1, 1), x, scale.view(1, -1, 1, 1), out=out)
 
 
 def _split(kernels: Tensor, parts: Parts) -> Sequence[Tensor]:

@@ -167,6 +167,26 @@ def test_fused_convolutions_give_the_logits_of_float64(space: str, channels: int
         torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("space", ["darts", "nasbench201"])
+def test_recalibration_in_float32_gives_the_statistics_of_float64(space: str) -> None:
+    torch.manual_seed(0)
+    if space == "darts":
+        network: nn.Module = SuperNet(10, 8, 4).subnet(ZOO["genas_flatness_c10"].genotype)
+    else:
+        operations = (*OPERATIONS[1:], "nor_conv_3x3", "avg_pool_3x3")
+        network = NasBench201SuperNet(8, 1, 10, affine=False).subnet(NasBench201Architecture(operations))
+    batches = [(x, torch.zeros(3)) for x in images(16, 9, torch.float32).split(3)]
+    exact = copy.deepcopy(network).double()
+    recalibrate_batchnorm(network, batches)
+    eager_statistics(exact, [(x.double(), y) for x, y in batches], None)
+    for (name, found), wanted in zip(network.named_modules(), exact.modules(), strict=True):
+        if isinstance(found, nn.BatchNorm2d):
+            torch.testing.assert_close(found.running_var.double(), wanted.running_var, rtol=1e-5, atol=0, msg=name)
+            # Means are as exact as the values that they are means of.
+            error = (found.running_mean.double() - wanted.running_mean) / (wanted.running_var + found.eps).sqrt()
+            assert float(error.abs().max()) < 1e-5, name
+
+
 def test_without_onednn_nothing_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     network = NasBench201Network(NasBench201Architecture(("nor_conv_1x1",) * 6), 4, 1).eval()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
@@ -195,6 +215,12 @@ def test_a_pytorch_that_changed_its_fused_convolutions_goes_without(
     assert not fused_convolutions()
     monkeypatch.undo()
     fused_convolutions.cache_clear()
+
+
+def test_one_value_a_channel_has_no_statistics() -> None:
+    network = NasBench201Network(NasBench201Architecture(("nor_conv_1x1",) * 6), 4, 1)
+    with pytest.raises(ValueError, match="more than 1 value"):
+        recalibrate_batchnorm(network, [(images(1, 1, torch.float32), torch.zeros(1))])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
