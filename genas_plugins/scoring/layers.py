@@ -271,12 +271,16 @@ def pooling(layer: nn.MaxPool2d | nn.AvgPool2d) -> Step:
 
 def _running_maximum(x: Tensor, dim: int, stride: int) -> Tensor:
     """Maximum of each ``stride``-th entry along ``dim`` and its two neighbours, as far as there are any."""
-    centre = (slice(None),) * dim
-    out = x[(*centre, slice(None, None, stride))].clone()
-    after = x[(*centre, slice(1, None, stride))]
-    before = x[(*centre, slice(stride - 1, -1, stride))]
-    for part, start in ((after, 0), (before, 1)):
-        count = min(part.shape[dim], out.shape[dim] - start)
-        there = out.narrow(dim, start, count)
-        torch.maximum(there, part.narrow(dim, 0, count), out=there)
+    leading = (slice(None),) * dim
+    centre, after, before = (
+        x[(*leading, part)]
+        for part in (slice(None, None, stride), slice(1, None, stride), slice(stride - 1, -1, stride))
+    )
+    out = torch.empty_like(centre)
+    count = after.shape[dim]
+    torch.maximum(centre.narrow(dim, 0, count), after, out=out.narrow(dim, 0, count))
+    if count < centre.shape[dim]:
+        out.narrow(dim, count, 1).copy_(centre.narrow(dim, count, 1))
+    there = out.narrow(dim, 1, before.shape[dim])
+    torch.maximum(there, before, out=there)
     return out
