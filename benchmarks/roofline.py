@@ -383,7 +383,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="of training (default: %(default)s)")
     parser.add_argument("--images", type=int, default=1024, help="validation images (default: %(default)s)")
     parser.add_argument("--recalibration-images", type=int, default=RECALIBRATION_IMAGES)
-    parser.add_argument("--batch-size", type=int, help="of the validation (default: 64 on a CPU, 512 on CUDA)")
+    parser.add_argument("--batch-size", type=int, help="of the validation (default: 64 on a CPU, 2048 on CUDA)")
     parser.add_argument("--train-batch-size", type=int, default=64)
     parser.add_argument(
         "--scale",
@@ -395,7 +395,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(candidates=0, workers=0)
     args = parser.parse_args(arguments)
     cuda = torch.device(args.device).type == "cuda"
-    args.batch_size = args.batch_size or (512 if cuda else 64)
+    args.batch_size = args.batch_size or (2048 if cuda else 64)
     args.scale = args.scale or (1.0 if cuda else CPU_SCALE)
     for name in ("rounds", "images", "recalibration_images", "batch_size", "train_batch_size"):
         if getattr(args, name) < 1:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from genas_plugins.scoring import Accuracy, CombinedScore, Flatness, MeasurementError, flatness_from_losses
 from genas_plugins.scoring.batchnorm import evaluation_mode, preserve_batchnorm, recalibrate_batchnorm
+from genas_plugins.scoring.data import TensorBatches, sum_over_batches
 from genas_plugins.scoring.flatness import perturbed_losses
 from genas_plugins.scoring.inference import InferenceNetwork
 from genas_plugins.scoring.noise import CommonNoise
@@ -91,6 +92,9 @@ class _First:
 
     @classmethod
     def of(cls, batches: Batches, count: int | None) -> Batches:
+        if isinstance(batches, TensorBatches) and count is not None:
+            # As TensorBatches, they can be halved where the memory asks for it.
+            return batches.limit(count)
         return batches if count is None else cls(batches, count)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -226,19 +230,16 @@ def _flatness(setting: Setting, part: Mapping[str, Any]) -> Flatness | None:
 
 def _without_noise(model: nn.Module, batches: Batches) -> dict[str, float | None]:
     """Loss and accuracies of one pass over the images."""
-    sums: Tensor | None = None
-    count = 0
     with evaluation_mode(model), torch.no_grad():
         network = InferenceNetwork.of(model) or model
-        for images, labels in batches:
+
+        def measure(images: Tensor, labels: Tensor) -> Tensor:
             logits = network(images)
             loss = F.cross_entropy(logits, labels, reduction="sum").double()
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            found = torch.stack([loss, hits[:, 0].sum().double(), hits.sum().double()])
-            sums = found if sums is None else sums + found
-            count += len(labels)
-    if sums is None:
-        raise ValueError("Architectures are measured on at least one batch of images, got none.")
+            return torch.stack([loss, hits[:, 0].sum().double(), hits.sum().double()])
+
+        sums, count = sum_over_batches(batches, measure)
     loss, top1, top5 = (sums / count).tolist()
     return {"loss": loss if math.isfinite(loss) else None, "top1": top1, "top5": top5}
 

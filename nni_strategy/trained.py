@@ -52,8 +52,12 @@ def load_data(experiment: config.Experiment) -> SearchData:
 
 
 def batch_size_for(device: torch.device, wanted: int | None) -> int:
-    """Images a validation batch: what the user wants, else 64 on a CPU (larger ones fall out of its caches) or 512."""
-    return wanted or (64 if device.type == "cpu" else 512)
+    """Images a validation batch: what the user wants, or else what suits the device.
+
+    64 on a CPU, as larger batches fall out of its caches. On CUDA as many as keep it busy: where they do not fit its
+    memory they are halved (:meth:`~genas_plugins.scoring.data.TensorBatches.halve`). Elsewhere 512.
+    """
+    return wanted or {"cpu": 64, "cuda": 2048}.get(device.type, 512)
 
 
 class TrainedSupernet:
@@ -89,10 +93,8 @@ class TrainedSupernet:
         self.score = score
         self.seed = seed
         self.paths = SupernetPaths(self.space, initial)
-        size = batch_size_for(self.device, batch_size)
-        self._batch_size = size
         self._recalibration_batch_size = recalibration_batch_size
-        self.validation = self._batches(data.validation, size)
+        self.validation = self._batches(data.validation, batch_size_for(self.device, batch_size))
         self.recalibration = self._batches(data.recalibration, recalibration_batch_size) if recalibrate else None
 
     @classmethod
@@ -163,7 +165,7 @@ class TrainedSupernet:
         with self.paths.open(candidate, example) as (model, _):
             if self.recalibration is not None:
                 recalibrate_batchnorm(model, self.recalibration, self.score.momentum)
-            return accuracy(model, self._batches(self.data.test, self._batch_size))
+            return accuracy(model, self._batches(self.data.test, self.validation.batch_size))
 
     def _batches(self, images: ImageTensors, size: int) -> TensorBatches:
         return TensorBatches(images, size, self.data.mean, self.data.std, device=self.device)

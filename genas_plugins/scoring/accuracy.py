@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from genas_plugins.scoring.batchnorm import evaluation_mode
+from genas_plugins.scoring.data import over_batches
 from genas_plugins.scoring.inference import InferenceNetwork
 
 __all__ = ["Accuracy", "accuracy", "image_hits"]
@@ -48,14 +49,13 @@ def image_hits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Te
     Returns:
         ``(N, 2)``, boolean. Arguments and errors are those of :func:`accuracy`.
     """
-    found: list[Tensor] = []
     with evaluation_mode(model), torch.no_grad():
         network = InferenceNetwork.of(model) or model
-        for images, labels in batches:
+
+        def hits(images: Tensor, labels: Tensor) -> Tensor:
             logits = network(images)
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-            hits = ranked == labels[:, None]
-            found.append(torch.stack([hits[:, 0], hits.any(1)], dim=1))
-    if not found:
-        raise ValueError("Accuracy needs at least one batch of images, got none.")
-    return torch.cat(found)
+            found = ranked == labels[:, None]
+            return torch.stack([found[:, 0], found.any(1)], dim=1)
+
+        return torch.cat(over_batches(batches, hits))

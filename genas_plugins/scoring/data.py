@@ -1,16 +1,29 @@
-"""Batches that already are on the device: what a search reads a thousand times is moved there once."""
+"""Batches that already are on the device: what a search reads a thousand times is moved there once.
+
+Batches that nothing but the device's memory limits may start too large: a pass that does not fit is repeated in
+smaller ones.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from genas_plugins.datasets import ImageTensors
 
-__all__ = ["TensorBatches"]
+__all__ = ["SMALLEST_BATCH", "TensorBatches", "over_batches", "sum_over_batches"]
+
+Result = TypeVar("Result")
+
+_logger = logging.getLogger(__name__)
+
+SMALLEST_BATCH = 16
+"""Images; where a batch of so many does not fit, the device has no room for the network either."""
 
 
 def _channel_row(name: str, values: Sequence[float]) -> Tensor:
@@ -65,7 +78,8 @@ class TensorBatches:
         if not bool((spread > 0).all()):
             raise ValueError(f"std must be larger than 0 in every channel, but got {std!r}.")
 
-        self.batch_size = batch_size
+        # In a list because batches that share these images fit, or do not fit, the same memory.
+        self._batch_size = [batch_size]
         self.dtype = dtype
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self._images = data.images.to(device).contiguous(memory_format=layout)
@@ -75,6 +89,11 @@ class TensorBatches:
         scale, shift = 1 / (255 * spread), -centre / spread
         self._scale = scale.to(self._compute).view(1, 3, 1, 1).to(device)
         self._shift = shift.to(self._compute).view(1, 3, 1, 1).to(device)
+
+    @property
+    def batch_size(self) -> int:
+        """Images per batch."""
+        return self._batch_size[0]
 
     @property
     def num_images(self) -> int:
@@ -106,6 +125,19 @@ class TensorBatches:
         view._labels = self._labels[start * self.batch_size : stop * self.batch_size]
         return view
 
+    def halve(self) -> bool:
+        """From now on, give batches of half the size, here and wherever these images are shared.
+
+        Returns:
+            Whether there was anything to halve: batches of fewer than :data:`SMALLEST_BATCH` images are not made.
+        """
+        before = min(self.batch_size, self.num_images)
+        if before // 2 < SMALLEST_BATCH:
+            return False
+        self._batch_size[0] = before // 2
+        _logger.warning("A batch of %d images does not fit the memory; from now on it is %d.", before, before // 2)
+        return True
+
     def limit(self, num_images: int) -> TensorBatches:
         """Return batches of the first ``num_images`` images, which share this object's memory.
 
@@ -120,3 +152,48 @@ class TensorBatches:
         view._images = self._images[:num_images]
         view._labels = self._labels[:num_images]
         return view
+
+
+def over_batches(
+    batches: Iterable[tuple[Tensor, Tensor]], measure: Callable[[Tensor, Tensor], Result]
+) -> list[Result]:
+    """``measure(images, labels)`` of all batches, in their order.
+
+    Nothing is read from the device. When its memory does not suffice and the batches are :class:`TensorBatches`, they
+    are halved for good, and the pass is begun anew.
+
+    Args:
+        batches: Images and labels.
+        measure: What to do with a batch.
+
+    Raises:
+        ValueError: There are no batches.
+        torch.OutOfMemoryError: The batches cannot be made smaller.
+    """
+    while True:
+        try:
+            results = [measure(images, labels) for images, labels in batches]
+            break
+        except torch.OutOfMemoryError:
+            if not (isinstance(batches, TensorBatches) and batches.halve()):
+                raise
+        # Not within the except clause, where the error holds the tensors of the pass that failed.
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+    if not results:
+        raise ValueError("Networks are measured on at least one batch of images, got none.")
+    return results
+
+
+def sum_over_batches(
+    batches: Iterable[tuple[Tensor, Tensor]], measure: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, int]:
+    """Sum of ``measure(images, labels)`` over all batches, on their device, and the number of images.
+
+    Arguments and errors are those of :func:`over_batches`.
+    """
+    parts, counts = zip(*over_batches(batches, lambda x, y: (measure(x, y), len(y))), strict=True)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total, sum(counts)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from genas_plugins.scoring.batchnorm import evaluation_mode
+from genas_plugins.scoring.data import over_batches, sum_over_batches
 from genas_plugins.scoring.errors import MeasurementError
 from genas_plugins.scoring.hessian import noise_directions
 from genas_plugins.scoring.inference import InferenceNetwork
@@ -226,9 +227,16 @@ def perturbed_image_losses(
         ``(draws, sigmas, batches)``. Added up in the order of the batches and divided by ``N``, the sums give
         what :func:`perturbed_losses` returns, bit for bit.
     """
-    pairs = _at_each_noise(
-        _loss_of_each, model, batches, sigmas, noise, where, generator, relative, draws, common, parameters
-    )
+    state = None if generator is None else generator.get_state()
+    while True:
+        pairs = _at_each_noise(
+            _loss_of_each, model, batches, sigmas, noise, where, generator, relative, draws, common, parameters
+        )
+        if len({len(sums) for _, sums in pairs}) == 1:
+            break
+        # A pass that did not fit the memory has halved the batches on the way.
+        if generator is not None:
+            generator.set_state(state)
     images, sums = (torch.stack(part).unflatten(0, (draws, -1)) for part in zip(*pairs, strict=True))
     return images, sums
 
@@ -288,30 +296,23 @@ class _Pass(nn.Module):
 
 
 def _mean_loss(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    total: Tensor | None = None
-    count = 0
-    for images, labels in batches:
-        logits = model(images)
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
         # float64 on the device: no rounding over many batches, and no synchronisation before the end.
-        loss = F.cross_entropy(logits, labels, reduction="sum").double()
-        total = loss if total is None else total + loss
-        count += len(labels)
-    if total is None:
-        raise ValueError("The validation loss needs at least one batch of images, got none.")
+        return F.cross_entropy(model(images), labels, reduction="sum").double()
+
+    total, count = sum_over_batches(batches, loss)
     return total / count
 
 
 def _loss_of_each(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    images: list[Tensor] = []
-    sums: list[Tensor] = []
-    for inputs, labels in batches:
-        logits = model(inputs)
-        images.append(F.cross_entropy(logits, labels, reduction="none"))
-        # Not the sum of the row above, which rounds in another order than _mean_loss.
-        sums.append(F.cross_entropy(logits, labels, reduction="sum").double())
-    if not images:
-        raise ValueError("The validation loss needs at least one batch of images, got none.")
-    return torch.cat(images), torch.stack(sums)
+    def losses(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model(images)
+        # The sum is not that of the row, which rounds in another order than _mean_loss.
+        row, total = (F.cross_entropy(logits, labels, reduction=reduction) for reduction in ("none", "sum"))
+        return row, total.double()
+
+    rows, sums = zip(*over_batches(batches, losses), strict=True)
+    return torch.cat(rows), torch.stack(sums)
 
 
 def _perturbed(

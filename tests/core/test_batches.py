@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from genas_plugins.datasets import ImageTensors
-from genas_plugins.scoring.data import TensorBatches
+from genas_plugins.scoring import accuracy, flatness, mean_loss, recalibrate_batchnorm
+from genas_plugins.scoring.data import SMALLEST_BATCH, TensorBatches, sum_over_batches
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -115,3 +119,82 @@ def test_batches_appear_on_the_device(data):
     images, labels = next(iter(batches))
     assert images.is_cuda and labels.is_cuda
     np.testing.assert_allclose(joined(batches).double().cpu().numpy(), normalised(data), rtol=0, atol=5e-7)
+
+
+class SmallMemory(nn.Module):
+    """Has room for so many images. Logits are the mean of each colour, after batch normalisation, and a weight."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.sizes: list[int] = []
+        self.norm = nn.BatchNorm2d(3)
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(x))
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError(f"no room for {len(x)} images")
+        return self.norm(x).mean((2, 3)) * self.weight
+
+
+@pytest.fixture
+def many() -> ImageTensors:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (150, 3, 2, 2), generator=generator, dtype=torch.uint8)
+    return ImageTensors(images, torch.arange(150) % 3, ("a", "b", "c"))
+
+
+def test_batches_that_do_not_fit_are_halved_for_good_and_said_once(many, caplog):
+    small, large = SmallMemory(room=40), SmallMemory(room=150)
+    batches, whole = TensorBatches(many, 1000, MEAN, STD), TensorBatches(many, 150, MEAN, STD)
+    with caplog.at_level(logging.WARNING):
+        found = flatness(small, batches, (1e-2, 2e-2, 3e-2))
+    # All images are 150, so that halves of 1,000 that are the same batch again are not tried.
+    assert small.sizes == [150, 75, *[37, 37, 37, 37, 2] * 3]
+    assert batches.batch_size == 37
+    assert [record.getMessage() for record in caplog.records] == [
+        "A batch of 150 images does not fit the memory; from now on it is 75.",
+        "A batch of 75 images does not fit the memory; from now on it is 37.",
+    ]
+    # Neither the noise nor the first images are counted twice.
+    expected = flatness(large, whole, (1e-2, 2e-2, 3e-2))
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-6)
+    caplog.clear()
+    assert mean_loss(small, batches) == pytest.approx(mean_loss(large, whole), rel=1e-6)
+    assert accuracy(small, batches) == accuracy(large, whole)
+    assert max(small.sizes[2:]) == 37 and not caplog.records
+
+
+def test_a_part_of_the_images_shares_the_batch_size(many):
+    batches = TensorBatches(many, 100, MEAN, STD)
+    part = batches.limit(90)
+    assert part.halve() and (part.batch_size, batches.batch_size) == (45, 45)
+    assert batches.halve() and (part.batch_size, batches.batch_size) == (22, 22)
+    assert [len(labels) for _, labels in part] == [22, 22, 22, 22, 2]
+
+
+def test_what_does_not_fit_in_the_smallest_batch_is_an_error(many):
+    model, batches = SmallMemory(room=SMALLEST_BATCH - 1), TensorBatches(many, 128, MEAN, STD)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(torch.OutOfMemoryError, match=f"no room for {SMALLEST_BATCH} images"):
+        mean_loss(model, batches)
+    assert model.sizes == [128, 64, 32, 16] and batches.batch_size == SMALLEST_BATCH
+    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_batches_of_others_are_not_halved_nor_those_of_a_recalibration(many):
+    model = SmallMemory(room=10)
+    with pytest.raises(torch.OutOfMemoryError):
+        sum_over_batches(list(TensorBatches(many, 64, MEAN, STD)), lambda x, _: model(x).sum())
+    batches = TensorBatches(many, 64, MEAN, STD)
+    with pytest.raises(torch.OutOfMemoryError):
+        recalibrate_batchnorm(model, batches)
+    assert model.sizes == [64, 64] and batches.batch_size == 64
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(many):
+    batches = TensorBatches(many, 64, MEAN, STD)
+    with pytest.raises(RuntimeError, match="shapes"):
+        sum_over_batches(batches, lambda x, _: x.sum() / torch.zeros(1) @ torch.zeros(2, 2))
+    assert batches.batch_size == 64
