@@ -204,5 +204,6 @@ def _update_momentum(norm: MixedBatchNorm2d, inputs: Any) -> None:
     if not norm.training:
         return
     norm.num_batches_tracked.add_(1)
-    average = 1.0 / float(norm.num_batches_tracked)
-    norm.init_arguments["momentum"] = average if norm.momentum is None else norm.momentum
+    # Read from the device only where it must be.
+    given = norm.momentum
+    norm.init_arguments["momentum"] = 1.0 / float(norm.num_batches_tracked) if given is None else given

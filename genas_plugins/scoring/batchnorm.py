@@ -92,7 +92,6 @@ def recalibrate_batchnorm(
         with evaluation_mode(model), torch.no_grad():
             for norm in norms:
                 norm.reset_running_stats()
-                norm.momentum = momentum
                 norm.train()
             network = InferenceNetwork.of(model)
             if network is not None and network.norms != set(norms):
@@ -100,10 +99,14 @@ def recalibrate_batchnorm(
             count = 0
             for images, _ in batches:
                 count += 1
-                if network is None:
-                    model(images)
-                else:
-                    network.calibrate(images, momentum or 1.0 / count)
+                average = momentum or 1.0 / count
+                if network is not None:
+                    network.calibrate(images, average)
+                    continue
+                for norm in norms:
+                    # The same as None, for which PyTorch would read its own count of batches from the device.
+                    norm.momentum = average
+                model(images)
         if not count:
             raise ValueError("Recalibration of batch normalisation needs at least one batch of images, got none.")
         done = True
