@@ -154,9 +154,7 @@ class TensorBatches:
         return view
 
 
-def over_batches(
-    batches: Iterable[tuple[Tensor, Tensor]], measure: Callable[[Tensor, Tensor], Result]
-) -> list[Result]:
+def over_batches(batches: Iterable[tuple[Tensor, Tensor]], measure: Callable[[Tensor, Tensor], Result]) -> list[Result]:
     """``measure(images, labels)`` of all batches, in their order.
 
     Nothing is read from the device. When its memory does not suffice and the batches are :class:`TensorBatches`, they
