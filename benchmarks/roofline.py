@@ -39,7 +39,7 @@ import itertools
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -232,10 +232,10 @@ def floor(layers: Iterable[Cost], rates: Rates) -> float:
     return sum(max(layer.flops / rates.flops, layer.bytes / rates.bytes) for layer in layers)
 
 
-def measure_rates(device: torch.device, clock: Callable[[], float]) -> Rates:
+def measure_rates(stage: str, device: torch.device, clock: Callable[[], float]) -> Rates:
     """The rates of a large matrix product and of a large copy in float32, the best of several.
 
-    On CUDA the product uses TF32 where convolutions do.
+    On CUDA the product may use TF32 where convolutions may: in training, unless that is switched off, not in scoring.
     """
     size = MATRIX_SIZE[device.type]
     a, b = torch.rand(2, size, size, device=device)
@@ -243,7 +243,7 @@ def measure_rates(device: torch.device, clock: Callable[[], float]) -> Rates:
     source = torch.zeros(COPIED_BYTES[device.type] // 4, device=device)
     target = torch.zeros_like(source)
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = stage == "training" and torch.backends.cudnn.allow_tf32
     try:
         matrix = min(_seconds(lambda: torch.mm(a, b, out=product), device, clock) for _ in range(REPEATS))
         copy = min(_seconds(lambda: target.copy_(source), device, clock) for _ in range(REPEATS))
@@ -305,10 +305,10 @@ def stage_args(stage: str, args: argparse.Namespace, **changes: Any) -> argparse
     return argparse.Namespace(**{**vars(args), "batch_size": size, **changes})
 
 
-def print_floors(args: argparse.Namespace, rates: Rates) -> None:
+def print_floors(args: argparse.Namespace, all_rates: Mapping[str, Rates]) -> None:
     """The table of both stages, and what their floors are made of."""
     rows, parts = [], []
-    for stage in args.stages:
+    for stage, rates in all_rates.items():
         own = stage_args(stage, args)
         runs, times = stage_layers(stage, own), time_stage(stage, own)
         # Training takes another path at each step: the mean step against the mean floor.
@@ -328,16 +328,18 @@ def print_floors(args: argparse.Namespace, rates: Rates) -> None:
     print_table(["", "GFLOP", "GB", "of the floor"], parts)
 
 
-def print_sizes(args: argparse.Namespace, rates: Rates) -> None:
+def print_sizes(args: argparse.Namespace, rates: Mapping[str, Rates]) -> None:
     """Seconds against images, channels and batch size, each with its line."""
     counts = [max(1, round(count * args.scale)) for count in IMAGE_COUNTS]
     if "scoring" in args.stages:
-        print_growth("scoring", "images", [stage_args("scoring", args, images=count) for count in counts], rates)
+        print_growth(
+            "scoring", "images", [stage_args("scoring", args, images=count) for count in counts], rates["scoring"]
+        )
         by_channels = [stage_args("scoring", args, images=counts[0], init_channels=channels) for channels in CHANNELS]
-        print_growth("scoring", "init_channels", by_channels, rates)
+        print_growth("scoring", "init_channels", by_channels, rates["scoring"])
     if "training" in args.stages:
         by_batch = [stage_args("training", args, batch_size=size) for size in BATCH_SIZES]
-        print_growth("training", "batch_size", by_batch, rates)
+        print_growth("training", "batch_size", by_batch, rates["training"])
 
 
 def print_growth(stage: str, name: str, settings: Sequence[argparse.Namespace], rates: Rates) -> None:
@@ -414,12 +416,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     print(f"{args}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    rates = measure_rates(device, CLOCKS[args.clock])
-    print(
-        f"matrix rate {rates.flops / 1e9:.1f} GFLOP/s (float32, {MATRIX_SIZE[device.type]} squared), "
-        f"copy rate {rates.bytes / 1e9:.2f} GB/s ({COPIED_BYTES[device.type] / 2**20:.0f} MiB read and written)",
-        flush=True,
-    )
+    rates = {stage: measure_rates(stage, device, CLOCKS[args.clock]) for stage in args.stages}
+    for stage, rate in rates.items():
+        print(
+            f"{stage}: matrix rate {rate.flops / 1e9:.1f} GFLOP/s (float32, {MATRIX_SIZE[device.type]} squared), "
+            f"copy rate {rate.bytes / 1e9:.2f} GB/s ({COPIED_BYTES[device.type] / 2**20:.0f} MiB read and written)",
+            flush=True,
+        )
     (print_sizes if args.sizes else print_floors)(args, rates)
     return 0
 

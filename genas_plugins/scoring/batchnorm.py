@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from genas_plugins.scoring.inference import InferenceNetwork
+from genas_plugins.scoring.precision import exact_float32
 
 __all__ = [
     "evaluation_mode",
@@ -63,6 +64,7 @@ def load_statistics(model: nn.Module, values: Sequence[Tensor]) -> None:
     _restore(list(zip(buffers, values, strict=True)))
 
 
+@exact_float32()
 def recalibrate_batchnorm(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], momentum: float | None = None
 ) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from genas_plugins.datasets import ImageTensors
+from genas_plugins.scoring.precision import exact_float32
 
 __all__ = ["SMALLEST_BATCH", "TensorBatches", "over_batches", "sum_over_batches"]
 
@@ -154,11 +155,13 @@ class TensorBatches:
         return view
 
 
+@exact_float32()
 def over_batches(batches: Iterable[tuple[Tensor, Tensor]], measure: Callable[[Tensor, Tensor], Result]) -> list[Result]:
     """``measure(images, labels)`` of all batches, in their order.
 
-    Nothing is read from the device. When its memory does not suffice and the batches are :class:`TensorBatches`, they
-    are halved for good, and the pass is begun anew.
+    Float32 is computed as float32 (:func:`genas_plugins.scoring.precision.exact_float32`), and nothing is read from the
+    device. When its memory does not suffice and the batches are :class:`TensorBatches`, they are halved for good, and
+    the pass is begun anew.
 
     Args:
         batches: Images and labels.

@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from genas_plugins.scoring.batchnorm import evaluation_mode
 from genas_plugins.scoring.errors import MeasurementError
+from genas_plugins.scoring.precision import exact_float32
 
 __all__ = ["HESSIAN_IMAGES", "Eigenpairs", "noise_directions", "top_eigenvectors"]
 
@@ -51,6 +52,7 @@ class Eigenpairs:
     products: int
 
 
+@exact_float32()
 @torch.inference_mode(False)
 def top_eigenvectors(
     model: nn.Module,

@@ -192,7 +192,7 @@ def test_the_line_is_the_least_squares_one(roofline: Any) -> None:
 def test_both_stages_are_told_beside_their_floors(roofline: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert roofline.main(TINY) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"^matrix rate [\d.]+ GFLOP/s .* copy rate [\d.]+ GB/s", printed, re.MULTILINE)
+    assert re.search(r"^scoring: matrix rate [\d.]+ GFLOP/s .* copy rate [\d.]+ GB/s", printed, re.MULTILINE)
     for name in ("one candidate", "one training step"):
         row = re.search(rf"^{name}{NUMBER * 6} +[\d.]+ - [\d.]+{NUMBER}$", printed, re.MULTILINE)
         assert row is not None, printed

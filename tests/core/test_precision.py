@@ -1,0 +1,104 @@
+"""Scores are measured in float32 where float32 is asked for, whatever the process allows elsewhere."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genas_plugins import ZOO, SuperNet
+from genas_plugins.scoring import accuracy, flatness, mean_loss, recalibrate_batchnorm, top_eigenvectors
+from genas_plugins.scoring.noise import perturbations
+from genas_plugins.scoring.precision import exact_float32
+
+needs_switches = pytest.mark.skipif(
+    not hasattr(torch.backends.cudnn, "conv"), reason="PyTorch before 2.9 has other switches"
+)
+
+
+def switches() -> list[str]:
+    backends = torch.backends
+    owners = (backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)
+    return [owner.fp32_precision for owner in owners]
+
+
+@pytest.fixture
+def permissive() -> Iterator[list[str]]:
+    """A process that lets everything round as coarsely as it can."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield switches()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class Watched(nn.Module):
+    """A small classifier that notes the switches each time it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.BatchNorm2d(3)
+        self.linear = nn.Linear(48, 6)
+        self.seen: list[list[str]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(switches())
+        return self.linear(self.norm(x).flatten(1))
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(8, 3, 4, 4, generator=generator), torch.arange(8) % 6) for _ in range(2)]
+
+
+@needs_switches
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda model: flatness(model, batches(), (0.1, 0.2)),
+        lambda model: accuracy(model, batches()),
+        lambda model: mean_loss(model, batches()),
+        lambda model: recalibrate_batchnorm(model, batches()),
+        lambda model: top_eigenvectors(model, batches()),
+    ],
+    ids=["flatness", "accuracy", "loss", "recalibration", "Hessian"],
+)
+def test_every_measurement_is_exact_and_leaves_the_process_as_it_was(
+    permissive: list[str], measure: Callable[[nn.Module], Any]
+) -> None:
+    model = Watched()
+    measure(model)
+    assert model.seen and all(seen == ["ieee"] * 4 for seen in model.seen)
+    assert switches() == permissive != ["ieee"] * 4
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+@needs_switches
+def test_an_error_leaves_the_process_as_it_was(permissive: list[str]) -> None:
+    with pytest.raises(RuntimeError, match="out of paper"), exact_float32():
+        raise RuntimeError("out of paper")
+    assert switches() == permissive
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_smallest_sigmas_of_the_paper_are_seen_on_a_gpu() -> None:
+    torch.manual_seed(0)
+    model = SuperNet(10, 8, 4).subnet(ZOO["genas_flatness_c10"].genotype).cuda()
+    images, labels = torch.randn(128, 3, 32, 32, device="cuda"), torch.arange(128, device="cuda") % 10
+    recalibrate_batchnorm(model, [(images, labels)])
+    sigmas = (1e-5, 5e-5, 1e-4)
+    measured = flatness(model, [(images, labels)], sigmas, generator=torch.Generator("cuda").manual_seed(1))
+    names = [name for name, _ in model.named_parameters()]
+    exact = copy.deepcopy(model).double().eval()
+    noise = perturbations(model, names, sigmas, generator=torch.Generator("cuda").manual_seed(1))
+    for loss, noisy in zip(measured.losses, noise, strict=True):
+        exact.load_state_dict(noisy, strict=False)
+        assert loss == pytest.approx(F.cross_entropy(exact(images.double()), labels).item(), rel=1e-5)
