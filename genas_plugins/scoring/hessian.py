@@ -69,8 +69,9 @@ def top_eigenvectors(
     The Hessian is that with respect to the named parameters in evaluation mode, with the statistics of batch
     normalisation that the model has, exact (derivatives of derivatives, no differences). Where the loss has a kink (a
     ReLU at 0), it is that of the side which PyTorch takes. A search that goes on until ``|H v - lambda v|`` is at most
-    ``tolerance * |lambda|`` needs 7 to 10 products for a trained subnet of NAS-Bench-201, and seldom more for each
-    further eigenvector. A product costs about three passes forward and backward, and its memory is that of one batch.
+    ``tolerance * |lambda|`` took 6 to 10 products for subnets of a trained supernet of NAS-Bench-201; each further
+    eigenvector is a search of its own. A product costs about three passes forward and backward, and its memory is that
+    of one batch.
 
     Nothing about the model or the global random state is changed, also when a batch fails.
 
