@@ -8,7 +8,7 @@ measured numbers (alpha, gamma, the metric) costs nothing more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from genas_plugins.scoring import Accuracy, CombinedScore, Flatness, MeasurementError, flatness_from_losses
 from genas_plugins.scoring.batchnorm import evaluation_mode, preserve_batchnorm, recalibrate_batchnorm
-from genas_plugins.scoring.data import TensorBatches, sum_over_batches
+from genas_plugins.scoring.data import TensorBatches, first_images, sum_over_batches
 from genas_plugins.scoring.flatness import perturbed_losses
 from genas_plugins.scoring.inference import InferenceNetwork
 from genas_plugins.scoring.noise import CommonNoise
@@ -83,28 +83,17 @@ class _Statistics:
         return self.suffix.strip(" ()") or "cumulative"
 
 
-@dataclass(frozen=True)
-class _First:
-    """The first images of batches, as re-iterable as those."""
-
-    batches: Batches
-    count: int
-
-    @classmethod
-    def of(cls, batches: Batches, count: int | None) -> Batches:
-        if isinstance(batches, TensorBatches) and count is not None:
-            # As TensorBatches, they can be halved where the memory asks for it.
-            return batches.limit(count)
-        return batches if count is None else cls(batches, count)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        missing = self.count
-        for images, labels in self.batches:
-            yield images[:missing], labels[:missing]
-            missing -= min(missing, len(labels))
-            if not missing:
-                return
-        raise ValueError(f"A setting asks for {self.count} images, there are {self.count - missing}.")
+def _first(batches: Batches, count: int | None) -> Batches:
+    """The first ``count`` images, or all for ``None``."""
+    if count is None:
+        return batches
+    if isinstance(batches, TensorBatches):
+        # As TensorBatches, they can be halved where the memory asks for it.
+        return batches.limit(count)
+    found = first_images(batches, count)
+    if (there := sum(len(labels) for _, labels in found)) < count:
+        raise ValueError(f"A setting asks for {count} images, there are {there}.")
+    return found
 
 
 def measure_raw(
@@ -155,9 +144,9 @@ def measure_raw(
         # In the order of first use: the same settings give the same numbers.
         for statistics in dict.fromkeys(map(_Statistics.of, settings)):
             if recalibration is not None:
-                calibrating = _First.of(recalibration, statistics.recalibration_images or recalibration_images)
+                calibrating = _first(recalibration, statistics.recalibration_images or recalibration_images)
                 recalibrate_batchnorm(model, calibrating, statistics.momentum)
-            seen = _First.of(batches, statistics.images)
+            seen = _first(batches, statistics.images)
             part: dict[str, Any] = _without_noise(model, seen)
             part["losses"] = {}
             raw["statistics"][statistics.key] = part

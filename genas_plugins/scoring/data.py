@@ -17,7 +17,7 @@ from torch import Tensor
 from genas_plugins.datasets import ImageTensors
 from genas_plugins.scoring.precision import exact_float32
 
-__all__ = ["SMALLEST_BATCH", "TensorBatches", "over_batches", "sum_over_batches"]
+__all__ = ["SMALLEST_BATCH", "TensorBatches", "first_images", "over_batches", "sum_over_batches"]
 
 Result = TypeVar("Result")
 
@@ -153,6 +153,17 @@ class TensorBatches:
         view._images = self._images[:num_images]
         view._labels = self._labels[:num_images]
         return view
+
+
+def first_images(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> list[tuple[Tensor, Tensor]]:
+    """Batches of the first ``count`` images and their labels, or of all if there are fewer."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for images, labels in batches:
+        found.append((images[:count], labels[:count]))
+        count -= len(labels)
+        if count <= 0:
+            break
+    return found
 
 
 @exact_float32()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from genas_plugins.scoring.batchnorm import evaluation_mode
+from genas_plugins.scoring.data import first_images
 from genas_plugins.scoring.errors import MeasurementError
 from genas_plugins.scoring.precision import exact_float32
 
@@ -145,7 +146,7 @@ def noise_directions(
     device = next(model.parameters()).device if generator is None else generator.device
     seed = 0 if generator is None else generator.initial_seed()
     start = torch.Generator(device).manual_seed((seed - 1) % 2**63)
-    return top_eigenvectors(model, _first(batches, HESSIAN_IMAGES), names, count, start).vectors
+    return top_eigenvectors(model, first_images(batches, HESSIAN_IMAGES), names, count, start).vectors
 
 
 class _Hessian:
@@ -251,14 +252,3 @@ def _orthogonal(vector: Tensor, directions: Sequence[Tensor]) -> Tensor:
         for direction in directions:
             vector -= (direction @ vector) * direction
     return vector
-
-
-def _first(batches: Batches, count: int) -> list[tuple[Tensor, Tensor]]:
-    """The first ``count`` images and their labels, or all if there are fewer."""
-    found: list[tuple[Tensor, Tensor]] = []
-    for images, labels in batches:
-        found.append((images[:count], labels[:count]))
-        count -= len(labels)
-        if count <= 0:
-            break
-    return found

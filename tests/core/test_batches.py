@@ -12,6 +12,7 @@ from torch import nn
 from genas_plugins.datasets import ImageTensors
 from genas_plugins.scoring import accuracy, flatness, mean_loss, recalibrate_batchnorm
 from genas_plugins.scoring.data import SMALLEST_BATCH, TensorBatches, sum_over_batches
+from genas_plugins.scoring.flatness import perturbed_image_losses, perturbed_losses
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -164,6 +165,23 @@ def test_batches_that_do_not_fit_are_halved_for_good_and_said_once(many, caplog)
     assert mean_loss(small, batches) == pytest.approx(mean_loss(large, whole), rel=1e-6)
     assert accuracy(small, batches) == accuracy(large, whole)
     assert max(small.sizes[2:]) == 37 and not caplog.records
+
+
+def test_losses_of_each_image_are_whole_where_the_memory_runs_out_between_two_sigmas(many):
+    class Shrinking(SmallMemory):
+        def forward(self, x):
+            self.room = 200 if len(self.sizes) < 2 else 40
+            return super().forward(x)
+
+    model, batches = Shrinking(room=200), TensorBatches(many, 64, MEAN, STD)
+    generator = torch.Generator().manual_seed(3)
+    rows, sums = perturbed_image_losses(model, batches, (0.1, 0.2), generator=generator)
+    assert batches.batch_size == 32 and sums.shape == (1, 2, len(batches))
+    expected = perturbed_losses(
+        SmallMemory(room=200), TensorBatches(many, 32, MEAN, STD), (0.1, 0.2), generator=generator.manual_seed(3)
+    )
+    assert (sums.sum(2) / len(many.labels)).tolist() == [pytest.approx(expected[0], rel=1e-12)]
+    assert rows.mean(2).tolist() == [pytest.approx(expected[0], rel=1e-5)]
 
 
 def test_a_part_of_the_images_shares_the_batch_size(many):
