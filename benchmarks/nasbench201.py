@@ -218,7 +218,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--settings",
         nargs="+",
-        help="of genas correlate (default: paper_tables, and estimators with the training-free scores)",
+        help="of genas correlate (default: paper_tables and hessian, and estimators with the training-free scores)",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="a supernet each (default: 0 1)")
     parser.add_argument("--sample", type=int, default=500, help="architectures (default: %(default)s)")
@@ -231,7 +231,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.jobs < 1 or len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--jobs must be at least 1 and the seeds must differ, got {args.jobs} and {args.seeds}")
-    args.settings = args.settings or ["paper_tables", *["estimators"] * args.training_free]
+    args.settings = args.settings or ["paper_tables", "hessian", *["estimators"] * args.training_free]
     return args
 
 

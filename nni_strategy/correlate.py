@@ -110,7 +110,9 @@ def _setting(data: Any, where: str) -> Setting | RankSum:
 
 
 def choose(truth: Mapping[str, float], sample: int | None, seed: int) -> list[NasBench201Architecture]:
-    """The architectures to measure: all, or a seeded sample without repetition, in the order of their index.
+    """The architectures to measure: all, in the order of their index, or a seeded sample without repetition.
+
+    The sample is in random order, so that what a stopped run has measured is a sample as well.
 
     Raises:
         ValueError: ``sample`` is out of range, or the truth lacks one of them.
@@ -120,7 +122,7 @@ def choose(truth: Mapping[str, float], sample: int | None, seed: int) -> list[Na
         raise ValueError(f"The sample must have 3 to {space.size} architectures, got {sample}.")
     numbers = range(space.size)
     if sample is not None:
-        numbers = sorted(np.random.default_rng(seed).choice(space.size, sample, replace=False).tolist())
+        numbers = np.random.default_rng(seed).choice(space.size, sample, replace=False).tolist()
     chosen = [NasBench201Architecture.from_index(number) for number in numbers]
     lookup(truth, map(str, chosen))
     return chosen

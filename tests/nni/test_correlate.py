@@ -211,7 +211,9 @@ def test_numbers_of_images_are_those_of_the_run_or_of_the_setting(files: Path) -
 def test_samples_are_seeded_and_all_is_all(truth: dict[str, float]) -> None:
     assert len(set(choose(truth, None, 0))) == 15625
     assert choose(truth, 50, 1) == choose(truth, 50, 1) != choose(truth, 50, 2)
-    assert len(set(choose(truth, 50, 1))) == 50
+    sample = choose(truth, 50, 1)
+    assert len(set(sample)) == 50
+    assert sample != sorted(sample, key=lambda architecture: architecture.index)
     with pytest.raises(ValueError, match="3 to 15625 architectures, got 2"):
         choose(truth, 2, 0)
     lacking = {name: value for name, value in truth.items() if not name.startswith("|none")}
