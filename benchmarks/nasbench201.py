@@ -2,8 +2,9 @@
 
 For each seed a supernet is trained, searched and held against the accuracies of a sample of NAS-Bench-201; then the
 seeds are put together: tau of each score for each seed and for the sum of their ranks, and which scores are better
-than the paper's setting, and than live FLOPs, on one half of the architectures and again on the other. From a folder
-with ``cifar10_train.zip`` and ``cifar10_test.zip`` (``<class>/*``) and ``nasbench201_accuracy.csv``::
+than the paper's setting, and than live FLOPs, on one half of the architectures and again on the other, with every seed
+and by the sum of ranks. From a folder with ``cifar10_train.zip`` and ``cifar10_test.zip`` (``<class>/*``) and
+``nasbench201_accuracy.csv``::
 
     python benchmarks/nasbench201.py DIR --output runs/nasbench201 --jobs 2
 
@@ -150,6 +151,11 @@ def report(folders: Mapping[int, Path], output: Path, *, resamples: int = 1000) 
         for seed, table in tables.items()
     }
     scores = [column for column in columns[next(iter(tables))] if column != "truth"]
+    together = {
+        score: sum(rankdata(table[score]) for table in columns.values())
+        for score in scores
+        if all(score in table for table in columns.values())
+    }
     lines = [["score", "paper", *(f"seed {seed}" for seed in tables), "ranks of all seeds"]]
     for score in scores:
         having = [table[score] for table in columns.values() if score in table]
@@ -157,42 +163,65 @@ def report(folders: Mapping[int, Path], output: Path, *, resamples: int = 1000) 
         for table in columns.values():
             cells.append(_tau(table[score], truth, resamples) if score in table else "")
         same = all(np.array_equal(having[0], column) for column in having[1:])
-        cells.append("" if same else _tau(sum(map(rankdata, having)), truth, resamples))
+        cells.append("" if same or score not in together else _tau(together[score], truth, resamples))
         lines.append([score, *cells])
-    halves = list(_halves(columns, scores, truth, resamples))
     text = f"Kendall's tau with the accuracy on {len(names)} architectures (95 % interval)\n\n{_markdown(lines)}"
-    for baseline in BASELINES:
-        kept = [row for row in halves if row[1] == baseline and row[-1] == "both"]
-        text += f"\nBetter than {baseline} by more than the interval, with every seed and on both halves:\n\n"
-        text += "".join(f"- {score}: {', '.join(differences)}\n" for score, _, *differences, _ in kept) or "- none\n"
+    found = list(_halves([*columns.values(), together], scores, truth, resamples))
+    for baseline, (whose, part) in itertools.product(BASELINES, _WHOSE.items()):
+        text += f"\nBetter than {baseline} by more than the interval, {whose} and on both halves:\n\n"
+        kept = [row for row in found if row[1] == baseline and _better(row[2][part]) == "both"]
+        text += "".join(f"- {score}: {', '.join(_told(pairs[part]))}\n" for score, _, pairs in kept) or "- none\n"
     write_text(output / "report.md", text)
-    head = ["score", "baseline", *(f"seed {s}, half {h}" for s, h in itertools.product(columns, "12")), "better on"]
+    tables_of = [*(f"seed {seed}" for seed in columns), "ranks of all seeds"]
+    differences = [f"{table}, half {half}" for table, half in itertools.product(tables_of, "12")]
     with atomic_path(output / "halves.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([head, *halves])
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["score", "baseline", *differences, *(f"better {whose} on" for whose in _WHOSE)])
+        for score, baseline, pairs in found:
+            writer.writerow([score, baseline, *_told(pairs), *(_better(pairs[part]) for part in _WHOSE.values())])
     return text
 
 
+Pairs = list[tuple[Estimate, Estimate] | None]
+
+# Which of the tables' differences: one for each seed, then that of the ranks.
+_WHOSE = {"with every seed": slice(None, -1), "by the ranks of all seeds": slice(-1, None)}
+
+
 def _halves(
-    columns: Mapping[int, Scores], scores: Sequence[str], truth: np.ndarray, resamples: int
-) -> Iterator[list[str]]:
-    """Differences of tau to each baseline; what is chosen on the first half is to hold on the second."""
+    tables: Sequence[Scores], scores: Sequence[str], truth: np.ndarray, resamples: int
+) -> Iterator[tuple[str, str, Pairs]]:
+    """Score, baseline, and for each table the differences of their taus on both halves, ``None`` where one lacks them.
+
+    What is chosen on the first half is to hold on the second.
+    """
     order = np.random.default_rng(0).permutation(len(truth))
     parts = np.array_split(order, 2)
     for baseline, score in itertools.product(BASELINES, scores):
-        if score == baseline or not all(baseline in table for table in columns.values()):
+        if score == baseline or not all(baseline in table for table in tables):
             continue
-        differences = [
-            [
+        pairs: Pairs = []
+        for table in tables:
+            if score not in table:
+                pairs.append(None)
+                continue
+            first, second = (
                 compare(table[score][part], table[baseline][part], truth[part], seed=0, resamples=resamples)
                 for part in parts
-            ]
-            for table in columns.values()
-            if score in table
-        ]
-        better = ["half " + str(i + 1) for i in range(2) if all(pair[i].low > 0 for pair in differences)]
-        texts = [str(each) for pair in differences for each in pair]
-        texts += [""] * (2 * len(columns) - len(texts))
-        yield [score, baseline, *texts, "both" if len(better) == 2 else "".join(better)]
+            )
+            pairs.append((first, second))
+        yield score, baseline, pairs
+
+
+def _better(pairs: Pairs) -> str:
+    """On which halves the score is better by more than the interval, in all of the tables that have it."""
+    having = [pair for pair in pairs if pair is not None]
+    halves = [f"half {half + 1}" for half in range(2) if having and all(pair[half].low > 0 for pair in having)]
+    return "both" if len(halves) == 2 else "".join(halves)
+
+
+def _told(pairs: Pairs) -> list[str]:
+    return [str(each) for pair in pairs for each in pair or ("", "")]
 
 
 def _tau(scores: Sequence[float], truth: np.ndarray, resamples: int) -> str:

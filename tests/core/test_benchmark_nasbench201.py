@@ -76,11 +76,40 @@ def test_tau_of_each_seed_and_of_their_ranks(benchmark, folders: dict[int, Path]
 
 
 def test_what_is_better_holds_on_both_halves(benchmark, folders: dict[int, Path], tmp_path: Path) -> None:
-    benchmark.report(folders, tmp_path, resamples=60)
+    text = benchmark.report(folders, tmp_path, resamples=60)
     with (tmp_path / "halves.csv").open() as file:
-        better = {(row["score"], row["baseline"]): row["better on"] for row in csv.DictReader(file)}
+        rows = list(csv.DictReader(file))
+    better, together = (
+        {(row["score"], row["baseline"]): row[column] for row in rows}
+        for column in ("better with every seed on", "better by the ranks of all seeds on")
+    )
     assert better["same", "flatness"] == "both" and better["live FLOPs", "flatness"] == "both"
     assert better["worse", "flatness"] == "" and better["shuffled", "live FLOPs"] == ""
+    assert {pair for pair, where in together.items() if where == "both"} >= {
+        ("same", "flatness"),
+        ("same", "live FLOPs"),
+    }
+    assert together["worse", "flatness"] == "" and together["shuffled", "live FLOPs"] == ""
+    assert "by the ranks of all seeds and on both halves:\n\n- same: " in text
+
+
+def test_seeds_that_are_better_only_together(benchmark, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.uniform(10, 90, 240)
+    baseline = truth + rng.normal(0, 12, 240)
+    folders = {}
+    for seed in range(6):
+        columns = {
+            "truth": truth,
+            "flatness": baseline,
+            "live FLOPs": baseline,
+            "noisy": truth + rng.normal(0, 12, 240),
+        }
+        folders[seed] = write_scores(tmp_path / str(seed), columns)
+    benchmark.report(folders, tmp_path, resamples=60)
+    with (tmp_path / "halves.csv").open() as file:
+        (row,) = [r for r in csv.DictReader(file) if r["score"] == "noisy" and r["baseline"] == "live FLOPs"]
+    assert row["better with every seed on"] != "both" and row["better by the ranks of all seeds on"] == "both"
 
 
 def test_architectures_that_one_seed_lacks_are_left_out(benchmark, folders: dict[int, Path], tmp_path: Path) -> None:
