@@ -43,6 +43,9 @@ TRAINING_FREE = ("NASWOT", "SynFlow", "ZiCo")
 ON_SUPERNET = tuple(f"{name}, supernet" for name in TRAINING_FREE)
 """The same formulas on the supernet's trained weights."""
 
+GIVEN = ("loss", "accuracy")
+"""What a score is to add something to."""
+
 
 @dataclass(frozen=True)
 class RankSum:
@@ -72,14 +75,15 @@ class Row:
     Attributes:
         name: The column of scores.
         ranking: How it ranks.
-        given_loss: Kendall's partial tau with the accuracy given the loss without noise, through normal variables, so
-            that it is zero where a score owes all to the loss; None for references and terms.
+        given: Kendall's partial tau with the accuracy given the supernet's ``"loss"`` without noise, and given its
+            ``"accuracy"`` where that is a column, through normal variables, so that it is zero where a score owes all
+            to them; empty for references and terms.
         slope_share: Median share of the slope term; None where there is none.
     """
 
     name: str
     ranking: Ranking
-    given_loss: Estimate | None
+    given: Mapping[str, Estimate]
     slope_share: float | None
 
 
@@ -125,12 +129,18 @@ def write_report(
         for setting in settings
         if "flatness" in setting.score.metrics
     }
-    loss = next((column for name, column in table.items() if name.startswith("-loss")), None)
+    measured = [setting.name for setting in settings]
+    known = {
+        "loss": next((name for name in table if name.startswith("-loss")), None),
+        "accuracy": next((s.name for s in settings if s.score.metric == "accuracy" and s.name in table), None),
+    }
     rows = []
     for name, column in table.items():
-        given = None
-        if loss is not None and name in {setting.name for setting in settings}:
-            given = partial_kendall(column, accuracies, loss, seed=seed, normal=True, resamples=resamples)
+        given = {
+            what: partial_kendall(column, accuracies, table[other], seed=seed, normal=True, resamples=resamples)
+            for what, other in known.items()
+            if other is not None and name in measured and name != other
+        }
         share = statistics.median(shares[name]) if name in shares else None
         ranking = rank_correlation(column, accuracies, seed=seed, resamples=resamples)
         rows.append(Row(name, ranking, given, share))
@@ -151,15 +161,19 @@ def write_report(
 
 def table_of(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """The table for the eye, its head first."""
-    head = ("score", "tau [95 %]", "rho", "better half", "top k", "nDCG", "best pick", "gap", "tau given loss", "slope")
-    table = [head]
+    table: list[tuple[str, ...]] = [
+        (
+            *("score", "tau [95 %]", "rho", "better half", "top k", "nDCG", "best pick", "gap"),
+            *(*(f"tau given {what}" for what in GIVEN), "slope"),
+        )
+    ]
     for row in rows:
         r = row.ranking
         table.append(
             (
                 *(row.name, str(r.tau), f"{r.rho.value:.3f}", f"{r.tau_better_half.value:.3f}"),
                 *(f"{r.precision:.2f}", f"{r.ndcg:.3f}", f"{r.best_accuracy:.2f}", f"{r.gap:.2f}"),
-                "-" if row.given_loss is None else str(row.given_loss),
+                *(str(row.given[what]) if what in row.given else "-" for what in GIVEN),
                 "-" if row.slope_share is None else f"{row.slope_share:.2%}",
             )
         )
@@ -201,16 +215,18 @@ def _lines(rows: Sequence[Row]) -> list[list[Any]]:
         [
             *("score", "architectures", "tau", "tau_low", "tau_high", "rho", "rho_low", "rho_high"),
             *("tau_better_half", "k", "precision_at_k", "ndcg_at_k", "best_accuracy", "gap"),
-            *("tau_given_loss", "tau_given_loss_low", "tau_given_loss_high", "median_slope_share"),
+            *(f"tau_given_{what}{end}" for what in GIVEN for end in ("", "_low", "_high")),
+            "median_slope_share",
         ]
     ]
     for row in rows:
-        r, given = row.ranking, row.given_loss
+        r = row.ranking
+        given = [row.given.get(what) for what in GIVEN]
         lines.append(
             [
                 *(row.name, r.count, r.tau.value, r.tau.low, r.tau.high, r.rho.value, r.rho.low, r.rho.high),
                 *(r.tau_better_half.value, r.k, r.precision, r.ndcg, r.best_accuracy, r.gap),
-                *(("", "", "") if given is None else (given.value, given.low, given.high)),
+                *(part for g in given for part in (("", "", "") if g is None else (g.value, g.low, g.high))),
                 "" if row.slope_share is None else row.slope_share,
             ]
         )

@@ -23,7 +23,7 @@ from genas_plugins.scoring.training_free import synflow
 from genas_plugins.spaces import NasBench201Architecture, NasBench201SearchSpace
 from nni_strategy import config
 from nni_strategy.correlate import check_sums, choose, load_settings, measure_all
-from nni_strategy.report import remarks, write_report
+from nni_strategy.report import remarks, table_of, write_report
 from nni_strategy.run import Found, Outcome, run_experiment
 from nni_strategy.trained import TrainedSupernet
 
@@ -313,6 +313,33 @@ def test_a_slope_term_that_decides_next_to_nothing_is_told(tmp_path: Path, truth
     assert shares["alpha 1"] < 5e-4 and shares["alpha 0.0001"] > 0.1
     (told,) = [line for line in remarks(rows, left_out) if "decides" in line]
     assert told == "The slope term decides less than 1% of the score in: alpha 1."
+
+
+def test_what_a_score_adds_to_loss_and_to_accuracy(tmp_path: Path, truth: dict[str, float]) -> None:
+    # What the loss and the accuracy know of the truth is independent; the angle knows what the accuracy knows.
+    rng = np.random.default_rng(0)
+    architectures = choose(truth, 300, 0)
+    order = np.argsort(np.argsort([truth[str(architecture)] for architecture in architectures])) / 300
+    loss, top1 = 2 - order + rng.normal(0, 0.3, 300), order / 2 + rng.normal(0, 0.1, 300)
+    raws = [
+        {
+            "architecture": str(architecture),
+            "angle": float(top1[index] + rng.normal(0, 0.02)),
+            "statistics": {"cumulative": {"loss": loss[index], "top1": top1[index], "top5": 1.0, "losses": {}}},
+        }
+        for index, architecture in enumerate(architectures)
+    ]
+    settings = [Setting(name=metric, score=CombinedScore(metric=metric)) for metric in ("accuracy", "angle")]
+    rows = {row.name: row for row in write_report(tmp_path, raws, settings, truth, resamples=200)[0]}
+    assert set(rows["accuracy"].given) == {"loss"} and not rows["live FLOPs"].given
+    assert rows["angle"].given["loss"].low > 0.1
+    assert rows["angle"].given["accuracy"].low < 0 < rows["angle"].given["accuracy"].high
+    with (tmp_path / "correlations.csv").open() as file:
+        written = {row["score"]: row for row in csv.DictReader(file)}
+    assert float(written["angle"]["tau_given_accuracy"]) == rows["angle"].given["accuracy"].value
+    assert written["accuracy"]["tau_given_accuracy_low"] == "" and written["accuracy"]["tau_given_loss_low"] != ""
+    head, *lines = table_of(list(rows.values()))
+    assert head[8:] == ("tau given loss", "tau given accuracy", "slope") and {len(line) for line in lines} == {11}
 
 
 @pytest.mark.parametrize(("share", "told"), [(0.004, True), (0.02, False)])
