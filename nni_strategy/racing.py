@@ -80,7 +80,7 @@ class PathEntrant(PartialScore):
         slices: Sequence[Batches],
         seed: int,
     ) -> None:
-        super().__init__(score)
+        super().__init__(score, next(iter(slices[0]))[1].device)
         self._path = (paths, candidate)
         self._recalibration = recalibration
         self._slices = slices
@@ -97,6 +97,15 @@ class PathEntrant(PartialScore):
         with opened(*self._path, self.score, self._slices[0], self._seed) as (model, sources):
             self.extend(model, self._slices[self._done], recalibration=self._recalibration, **sources)
         self._done += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was measured so far, on the CPU."""
+        return {**super().state_dict(), "done": self._done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        super().load_state_dict(state_dict)
+        self._done = state_dict["done"]
 
 
 def supernet_race(

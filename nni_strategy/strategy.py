@@ -37,8 +37,7 @@ class GeNAS(RandomOneShot):
     recalibrated for it. ``experiment.export_top_models(top_k)`` returns the best, best first.
 
     Works on every model space that NNI can turn into a supernet. In a distributed run the processes share the
-    candidates, each on its own device, with the result of a search in one; with ``racing`` every process searches for
-    itself, with the same result.
+    candidates, each on its own device, with the result of a search in one.
 
     Args:
         metric: ``"flatness"``, ``"angle"``, ``"accuracy"``, ``"angle+flatness"``, ``"accuracy+flatness"`` or

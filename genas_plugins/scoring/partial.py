@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,13 +105,14 @@ class PartialScore:
 
     Args:
         score: Its settings; with the angle alone there is nothing to extend.
+        device: That of the images, for what another process has measured.
 
     Raises:
         ValueError: The metric is the angle alone, or the noise follows the Hessian, whose eigenvectors depend on the
             images.
     """
 
-    def __init__(self, score: CombinedScore) -> None:
+    def __init__(self, score: CombinedScore, device: torch.device | str = "cpu") -> None:
         if score.metrics == {"angle"}:
             raise ValueError(
                 "The metric 'angle' reads no images, so a race has none to spare; expected another metric."
@@ -121,6 +123,7 @@ class PartialScore:
                 "expected another noise, or no race."
             )
         self.score = score
+        self.device = device
         self.angle: float | None = None
         self._statistics: list[Tensor] | None = None
         self._losses: list[np.ndarray] = []
@@ -212,6 +215,31 @@ class PartialScore:
         variance = float(linear.influence.var(ddof=1)) / self.count * (1.0 - self.count / total)
         return linear.rate * math.sqrt(variance)
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that was measured so far, on the CPU: another process goes on with it to the same last bit."""
+        tensors = {"statistics": self._statistics, "sums": self._sums, "correct": self._correct}
+        return {
+            **{name: _moved(value, "cpu") for name, value in tensors.items()},
+            "angle": self.angle,
+            "losses": list(self._losses),
+            "hits": list(self._hits),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self._statistics, self._sums, self._correct = (
+            _moved(state_dict[name], self.device) for name in ("statistics", "sums", "correct")
+        )
+        self.angle = state_dict["angle"]
+        self._losses, self._hits = list(state_dict["losses"]), list(state_dict["hits"])
+
     @staticmethod
     def _rows(parts: list[np.ndarray], count: int) -> np.ndarray:
         return np.concatenate(parts)[:count].astype(np.float64) if parts else np.zeros(0)
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    """A tensor or a list of them on another device; ``None`` stays."""
+    if isinstance(value, list):
+        return [tensor.to(device) for tensor in value]
+    return None if value is None else value.to(device)

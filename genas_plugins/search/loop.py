@@ -57,8 +57,9 @@ def run_search(
         race: Measures whole generations in place of ``measure`` and drops what cannot be among the best. Records
             are then written when the generation has ended; one that was cut off is measured anew, with the same end.
         shared: Processes that all call this function with equal arguments: of as many candidates as there are processes
-            each measures one, and all return the same records, those of a search in one process. Where their histories
-            differ, that of the first counts. An exception in one ends all. A race is not shared: each process runs it.
+            each measures one, in a race each its part of them on every slice, and all return the same records, those of
+            a search in one process. Where their histories differ, that of the first counts. An exception in one ends
+            all.
 
     Returns:
         The records, one dictionary per candidate: ``index``, ``generation``, ``origin``, ``candidate``,
@@ -70,10 +71,10 @@ def run_search(
         HistoryError: The history holds other candidates than this search proposes.
         SharedSearchError: Another process failed.
     """
-    if shared is None or race is not None:
+    if shared is None:
         return _run(evolution, measure, history, on_record, race, None)
     try:
-        records = _run(evolution, measure, history, on_record, None, shared)
+        records = _run(evolution, measure, history, on_record, race, shared)
     except BaseException as error:
         shared.tell(error)
         raise
@@ -138,7 +139,7 @@ def _new_records(
     numbered = list(enumerate(proposals, index))[max(0, known) :]
     if race is not None:
         best = [candidate for candidate, _ in evolution.best(race.keep)]
-        finishes = race.run([proposal.candidate for proposal in proposals], best)
+        finishes = race.run([proposal.candidate for proposal in proposals], best, shared)
         for (number, proposal), finish in zip(numbered, finishes[max(0, known) :], strict=True):
             yield _named(evolution, proposal, number) | _finished(finish, number)
         return

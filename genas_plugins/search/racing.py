@@ -40,6 +40,7 @@ from scipy.stats import chi2_contingency, t
 from genas_plugins.scoring.combined import Measurement
 from genas_plugins.scoring.flatness import MeasurementError
 from genas_plugins.scoring.partial import Linearised
+from genas_plugins.search.sharing import SharedSearch
 
 __all__ = [
     "LEAST_IMAGES",
@@ -80,6 +81,12 @@ class Entrant(Protocol):
 
     def standard_error(self, total: int) -> float:
         """Of the score so far as an estimate of that on ``total`` images."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was measured so far, for another process."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where another process is."""
 
 
 @dataclass
@@ -216,32 +223,41 @@ class Race(Generic[Candidate]):
     def __post_init__(self) -> None:
         check_confidence(self.confidence)
 
-    def run(self, candidates: Sequence[Candidate], best: Sequence[Candidate]) -> list[Finish]:
+    def run(
+        self, candidates: Sequence[Candidate], best: Sequence[Candidate], shared: SharedSearch | None = None
+    ) -> list[Finish]:
         """Measure one generation.
 
         Args:
             candidates: To be measured.
             best: The best ``keep`` of earlier generations, as far as there are any. Those that this object has not
                 measured itself are measured on all images.
+            shared: Processes that all run this race: each measures its part of the candidates on a slice, and what the
+                first decides is decided.
 
         Returns:
             One finish a candidate.
+
+        Raises:
+            MeasurementError: One of ``best`` has no finite score.
         """
-        leaders = {candidate: self._best.get(candidate) or self._whole(candidate) for candidate in best}
+        leaders = {candidate: self._best.get(candidate) or self.enter(candidate) for candidate in best}
+        self._complete(list(leaders.values()), shared)
         entrants = [self.enter(candidate) for candidate in candidates]
         finishes = [Finish() for _ in candidates]
         running = list(range(len(candidates)))
         dropped: list[int] = []
         for number, end in enumerate(self.ends):
-            running = self._advance(running, entrants, finishes, end)
+            running = self._advance(running, entrants, finishes, end, shared)
             if number == len(self.ends) - 1:
                 break
             lost = self._beaten([*leaders.values(), *(entrants[i] for i in running)], end)[len(leaders) :]
+            lost = _agreed(lost, shared)
             dropped += [i for i, is_lost in zip(running, lost, strict=True) if is_lost]
             running = [i for i, is_lost in zip(running, lost, strict=True) if not is_lost]
         # A candidate that failed after a comparison may be the one that others were not as good as: these go on.
         if any(finish.reason is not None and finish.count > self.ends[0] for finish in finishes):
-            running += self._advance(dropped, entrants, finishes, self.ends[-1])
+            running += self._advance(dropped, entrants, finishes, self.ends[-1], shared)
             dropped = []
         for i in (*running, *dropped):
             finishes[i].measurement = entrants[i].measurement()
@@ -250,8 +266,8 @@ class Race(Generic[Candidate]):
             finishes[i].error = entrants[i].standard_error(self.ends[-1])
         whole = {**leaders, **{candidates[i]: entrants[i] for i in running}}
         ranked = sorted(whole, key=lambda candidate: -whole[candidate].measurement().score)
-        self._best = {candidate: whole[candidate] for candidate in ranked[: self.keep]}
-        return finishes
+        self._best = {candidate: whole[candidate] for candidate in _agreed(ranked[: self.keep], shared)}
+        return _agreed(finishes, shared)
 
     def _beaten(self, entrants: Sequence[Entrant], end: int) -> list[bool]:
         return beaten(
@@ -263,23 +279,41 @@ class Race(Generic[Candidate]):
         )
 
     def _advance(
-        self, running: Sequence[int], entrants: Sequence[Entrant], finishes: Sequence[Finish], end: int
+        self,
+        running: Sequence[int],
+        entrants: Sequence[Entrant],
+        finishes: list[Finish],
+        end: int,
+        shared: SharedSearch | None,
     ) -> list[int]:
         """Bring entrants to ``end`` images, and return those that did not fail."""
-        left = []
-        for i in running:
+        own = running if shared is None else running[shared.rank :: shared.size]
+        for i in own:
             start = time.perf_counter()
             try:
                 while entrants[i].count < end:
                     entrants[i].advance()
-                left.append(i)
             except MeasurementError as error:
                 finishes[i].reason, finishes[i].count = str(error), end
             finishes[i].seconds += time.perf_counter() - start
-        return left
+        if shared is not None:
+            told = shared.exchange([(i, finishes[i], entrants[i].state_dict()) for i in own])
+            for rank, others in enumerate(told):
+                for i, finish, state in others if rank != shared.rank else ():
+                    finishes[i] = finish
+                    entrants[i].load_state_dict(state)
+        return [i for i in running if finishes[i].reason is None]
 
-    def _whole(self, candidate: Candidate) -> Entrant:
-        entrant = self.enter(candidate)
-        while entrant.count < self.ends[-1]:
-            entrant.advance()
-        return entrant
+    def _complete(self, entrants: Sequence[Entrant], shared: SharedSearch | None) -> None:
+        """Bring entrants to the end, as a resumed search must with what it has not measured itself."""
+        behind = [i for i, entrant in enumerate(entrants) if entrant.count < self.ends[-1]]
+        finishes = [Finish() for _ in entrants]
+        self._advance(behind, entrants, finishes, self.ends[-1], shared)
+        for finish in finishes:
+            if finish.reason is not None:
+                raise MeasurementError(finish.reason)
+
+
+def _agreed(item: Any, shared: SharedSearch | None) -> Any:
+    """What the first process says: another's arithmetic may round otherwise."""
+    return item if shared is None else shared.exchange(item)[0]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
-from typing import Any
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed
 from scipy import stats
 
 from genas_plugins import SuperNet
@@ -257,6 +262,27 @@ def test_slice_by_slice_a_score_is_the_same_to_the_last_bit(
     assert partial.standard_error(26) == 0.0 < partial.standard_error(52)
 
 
+@pytest.mark.parametrize("metric", ["angle+flatness", "angle+accuracy"])
+def test_another_process_goes_on_to_the_same_last_bit(metric: str, net: SuperNet) -> None:
+    score = CombinedScore(metric=metric, sigmas=(0.01, 0.05, 0.1), draws=2)
+    genotype = SPACE.sample(np.random.default_rng(0))
+    batches, recalibration = images(26, 4), images(8, 4)
+
+    def sources() -> dict[str, Any]:
+        return {"angle": lambda: 0.25, "generator": torch.Generator().manual_seed(5), "recalibration": recalibration}
+
+    whole = score(net.subnet(genotype), batches, **sources())
+    # Each slice by another one, which knows of the ones before it what a pickle holds.
+    partial = PartialScore(score)
+    for start, stop in ((0, 1), (1, 4), (4, 7)):
+        fresh = PartialScore(score)
+        fresh.load_state_dict(pickle.loads(pickle.dumps(partial.state_dict())))
+        partial = fresh
+        partial.extend(net.subnet(genotype), batches.section(start, stop), **sources())
+    assert partial.measurement() == whole
+    assert partial.linearise(13).influence.shape == (13,)
+
+
 @pytest.mark.parametrize(
     ("metric", "common", "message"),
     [("angle+flatness", False, "needs the angle"), ("flatness", True, "their supernet")],
@@ -305,6 +331,12 @@ class Runner:
 
     def standard_error(self, total: int) -> float:
         return 1.0 - self.count / total
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.count = state_dict["count"]
 
 
 def evolution() -> Evolution:
@@ -384,3 +416,104 @@ def test_what_a_candidate_beat_that_fails_later_goes_on() -> None:
     early = Race(lambda g: Runner(g, fails=0 if g in broken else None), Runner.ends, 0.99, 3).run(proposals, [])
     assert sum(finish.reason is not None for finish in early) == 3
     assert any(finish.error is not None for finish in early)
+
+
+# Races in both processes, one after another in the same group.
+PROCESS = """
+import json
+import sys
+from datetime import timedelta
+
+import torch
+
+from genas_plugins.search import History, SharedSearch, run_search
+
+torch.set_num_threads(1)
+folder, rank = sys.argv[1], int(sys.argv[2])
+sys.path.insert(0, TESTS)
+import test_racing
+
+store = torch.distributed.FileStore(f"{folder}/store", 2)
+torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+report = {}
+
+
+def search(name, error=None, file=None, generations=3, rounds_otherwise=False):
+    class Runner(test_racing.Counted):
+        calls = []
+
+        def advance(self):
+            if error is not None and rank == 1 and len(self.calls) == 20:
+                raise error
+            super().advance()
+
+        def linearise(self, count):
+            found = super().linearise(count)
+            if rounds_otherwise and rank == 1:
+                return type(found)(-found.value, found.influence, found.rate, found.bends)
+            return found
+
+    evolution = test_racing.evolution()
+    evolution.generations = generations
+    history = None if file is None else History(f"{folder}/{file}", read_only=rank > 0)
+    try:
+        shared = SharedSearch.current()
+        records = run_search(evolution, None, history=history, race=test_racing.race(Runner), shared=shared)
+        report[name] = {"records": records, "calls": len(Runner.calls)}
+    except BaseException as error:
+        report[name] = {"error": type(error).__name__, "text": str(error)}
+
+
+search("whole")
+search("short", file="resumed.jsonl", generations=2)
+search("resumed", file="resumed.jsonl" if rank == 0 else "nothing.jsonl")
+search("otherwise", rounds_otherwise=True)
+search("error", RuntimeError("out of memory"))
+with open(f"{folder}/report{rank}.json", "w") as file:
+    json.dump(report, file)
+torch.distributed.destroy_process_group()
+"""
+
+
+class Counted(Runner):
+    """One that counts the slices that are measured, and fails now and then."""
+
+    calls: ClassVar[list[int]] = []
+
+    def __init__(self, genotype: Any) -> None:
+        super().__init__(genotype, fails=200 if genotype.code[0] < 3 else None)
+
+    def advance(self) -> None:
+        self.calls.append(self.count)
+        super().advance()
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory, two_processes: Callable[..., None]) -> list[dict[str, Any]]:
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("torch was built without the gloo backend")
+    folder = tmp_path_factory.mktemp("racing")
+    two_processes(folder, PROCESS.replace("TESTS", repr(str(Path(__file__).parent))))
+    return [json.loads((folder / f"report{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", ["whole", "resumed", "otherwise"])
+def test_a_shared_race_is_that_of_one_process(
+    name: str, reports: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Counted, "calls", [])
+    expected = timeless(run_search(evolution(), unraced, race=race(Counted)))
+    assert {record["status"] for record in expected} == {"ok", "failed", "dropped"}
+    first, second = (report[name] for report in reports)
+    assert first["records"] == second["records"]
+    assert timeless(first["records"]) == expected
+    if name == "whole":
+        # All slices once, and half of them each: in a round, one has at most one candidate more.
+        assert first["calls"] + second["calls"] == len(Counted.calls)
+        assert abs(first["calls"] - second["calls"]) < 0.2 * len(Counted.calls)
+
+
+def test_an_error_in_one_process_ends_a_race_in_both(reports: list[dict[str, Any]]) -> None:
+    first, second = (report["error"] for report in reports)
+    assert second == {"error": "RuntimeError", "text": "out of memory"}
+    assert first["error"] == "SharedSearchError" and first["text"].endswith("RuntimeError: out of memory")

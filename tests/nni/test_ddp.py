@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -121,41 +118,13 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], list[dict[str, torch.Tensor]]]:
+def seen(
+    tmp_path_factory: pytest.TempPathFactory, two_processes: Callable[..., None]
+) -> tuple[list[dict[str, Any]], list[dict[str, torch.Tensor]]]:
     """What the two processes saw, and the weights they ended with."""
     folder = tmp_path_factory.mktemp("ddp")
-    script = folder / "process.py"
-    script.write_text(PROCESS)
-    root = Path(__file__).parents[2]
-    common = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-        "NODE_RANK": "0",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(script), str(folder), str(rank)],
-            # With LOCAL_RANK set, Lightning does not start the second process itself.
-            env={**common, "LOCAL_RANK": str(rank)},
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    two_processes(folder, PROCESS, **address, WORLD_SIZE="2", NODE_RANK="0")
     reports = [json.loads((folder / f"seen{rank}.json").read_text()) for rank in range(2)]
     weights = [torch.load(folder / f"weights{rank}.pt", weights_only=True) for rank in range(2)]
     return reports, weights
