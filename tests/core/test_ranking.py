@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from genas_plugins import ranking
 from genas_plugins.ranking import (
     Estimate,
     compare,
@@ -92,6 +93,26 @@ def test_interval_covers_the_known_tau_of_normal_variables():
     taus = [stats.kendalltau(*normals([[1, correlation], [correlation, 1]], 60, rng)).statistic for _ in range(1000)]
     width = np.mean([estimate.high - estimate.low for estimate in estimates])
     assert width == pytest.approx(np.diff(np.quantile(taus, [0.025, 0.975]))[0], rel=0.15)
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_resamples_are_those_of_scipy(levels, monkeypatch):
+    """From the signs of pairs, and one by one with SciPy as for many architectures."""
+    rng = np.random.default_rng(4)
+    truth = rng.uniform(10, 90, 60)
+    scores, others = (np.round(truth + rng.normal(0, 20, 60)) % levels for _ in range(2))
+
+    def estimates():
+        whole = rank_correlation(scores, truth, seed=2, resamples=80)
+        partial = partial_kendall(scores, truth, others, seed=2, normal=True, resamples=80)
+        return [whole.tau, whole.rho, whole.tau_better_half, compare(scores, others, truth, seed=2), partial]
+
+    found = estimates()
+    monkeypatch.setattr(ranking, "FEW", 0)
+    assert estimates() == found
+    draws = np.random.default_rng(2)
+    taus = [brute_force_tau(scores[drawn], truth[drawn]) for drawn in (draws.integers(60, size=60) for _ in range(80))]
+    assert [found[0].low, found[0].high] == pytest.approx(np.quantile(taus, [0.025, 0.975]), abs=1e-11)
 
 
 def test_confidence_and_seed():
