@@ -239,6 +239,10 @@ def test_settings_of_several_files_are_put_together(tmp_path: Path) -> None:
     assert {item.name for item in settings} == {item.name for item in (*first[0], *second[0])}
     assert len(settings) < len(first[0]) + len(second[0]) and len(sums) == len(first[1]) + len(second[1])
     check_sums(sums, settings, training_free=True)
+    # What won is what was tried.
+    kept, kept_sums = load_settings("label_free")
+    assert set(kept_sums) <= set(sums) and {item.name for item in kept} == {"flatness", "accuracy"}
+    check_sums(kept_sums, kept, training_free=True)
     (tmp_path / "other.yaml").write_text("- {name: flatness, metric: flatness, sigmas: [0.1, 0.2]}\n")
     with pytest.raises(config.ConfigError, match=r"other\.yaml says 'flatness' otherwise than the files before it"):
         load_settings("paper_tables", tmp_path / "other.yaml")
@@ -274,7 +278,7 @@ def test_settings_that_cannot_be_measured_are_refused(text: str, message: str, t
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"--settings": "nowhere"}, "There are no settings 'nowhere'; the package has: estimators, hessian, paper"),
+        ({"--settings": "nowhere"}, "There are no settings 'nowhere'; the package has: estimators, hessian, label_free, paper"),
         ({"--images": "65"}, "limit takes 1 to 64 images"),
         ({"--sample": "20000"}, "The sample must have 3 to 15625 architectures, got 20000"),
         ({"--dataset": "cifar100"}, "cifar100"),
