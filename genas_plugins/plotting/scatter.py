@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from genas_plugins.plotting._style import GREY, INK, PALETTE, figure_file
 __all__ = ["plot_scatter"]
 
 _COLUMNS = 4
+_TITLE_WIDTH = 40
 _TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -56,7 +58,9 @@ def plot_scatter(
         for number, (name, column) in enumerate(columns.items()):
             axes = figure.add_subplot(rows, _COLUMNS, number + 1)
             axes.scatter(_ranks(column), heights, s=5, color=PALETTE[0], alpha=0.5, linewidths=0)
-            axes.set_title(f"{name}\nτ = {taus[name]:.3f}", fontsize=7.5, color=INK)
+            # As wide as a panel, whose neighbours have titles too.
+            title = textwrap.fill(name, _TITLE_WIDTH)
+            axes.set_title(f"{title}\nτ = {taus[name]:.3f}", fontsize=7.5, color=INK)
             axes.set_yticks(_TICKS, labels)
             axes.tick_params(labelsize=7)
             if number % _COLUMNS == 0:

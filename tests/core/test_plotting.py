@@ -411,6 +411,12 @@ def test_scatter_draws_every_column_and_refuses_what_does_not_fit(tmp_path: Path
     written = plot_scatter(scores, accuracies, tmp_path / "scatter.svg", {"up": 1.0, "tied": 0.745})
     text = written.read_text()
     assert all(word in text for word in ("up", "tied", "τ = 1.000", "τ = 0.745", "91.0", "rank by score"))
+    long = "-depth: cumulative, all, 0.002 0.01 0.02, common, 4 draws"
+    wide = plot_scatter(
+        {long: scores["up"], **scores}, accuracies, tmp_path / "long.svg", dict.fromkeys((long, *scores), 1.0)
+    )
+    lines = re.findall(r">([^<>]+)</text>", wide.read_text())
+    assert "-depth: cumulative, all, 0.002 0.01" in lines and "0.02, common, 4 draws" in lines
     # A marker for each architecture in each panel.
     assert text.count("<use ") >= 2 * len(accuracies)
     with pytest.raises(ValueError, match="There is no column"):

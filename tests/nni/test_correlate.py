@@ -278,7 +278,10 @@ def test_settings_that_cannot_be_measured_are_refused(text: str, message: str, t
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"--settings": "nowhere"}, "There are no settings 'nowhere'; the package has: estimators, hessian, label_free, paper"),
+        (
+            {"--settings": "nowhere"},
+            "There are no settings 'nowhere'; the package has: estimators, hessian, label_free, paper",
+        ),
         ({"--images": "65"}, "limit takes 1 to 64 images"),
         ({"--sample": "20000"}, "The sample must have 3 to 15625 architectures, got 20000"),
         ({"--dataset": "cifar100"}, "cifar100"),
