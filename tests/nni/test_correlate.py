@@ -241,7 +241,7 @@ def test_settings_of_several_files_are_put_together(tmp_path: Path) -> None:
     check_sums(sums, settings, training_free=True)
     # What won is what was tried.
     kept, kept_sums = load_settings("label_free")
-    assert set(kept_sums) <= set(sums) and {item.name for item in kept} == {"flatness", "accuracy"}
+    assert set(kept_sums) <= set(sums) and {item.name for item in kept} == {"accuracy"}
     check_sums(kept_sums, kept, training_free=True)
     (tmp_path / "other.yaml").write_text("- {name: flatness, metric: flatness, sigmas: [0.1, 0.2]}\n")
     with pytest.raises(config.ConfigError, match=r"other\.yaml says 'flatness' otherwise than the files before it"):
