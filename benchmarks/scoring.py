@@ -13,6 +13,8 @@ Run it from a checkout that is installed (about six minutes on two CPU cores)::
 
     python benchmarks/scoring.py --check
 
+``--in-flight 2 4`` then measures all candidates at so many at a time, in turns with one after another.
+
 A machine that others use as well is too noisy for the clock on the wall: ``--threads 1 --clock cpu`` counts the
 work of this process only. Images and weights are random, which changes the scores and not their time.
 """
@@ -38,6 +40,7 @@ from genas_plugins import Genotype, SuperNet
 from genas_plugins.datasets import ImageTensors
 from genas_plugins.scoring import CombinedScore, flatness_from_losses
 from genas_plugins.scoring.data import TensorBatches
+from genas_plugins.search import InFlight
 from genas_plugins.spaces import DartsSearchSpace
 
 __all__ = ["add_options", "main", "print_table", "spread"]
@@ -51,6 +54,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 MOST_OVERHEAD = 1.15
 LEAST_GAIN = {"cpu": 5.0, "cuda": 20.0}
 MOST_GROWTH = 0.05
+ROUNDS = 3
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -208,6 +212,10 @@ class Benchmark:
             self.ours(genotype)
         return first, self._peak()
 
+    def per_minute(self, in_flight: InFlight) -> float:
+        """Candidates a minute, so many at a time."""
+        return 60 * len(self.candidates) / self.seconds(lambda: list(in_flight.map(self.ours, self.candidates)))
+
     def _peak(self) -> float:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e6
@@ -219,6 +227,19 @@ class Benchmark:
             torch.cuda.synchronize(self.device)
 
 
+def print_in_flight(benchmark: Benchmark, counts: Sequence[int]) -> None:
+    """Candidates a minute, several at a time."""
+    flights = [InFlight(count, benchmark.device) for count in (1, *counts)]
+    # The first measurement on a stream finds no memory there.
+    rounds = [[benchmark.per_minute(flight) for flight in flights] for _ in range(1 + ROUNDS)][1:]
+    one, *_ = columns = list(zip(*rounds, strict=True))
+    rows = [
+        (str(flight.count), spread(speeds), spread([a / b for a, b in zip(speeds, one, strict=True)]))
+        for flight, speeds in zip(flights, columns, strict=True)
+    ]
+    print_table(["in flight", "candidates a minute", "/ one after another"], rows)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--candidates", type=int, default=6)
@@ -226,6 +247,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="of the validation (default: 64 on a CPU, 2048 on CUDA)")
     parser.add_argument("--recalibration-images", type=int, default=RECALIBRATION_IMAGES)
     parser.add_argument("--workers", type=int, default=0, help="of the naive DataLoader (default: its own, 0)")
+    parser.add_argument("--in-flight", type=int, nargs="+", default=[], help="also so many candidates at a time")
     add_options(parser)
     parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
     args = parser.parse_args(arguments)
@@ -234,6 +256,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("candidates", "images", "recalibration_images"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.in_flight and min(args.in_flight) < 1:
+        parser.error(f"--in-flight must be at least 1, got {min(args.in_flight)}")
     return args
 
 
@@ -267,6 +291,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ],
         ],
     )
+    if args.in_flight:
+        print_in_flight(benchmark, args.in_flight)
     passed = (
         statistics.median(overhead) <= MOST_OVERHEAD and statistics.median(gain) >= least_gain and growth < MOST_GROWTH
     )

@@ -229,7 +229,7 @@ def _without_noise(model: nn.Module, batches: Batches) -> dict[str, float | None
             return torch.stack([loss, hits[:, 0].sum().double(), hits.sum().double()])
 
         sums, count = sum_over_batches(batches, measure)
-    loss, top1, top5 = (sums / count).tolist()
+    loss, top1, top5 = (total / count for total in sums.tolist())
     return {"loss": loss if math.isfinite(loss) else None, "top1": top1, "top5": top5}
 
 

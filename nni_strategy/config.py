@@ -16,7 +16,7 @@ import yaml
 from genas_plugins.files import packaged_configs
 from genas_plugins.network import cell_shapes
 from genas_plugins.scoring import CombinedScore
-from genas_plugins.search import Evolution
+from genas_plugins.search import Evolution, InFlight
 from genas_plugins.search.racing import check_confidence
 from genas_plugins.spaces import DartsSearchSpace
 
@@ -140,7 +140,8 @@ class Search:
     """The evolution; see :class:`genas_plugins.search.Evolution`.
 
     ``racing`` is a confidence such as 0.999, with which candidates that cannot be parents are not measured on all
-    images (:mod:`genas_plugins.search.racing`); ``null`` measures them on all.
+    images (:mod:`genas_plugins.search.racing`); ``null`` measures them on all. Each device measures ``in_flight``
+    candidates at a time.
     """
 
     population: int = 50
@@ -150,9 +151,11 @@ class Search:
     crossovers: int = 25
     mutation_probability: float = 0.1
     racing: float | None = None
+    in_flight: int = 1
 
     def check(self) -> None:
         settings = dataclasses.asdict(self)
+        InFlight(settings.pop("in_flight"))
         if (racing := settings.pop("racing")) is not None:
             check_confidence(racing)
         Evolution(DartsSearchSpace(), **settings)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from genas_plugins.scoring import CombinedScore, CommonNoise
 from genas_plugins.scoring.data import TensorBatches
 from genas_plugins.scoring.partial import PartialScore
-from genas_plugins.search import Race, candidate_seed
+from genas_plugins.search import InFlight, Race, candidate_seed
 from genas_plugins.search.racing import check_confidence, check_order, round_ends
 from nni_strategy.samples import SupernetPaths
 
@@ -80,7 +80,7 @@ class PathEntrant(PartialScore):
         slices: Sequence[Batches],
         seed: int,
     ) -> None:
-        super().__init__(score, next(iter(slices[0]))[1].device)
+        super().__init__(score)
         self._path = (paths, candidate)
         self._recalibration = recalibration
         self._slices = slices
@@ -117,6 +117,7 @@ def supernet_race(
     *,
     confidence: float,
     keep: int,
+    in_flight: InFlight | None = None,
 ) -> Race[Any]:
     """A race of a supernet's paths.
 
@@ -128,6 +129,7 @@ def supernet_race(
         seed: Of the search.
         confidence: See :class:`genas_plugins.search.Race`.
         keep: See :class:`genas_plugins.search.Race`.
+        in_flight: See :class:`genas_plugins.search.Race`.
 
     Raises:
         ValueError: A wrong confidence or metric, or images that are not in random order.
@@ -147,4 +149,5 @@ def supernet_race(
         [seen[end] for end in ends],
         confidence,
         keep,
+        in_flight or InFlight(),
     )

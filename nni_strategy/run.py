@@ -119,7 +119,8 @@ def run_experiment(
         ConfigError: The folder holds a run and ``resume`` is not set, holds another experiment or other files, or
             holds nothing to resume; or Lightning cannot train with these settings on this machine.
         FileNotFoundError: The images are not where the experiment says.
-        ValueError: They are not what it expects, or ``profile`` is below 1, or given with racing.
+        ValueError: They are not what it expects, or ``profile`` is below 1, or given with racing or with several
+            candidates in flight.
         CheckpointError: The folder's supernet cannot be read.
         OSError: The folder cannot be written to; what is in it stays readable, and can be resumed.
         KeyboardInterrupt: The user interrupted; the folder can be resumed.
@@ -128,9 +129,10 @@ def run_experiment(
     folder = Path(folder)
     # Lightning starts the other processes of a distributed run as copies of this one.
     primary = rank_zero_only.rank == 0
-    if profile is not None and experiment.search.racing is not None:
+    if profile is not None and (experiment.search.racing is not None or experiment.search.in_flight > 1):
         raise ValueError(
-            "A profile traces candidates one by one, which a race does not measure; leave out one of both."
+            "A profile traces candidates one by one, as neither a race nor several in flight are measured: leave out "
+            "--profile, or set search.racing to null and search.in_flight to 1."
         )
     profiler = SearchProfile(folder, profile) if profile is not None and primary else None
     if primary:

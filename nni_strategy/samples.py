@@ -93,7 +93,7 @@ class SampleSpace:
 
 
 class SupernetPaths:
-    """Paths of a mutated NNI supernet, one at a time.
+    """Paths of a mutated NNI supernet, as networks to measure.
 
     A space that brings ``search_space``, ``to_sample``, ``subnet`` and ``angle`` (as :class:`DartsSpace` does) is
     measured through its subnets. Every other one is measured itself, with a path fixed, and left bit for bit
@@ -111,6 +111,11 @@ class SupernetPaths:
         # A training step does not have the time to look through thousands of modules.
         self._choices = [module for module in space.modules() if isinstance(module, BaseSuperNetModule)]
         self.search_space: Any = space.search_space if self._own else SampleSpace(space)
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether several threads may have paths open at the same time: what :meth:`open` yields is each one's own."""
+        return self._own
 
     def to_sample(self, candidate: Any) -> dict[str, Any]:
         """The NNI sample of a candidate."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from genas_plugins.scoring import CombinedScore, Measurement
 from genas_plugins.scoring.flatness import Where
 from genas_plugins.scoring.noise import Noise
-from genas_plugins.search import Evolution, History, SharedSearch, run_search
+from genas_plugins.search import Evolution, History, InFlight, SharedSearch, run_search
 from genas_plugins.spaces import DartsSearchSpace
 from nni_strategy.oneshot import UniformPathModule
 from nni_strategy.racing import check_race, opened, supernet_race
@@ -68,6 +68,9 @@ class GeNAS(RandomOneShot):
         racing: Confidence, for instance 0.999, with which a candidate that cannot be among the best ``parents`` so far
             is not measured on further images; the best are those of a search without racing. ``None`` measures all
             on all images. See :mod:`genas_plugins.search.racing`.
+        in_flight: Candidates that each device measures at a time, in threads, on CUDA with a stream each; records and
+            scores are those of 1. For :class:`DartsSpace` and :class:`NasBench201Space`, whose candidates are networks
+            of their own.
         seed: Of paths, noise and evolution.
         history: Records of the candidates on disk; a search that finds them there goes on after them.
         on_record: Called with each candidate's record, for progress.
@@ -104,6 +107,7 @@ class GeNAS(RandomOneShot):
         crossovers: int = 25,
         mutation_probability: float = 0.1,
         racing: float | None = None,
+        in_flight: int = 1,
         seed: int = 0,
         history: History | None = None,
         on_record: Callable[[dict[str, Any]], None] | None = None,
@@ -136,6 +140,8 @@ class GeNAS(RandomOneShot):
         if racing is not None:
             check_race(racing, self.score)
         self.racing = racing
+        # Refuses what is no number of candidates; the device is known when the search begins.
+        self.in_flight = InFlight(in_flight).count
         self.recalibration_images = recalibration_images
         self.validation_images = validation_images
         self.seed = seed
@@ -186,6 +192,7 @@ class GeNAS(RandomOneShot):
 
         Raises:
             TypeError: NNI cannot turn this space into a supernet.
+            ValueError: Its paths cannot be measured several at a time, as ``in_flight`` asks.
         """
         try:
             # A supernet that another one-shot strategy has trained is searched as it is.
@@ -196,7 +203,13 @@ class GeNAS(RandomOneShot):
                 f"{error}"
             ) from error
         initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        self._paths = SupernetPaths(model, initial)
+        paths = SupernetPaths(model, initial)
+        if self.in_flight > 1 and not paths.side_by_side:
+            raise ValueError(
+                f"{type(model).__name__} is measured with one path fixed at a time, so in_flight must be 1, got "
+                f"{self.in_flight}; DartsSpace and NasBench201Space can have several."
+            )
+        self._paths = paths
         self._evolution.space = self._paths.search_space
         return model
 
@@ -221,9 +234,10 @@ class GeNAS(RandomOneShot):
         try:
             supernet.to(device)
             recalibration, validation = self._batches(evaluator, device)
+            in_flight = InFlight(self.in_flight, device)
             race = None
             if self.racing is not None:
-                settings = {"confidence": self.racing, "keep": self._evolution.parents}
+                settings = {"confidence": self.racing, "keep": self._evolution.parents, "in_flight": in_flight}
                 race = supernet_race(self.paths, self.score, recalibration, validation, self.seed, **settings)
             # A generation that was cut off is measured anew.
             del self.records[self._evolution.scored :]
@@ -236,6 +250,7 @@ class GeNAS(RandomOneShot):
                 on_record=self._remember,
                 race=race,
                 shared=SharedSearch.current(),
+                in_flight=in_flight,
             )
         finally:
             supernet.to(home)

@@ -39,8 +39,8 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Accu
         ValueError: ``batches`` is empty.
     """
     hits = image_hits(model, batches)
-    top1, top5 = (hits.sum(0).double() / len(hits)).tolist()
-    return Accuracy(top1, top5)
+    top1, top5 = hits.sum(0).tolist()
+    return Accuracy(top1 / len(hits), top5 / len(hits))
 
 
 def image_hits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

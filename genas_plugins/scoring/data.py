@@ -106,7 +106,9 @@ class TensorBatches:
         return -(-self.num_images // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        pairs = zip(self._images.split(self.batch_size), self._labels.split(self.batch_size), strict=True)
+        # Read once: another thread may halve the batches.
+        size = self.batch_size
+        pairs = zip(self._images.split(size), self._labels.split(size), strict=True)
         for raw, labels in pairs:
             # In place and after the cast: on a CPU, addcmul on uint8 is five times slower than the two steps.
             images = raw.to(self._compute)

@@ -198,11 +198,14 @@ def perturbed_losses(
 
     Losses that are not finite are returned as they are. Arguments and other errors are those of :func:`flatness`.
     """
-    losses = _at_each_noise(
-        *(_mean_loss, model, batches, sigmas, noise, where, generator, relative, draws, common, parameters),
+    pairs = _at_each_noise(
+        *(_summed_loss, model, batches, sigmas, noise, where, generator, relative, draws, common, parameters),
         hessian_directions,
     )
-    return torch.stack(losses).view(draws, -1).tolist()
+    sums, counts = zip(*pairs, strict=True)
+    # Divided here, as a GPU does not round a quotient of float64 to the nearest.
+    losses = [total / count for total, count in zip(torch.stack(sums).tolist(), counts, strict=True)]
+    return [losses[start : start + len(sigmas)] for start in range(0, len(losses), len(sigmas))]
 
 
 def perturbed_image_losses(
@@ -280,7 +283,8 @@ def mean_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> flo
     Raises:
         ValueError: ``batches`` is empty.
     """
-    return float(_perturbed(_mean_loss, InferenceNetwork.of(model) or model, {}, batches))
+    total, count = _perturbed(_summed_loss, InferenceNetwork.of(model) or model, {}, batches)
+    return total.item() / count
 
 
 class _Pass(nn.Module):
@@ -295,19 +299,20 @@ class _Pass(nn.Module):
         return self._measure(self.model, batches)
 
 
-def _mean_loss(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+def _summed_loss(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, int]:
+    """Over all images, and how many these are."""
+
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         # float64 on the device: no rounding over many batches, and no synchronisation before the end.
         return F.cross_entropy(model(images), labels, reduction="sum").double()
 
-    total, count = sum_over_batches(batches, loss)
-    return total / count
+    return sum_over_batches(batches, loss)
 
 
 def _loss_of_each(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     def losses(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = model(images)
-        # The sum is not that of the row, which rounds in another order than _mean_loss.
+        # The sum is not that of the row, which rounds in another order than _summed_loss.
         row, total = (F.cross_entropy(logits, labels, reduction=reduction) for reduction in ("none", "sum"))
         return row, total.double()
 

@@ -105,14 +105,13 @@ class PartialScore:
 
     Args:
         score: Its settings; with the angle alone there is nothing to extend.
-        device: That of the images, for what another process has measured.
 
     Raises:
         ValueError: The metric is the angle alone, or the noise follows the Hessian, whose eigenvectors depend on the
             images.
     """
 
-    def __init__(self, score: CombinedScore, device: torch.device | str = "cpu") -> None:
+    def __init__(self, score: CombinedScore) -> None:
         if score.metrics == {"angle"}:
             raise ValueError(
                 "The metric 'angle' reads no images, so a race has none to spare; expected another metric."
@@ -123,12 +122,10 @@ class PartialScore:
                 "expected another noise, or no race."
             )
         self.score = score
-        self.device = device
         self.angle: float | None = None
         self._statistics: list[Tensor] | None = None
         self._losses: list[np.ndarray] = []
         self._hits: list[np.ndarray] = []
-        # On the device, as the score on all images adds and divides there, so that rounding is the same.
         self._sums: Tensor | None = None
         self._correct: Tensor | None = None
 
@@ -166,7 +163,7 @@ class PartialScore:
             self._statistics = saved_statistics(model)
         if "accuracy" in score.metrics:
             hits = image_hits(model, batches)
-            found = hits.sum(0)
+            found = hits.sum(0).cpu()
             self._correct = found if self._correct is None else self._correct + found
             self._hits.append(hits[:, 0].cpu().numpy())
         if "flatness" in score.metrics:
@@ -182,7 +179,7 @@ class PartialScore:
                 common=common if score.common else None,
                 parameters=parameters,
             )
-            for batch in sums.unbind(-1):
+            for batch in sums.cpu().unbind(-1):
                 self._sums = batch if self._sums is None else self._sums + batch
             self._losses.append(images.mean(0).T.cpu().numpy())
         if angle is not None and "angle" in score.metrics and self.angle is None:
@@ -201,7 +198,7 @@ class PartialScore:
             means = [sum(column) / self.score.draws for column in columns]
             flat = flatness_from_losses(means, self.score.sigmas, self.score.alpha)
         if self._correct is not None:
-            top = Accuracy(*(self._correct.double() / self.count).tolist())
+            top = Accuracy(*(correct / self.count for correct in self._correct.tolist()))
         return self.score.combine(flat, self.angle, top)
 
     def linearise(self, count: int) -> Linearised:
@@ -217,9 +214,10 @@ class PartialScore:
 
     def state_dict(self) -> dict[str, Any]:
         """All that was measured so far, on the CPU: another process goes on with it to the same last bit."""
-        tensors = {"statistics": self._statistics, "sums": self._sums, "correct": self._correct}
         return {
-            **{name: _moved(value, "cpu") for name, value in tensors.items()},
+            "statistics": None if self._statistics is None else [value.cpu() for value in self._statistics],
+            "sums": self._sums,
+            "correct": self._correct,
             "angle": self.angle,
             "losses": list(self._losses),
             "hits": list(self._hits),
@@ -227,19 +225,10 @@ class PartialScore:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
-        self._statistics, self._sums, self._correct = (
-            _moved(state_dict[name], self.device) for name in ("statistics", "sums", "correct")
-        )
+        self._statistics, self._sums, self._correct = (state_dict[name] for name in ("statistics", "sums", "correct"))
         self.angle = state_dict["angle"]
         self._losses, self._hits = list(state_dict["losses"]), list(state_dict["hits"])
 
     @staticmethod
     def _rows(parts: list[np.ndarray], count: int) -> np.ndarray:
         return np.concatenate(parts)[:count].astype(np.float64) if parts else np.zeros(0)
-
-
-def _moved(value: Any, device: torch.device | str) -> Any:
-    """A tensor or a list of them on another device; ``None`` stays."""
-    if isinstance(value, list):
-        return [tensor.to(device) for tensor in value]
-    return None if value is None else value.to(device)

@@ -7,6 +7,7 @@ rounding of the weights that it is added to.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import attrgetter
@@ -22,11 +23,14 @@ _OPERATIONS = ("cudnn.conv", "cuda.matmul", "mkldnn.conv", "mkldnn.matmul")
 def exact_float32() -> Iterator[None]:
     """Convolutions and products of matrices in float32 are computed in float32, whatever the process has allowed.
 
-    Also a decorator. Afterwards all settings are what they were before. They are those of the process: threads that
-    compute at the same time see them.
+    Also a decorator. The settings are those of the process: threads that compute at the same time see them. When the
+    last that asked for this has left, they are what they were before the first.
     """
-    with _switched(*_switches()):
+    _exact.enter()
+    try:
         yield
+    finally:
+        _exact.leave()
 
 
 def _switches() -> tuple[str, object, list[object]]:
@@ -37,13 +41,30 @@ def _switches() -> tuple[str, object, list[object]]:
     return "allow_tf32", False, [torch.backends.cudnn, torch.backends.cuda.matmul]
 
 
-@contextmanager
-def _switched(name: str, value: object, owners: list[object]) -> Iterator[None]:
-    before = [getattr(owner, name) for owner in owners]
-    try:
-        for owner in owners:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for owner, old in zip(owners, before, strict=True):
-            setattr(owner, name, old)
+class _Exact:
+    """Switches that several threads need at the same time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: list[object] = []
+
+    def enter(self) -> None:
+        name, value, owners = _switches()
+        with self._lock:
+            if not self._inside:
+                self._before = [getattr(owner, name) for owner in owners]
+            self._inside += 1
+            for owner in owners:
+                setattr(owner, name, value)
+
+    def leave(self) -> None:
+        name, _, owners = _switches()
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                for owner, old in zip(owners, self._before, strict=True):
+                    setattr(owner, name, old)
+
+
+_exact = _Exact()

@@ -2,6 +2,7 @@
 
 from genas_plugins.search.evolution import Evolution, Proposal, SearchSpace
 from genas_plugins.search.history import History, HistoryError
+from genas_plugins.search.in_flight import InFlight
 from genas_plugins.search.loop import candidate_seed, run_search
 from genas_plugins.search.racing import Race
 from genas_plugins.search.sharing import SharedSearch, SharedSearchError
@@ -10,6 +11,7 @@ __all__ = [
     "Evolution",
     "History",
     "HistoryError",
+    "InFlight",
     "Proposal",
     "Race",
     "SearchSpace",

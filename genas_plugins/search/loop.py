@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from operator import itemgetter
 from typing import Any
 
 from genas_plugins.scoring.combined import Measurement
 from genas_plugins.scoring.flatness import MeasurementError
 from genas_plugins.search.evolution import Candidate, Evolution, Proposal
 from genas_plugins.search.history import History, HistoryError
+from genas_plugins.search.in_flight import InFlight
 from genas_plugins.search.racing import Finish, Race
 from genas_plugins.search.sharing import SharedSearch
 
@@ -42,6 +45,7 @@ def run_search(
     on_record: Callable[[dict[str, Any]], None] | None = None,
     race: Race[Candidate] | None = None,
     shared: SharedSearch | None = None,
+    in_flight: InFlight | None = None,
 ) -> list[dict[str, Any]]:
     """Run ``evolution`` to its end.
 
@@ -56,10 +60,13 @@ def run_search(
         on_record: Called with each record, replayed ones included, for a progress bar.
         race: Measures whole generations in place of ``measure`` and drops what cannot be among the best. Records
             are then written when the generation has ended; one that was cut off is measured anew, with the same end.
-        shared: Processes that all call this function with equal arguments: of as many candidates as there are processes
-            each measures one, in a race each its part of them on every slice, and all return the same records, those of
-            a search in one process. Where their histories differ, that of the first counts. An exception in one ends
+        shared: Processes that all call this function with equal arguments: of as many candidates as they have in flight
+            each measures its part, in a race on every slice, and all return the same records, those of a search in one
+            process. Where their histories differ, that of the first counts. An exception in one ends
             all.
+        in_flight: How many candidates ``measure`` is called for at a time, one after another by default. The records
+            are the same, in the same order; ``seconds`` are those in which others were measured as well. A race has
+            its own.
 
     Returns:
         The records, one dictionary per candidate: ``index``, ``generation``, ``origin``, ``candidate``,
@@ -71,10 +78,11 @@ def run_search(
         HistoryError: The history holds other candidates than this search proposes.
         SharedSearchError: Another process failed.
     """
+    in_flight = in_flight or InFlight()
     if shared is None:
-        return _run(evolution, measure, history, on_record, race, None)
+        return _run(evolution, measure, history, on_record, race, None, in_flight)
     try:
-        records = _run(evolution, measure, history, on_record, race, shared)
+        records = _run(evolution, measure, history, on_record, race, shared, in_flight)
     except BaseException as error:
         shared.tell(error)
         raise
@@ -90,6 +98,7 @@ def _run(
     on_record: Callable[[dict[str, Any]], None] | None,
     race: Race[Candidate] | None,
     shared: SharedSearch | None,
+    in_flight: InFlight,
 ) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     known = [] if history is None else list(history.records)
@@ -99,28 +108,30 @@ def _run(
     while not evolution.finished:
         scores: list[float | None] = []
         proposals = evolution.ask()
-        new = _new_records(evolution, proposals, index, len(known) - index, measure, race, shared)
-        for proposal in proposals:
-            candidate = evolution.space.to_json(proposal.candidate)
-            if index < len(known):
-                record = known[index]
-                if (record.get("index"), record.get("candidate")) != (
-                    index,
-                    candidate,
-                ) or "score" not in record:
-                    raise HistoryError(
-                        f"Record {index} of {history.path if history else 'the history'} is not the candidate that "
-                        "this search proposes there: the history belongs to other settings or another seed."
-                    )
-            else:
-                record = next(new)
-                if history is not None:
-                    history.append(record)
-            records.append(record)
-            scores.append(record["score"])
-            if on_record is not None:
-                on_record(record)
-            index += 1
+        new = _new_records(evolution, proposals, index, len(known) - index, measure, race, shared, in_flight)
+        # Closed at once when something fails: what is in flight is waited for, and no more is begun.
+        with contextlib.closing(new):
+            for proposal in proposals:
+                candidate = evolution.space.to_json(proposal.candidate)
+                if index < len(known):
+                    record = known[index]
+                    if (record.get("index"), record.get("candidate")) != (
+                        index,
+                        candidate,
+                    ) or "score" not in record:
+                        raise HistoryError(
+                            f"Record {index} of {history.path if history else 'the history'} is not the candidate that "
+                            "this search proposes there: the history belongs to other settings or another seed."
+                        )
+                else:
+                    record = next(new)
+                    if history is not None:
+                        history.append(record)
+                records.append(record)
+                scores.append(record["score"])
+                if on_record is not None:
+                    on_record(record)
+                index += 1
         if scores:
             evolution.tell(scores)
     return records
@@ -134,7 +145,8 @@ def _new_records(
     measure: Callable[[Candidate], Measurement],
     race: Race[Candidate] | None,
     shared: SharedSearch | None,
-) -> Iterator[dict[str, Any]]:
+    in_flight: InFlight,
+) -> Generator[dict[str, Any], None, None]:
     """Records of a generation's candidates behind the ``known`` first, each measured when it is asked for."""
     numbered = list(enumerate(proposals, index))[max(0, known) :]
     if race is not None:
@@ -143,14 +155,18 @@ def _new_records(
         for (number, proposal), finish in zip(numbered, finishes[max(0, known) :], strict=True):
             yield _named(evolution, proposal, number) | _finished(finish, number)
         return
-    if shared is not None:
-        for start in range(0, len(numbered), shared.size):
-            chunk = numbered[start : start + shared.size]
-            own = [_measured(evolution, proposal, number, measure) for number, proposal in chunk[shared.rank :][:1]]
-            yield from (record for records in shared.exchange(own) for record in records)
+
+    def measured(item: tuple[int, Proposal[Candidate]]) -> dict[str, Any]:
+        return _measured(evolution, item[1], item[0], measure)
+
+    if shared is None:
+        yield from in_flight.map(measured, numbered)
         return
-    for number, proposal in numbered:
-        yield _measured(evolution, proposal, number, measure)
+    at_a_time = shared.size * in_flight.count
+    for start in range(0, len(numbered), at_a_time):
+        own = list(in_flight.map(measured, numbered[start : start + at_a_time][shared.rank :: shared.size]))
+        told = (record for records in shared.exchange(own) for record in records)
+        yield from sorted(told, key=itemgetter("index"))
 
 
 def _named(evolution: Evolution[Candidate], proposal: Proposal[Candidate], index: int) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from scipy.stats import chi2_contingency, t
 from genas_plugins.scoring.combined import Measurement
 from genas_plugins.scoring.flatness import MeasurementError
 from genas_plugins.scoring.partial import Linearised
+from genas_plugins.search.in_flight import InFlight
 from genas_plugins.search.sharing import SharedSearch
 
 __all__ = [
@@ -209,6 +210,7 @@ class Race(Generic[Candidate]):
         ends: Images seen after each round, increasing; the last is all.
         confidence: With which a candidate of the best is not dropped, larger than 0.5 and smaller than 1.
         keep: How many of all candidates so far are of interest: the parents of the next generation.
+        in_flight: How many candidates are measured at a time.
 
     Raises:
         ValueError: The confidence is out of its range.
@@ -218,6 +220,7 @@ class Race(Generic[Candidate]):
     ends: Sequence[int]
     confidence: float
     keep: int
+    in_flight: InFlight = field(default_factory=InFlight)
     _best: dict[Candidate, Entrant] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -287,8 +290,8 @@ class Race(Generic[Candidate]):
         shared: SharedSearch | None,
     ) -> list[int]:
         """Bring entrants to ``end`` images, and return those that did not fail."""
-        own = running if shared is None else running[shared.rank :: shared.size]
-        for i in own:
+
+        def advance(i: int) -> None:
             start = time.perf_counter()
             try:
                 while entrants[i].count < end:
@@ -296,6 +299,10 @@ class Race(Generic[Candidate]):
             except MeasurementError as error:
                 finishes[i].reason, finishes[i].count = str(error), end
             finishes[i].seconds += time.perf_counter() - start
+
+        own = running if shared is None else running[shared.rank :: shared.size]
+        for _ in self.in_flight.map(advance, own):
+            pass
         if shared is not None:
             told = shared.exchange([(i, finishes[i], entrants[i].state_dict()) for i in own])
             for rank, others in enumerate(told):

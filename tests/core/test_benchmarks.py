@@ -53,6 +53,20 @@ def test_scoring_prints_a_row_per_candidate_and_the_targets() -> None:
     assert re.search(r"^peak memory \[MB\].* \d+ -> \d+ \([+-][\d.]+%\) +< \+5%$", done.stdout, re.MULTILINE)
 
 
+def test_scoring_several_at_a_time_is_held_against_one_after_another() -> None:
+    small = ("--images", "4", "--recalibration-images", "4", "--init-channels", "4", "--num-cells", "3")
+    done = run_benchmark("scoring", "--candidates", "2", *small, "--in-flight", "2")
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.index("in flight") :]
+    rows = re.findall(
+        r"^(\d) +([\d.]+) \(([\d.]+) - ([\d.]+)\) +([\d.]+) \(([\d.]+) - ([\d.]+)\)$", table, re.MULTILINE
+    )
+    assert [row[0] for row in rows] == ["1", "2"]
+    assert set(rows[0][4:]) == {"1.000"}
+    (_, _, least, most, *_), (_, _, lowest, highest, *ratios) = ([float(number) for number in row] for row in rows)
+    assert all(0.99 * lowest / most <= ratio <= 1.01 * highest / least for ratio in ratios)
+
+
 @NEEDS_NNI
 def test_training_ends_where_the_plain_loop_does() -> None:
     # With 2 channels, PyTorch's gradient of the plain loop's strided convolutions writes beyond its memory.
@@ -78,6 +92,7 @@ def test_training_ends_where_the_plain_loop_does() -> None:
         ("scoring", "--candidates", "--candidates must be at least 1"),
         ("scoring", "--images", "--images must be at least 1"),
         ("scoring", "--recalibration-images", "--recalibration-images must be at least 1"),
+        ("scoring", "--in-flight", "--in-flight must be at least 1"),
         pytest.param("training", "--steps", "--steps must be at least 2", marks=NEEDS_NNI),
     ],
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -84,6 +86,27 @@ def test_every_measurement_is_exact_and_leaves_the_process_as_it_was(
 def test_an_error_leaves_the_process_as_it_was(permissive: list[str]) -> None:
     with pytest.raises(RuntimeError, match="out of paper"), exact_float32():
         raise RuntimeError("out of paper")
+    assert switches() == permissive
+
+
+@needs_switches
+def test_a_thread_that_is_done_leaves_the_precision_to_one_that_is_not(permissive: list[str]) -> None:
+    def measure(done: threading.Event, leave: threading.Event) -> list[str]:
+        with exact_float32():
+            done.set()
+            assert leave.wait(30)
+            return switches()
+
+    events = [threading.Event() for _ in range(4)]
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(measure, events[0], events[1])
+        assert events[0].wait(30)
+        second = pool.submit(measure, events[2], events[3])
+        assert events[2].wait(30)
+        events[1].set()
+        assert first.result() == ["ieee"] * 4
+        events[3].set()
+        assert second.result() == ["ieee"] * 4
     assert switches() == permissive
 
 

@@ -28,7 +28,7 @@ from datetime import timedelta
 import torch
 
 from genas_plugins.scoring import Measurement, MeasurementError
-from genas_plugins.search import Evolution, History, SharedSearch, run_search
+from genas_plugins.search import Evolution, History, InFlight, SharedSearch, run_search
 from genas_plugins.spaces import DartsSearchSpace
 
 torch.set_num_threads(1)
@@ -38,7 +38,7 @@ torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=
 report = {}
 
 
-def search(name, error=None, at=0, failing_rank=1, file=None, generations=2):
+def search(name, error=None, at=0, failing_rank=1, file=None, generations=2, in_flight=1):
     calls = []
 
     def measure(genotype):
@@ -58,7 +58,9 @@ def search(name, error=None, at=0, failing_rank=1, file=None, generations=2):
             raise OSError(28, "No space left on device")
         history.append = full
     try:
-        records = run_search(evolution, measure, history=history, shared=SharedSearch.current())
+        records = run_search(
+            evolution, measure, history=history, shared=SharedSearch.current(), in_flight=InFlight(in_flight)
+        )
         report[name] = {"records": records, "calls": calls}
     except BaseException as error:
         report[name] = {"error": type(error).__name__, "text": str(error)}
@@ -72,6 +74,7 @@ search("error", RuntimeError("out of memory"), at=1)
 search("last", RuntimeError("at the end"), at=4, failing_rank=0)
 search("interrupt", KeyboardInterrupt(), failing_rank=0)
 search("disk", file="disk.jsonl")
+search("in flight", file="in flight.jsonl", in_flight=2)
 search("after")
 with open(f"{folder}/report{rank}.json", "w") as file:
     json.dump(report, file)
@@ -104,7 +107,7 @@ def reports(
     return folder, [json.loads((folder / f"report{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", ["whole", "resumed", "after"])
+@pytest.mark.parametrize("name", ["whole", "resumed", "in flight", "after"])
 def test_the_records_are_those_of_one_process(name: str, reports: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, both = reports
     expected = alone()
@@ -125,6 +128,8 @@ def test_each_candidate_is_measured_once(reports: tuple[Path, list[dict[str, Any
     for rank, report in enumerate(reports[1]):
         assert report["whole"]["calls"] == proposed[:5][rank::2] + proposed[5:][rank::2]
         assert report["resumed"]["calls"] == proposed[5:][rank::2]
+        # The order in which two threads begin is nobody's promise.
+        assert sorted(report["in flight"]["calls"]) == sorted(report["whole"]["calls"])
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,7 @@ def test_the_searches_of_the_paper_have_its_settings(name: str) -> None:
         "crossovers": 25,
         "mutation_probability": 0.1,
         "racing": None,
+        "in_flight": 1,
     }
     score = experiment.score
     assert score.sigmas == PAPER_SIGMAS[data.name]
@@ -216,6 +217,7 @@ def section(name: str, /, **values: Any) -> dict[str, Any]:
         (section("search", population=10), ["search: mutants and crossovers", "population of 10", "25 and 25"]),
         (section("search", mutation_probability=0), ["mutation_probability must be in (0, 1]"]),
         (section("search", racing=1), ["search: racing must be a confidence", "got 1.0"]),
+        (section("search", in_flight=0), ["search: in_flight must be at least 1", "got 0"]),
         (section("space", init_channels=3), ["space: init_channels must be a positive even number, got 3"]),
         (section("space", stem="mnist"), ["space.stem must be one of cifar, imagenet"]),
     ],

@@ -168,11 +168,10 @@ def test_the_command_tells_what_racing_saved(raced: tuple[Any, Path], genas: Any
     assert (again.status, again.stdout) == (0, done.stdout)
 
 
-def test_racing_and_a_profile_exclude_each_other(genas: Any, tmp_path: Path) -> None:
-    done = genas(
-        "search", "--config", genas.config, "--set", "search.racing=0.9", "--profile", "--output", tmp_path / "run"
-    )
-    assert "leave out one of both" in done.error
+@pytest.mark.parametrize("setting", ["search.racing=0.9", "search.in_flight=2"])
+def test_a_profile_is_of_candidates_one_by_one(setting: str, genas: Any, tmp_path: Path) -> None:
+    done = genas("search", "--config", genas.config, "--set", setting, "--profile", "--output", tmp_path / "run")
+    assert "leave out --profile, or set search.racing to null and search.in_flight to 1" in done.error
     assert not (tmp_path / "run").exists()
 
 

@@ -74,6 +74,12 @@ def random_data(size: int = 8, images: int = 32) -> SearchData:
     return SearchData(part(), part(), part(), None, third, third, 10, "digits", size)
 
 
+def random_batches(images: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(images, 3, 8, 8, generator=generator)
+    return list(zip(pixels.split(32), (torch.arange(images) % 10).split(32), strict=True))
+
+
 def small_evaluator(folder: Path, size: int = 8, epochs: int = 1) -> Any:
     return supernet_evaluator(
         random_data(size),
@@ -452,6 +458,7 @@ def test_too_few_images(settings: dict[str, int], numbers: str, tmp_path: Path) 
         ({"mutation_probability": 0.0}, "mutation_probability"),
         ({"recalibration_images": -1}, "recalibration_images"),
         ({"validation_images": -1}, "validation_images"),
+        ({"in_flight": 0}, "in_flight must be at least 1"),
     ],
 )
 def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
@@ -491,3 +498,26 @@ def test_a_choice_of_channels_is_searched_too(tmp_path: Path) -> None:
     strategy = GeNAS(**SMALL)
     strategy(RawFormatModelSpace(Widths(), small_evaluator(tmp_path)), SequentialExecutionEngine())
     assert len({model.metric for model in strategy.list_models(limit=5)}) > 1
+
+
+@pytest.mark.parametrize("settings", [{"metric": "angle+flatness"}, {"common": True}, {"racing": 0.9, "population": 8}])
+def test_candidates_in_flight_have_the_scores_of_one_after_another(settings: dict[str, Any], tmp_path: Path) -> None:
+    found = []
+    for in_flight in (1, 3):
+        torch.manual_seed(0)
+        images = {"validation_images": None, "validation_batches": random_batches(256)}
+        strategy = GeNAS(**{**SMALL, **images, **settings}, in_flight=in_flight, device="cpu")
+        initialised(strategy, DartsSpace(10, 4, 2), tmp_path)
+        before = {name: value.clone() for name, value in strategy.supernet.state_dict().items()}
+        generators = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+        strategy.search()
+        assert torch.equal(generators[0], torch.get_rng_state())
+        assert generators[1:] == (random.getstate(), np.random.get_state()[1].tolist())
+        assert all(torch.equal(value, before[name]) for name, value in strategy.supernet.state_dict().items())
+        found.append([{key: value for key, value in record.items() if key != "seconds"} for record in strategy.records])
+    assert found[0] == found[1]
+
+
+def test_paths_that_are_fixed_in_the_supernet_are_not_measured_at_a_time(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"NasBench201 is measured with one path fixed .* in_flight must be 1"):
+        initialised(GeNAS(**SMALL, in_flight=2), NasBench201(4, 1, 10), tmp_path)
