@@ -137,8 +137,8 @@ class InferenceNetwork:
         finally:
             for layer in self._layers:
                 layer.average = None
-        for norm in self.norms:
-            norm.num_batches_tracked.add_(1)
+        # One launch on a GPU, not one a layer.
+        torch._foreach_add_([norm.num_batches_tracked for norm in self.norms], 1)
 
     def _layer(
         self,
