@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--run", required=True, metavar="DIR", help="the folder of a search")
     score.add_argument("--metric", help="another metric than the run's")
     score.add_argument("--sigmas", nargs="+", type=float, metavar="SIGMA", help="other sigmas than the run's")
-    score.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+    _add_machine(score)
 
     correlate = _command(
         commands,
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     correlate.add_argument("--output", required=True, metavar="DIR", help="where tables, scores and pictures go")
     correlate.add_argument("--resume", action="store_true", help="continue what the folder holds")
-    correlate.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+    _add_machine(correlate)
     correlate.add_argument("--quiet", action="store_true", help="no progress bars")
 
     zoo = _command(commands, "zoo", _zoo, "list the published genotypes", "genas zoo")
@@ -184,6 +184,12 @@ def _command(
     parser.epilog = f"example: {example}"
     parser.set_defaults(command=function)
     return parser
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    """What may differ where a run is opened from where it was made."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--data-root", metavar="DIR", help="where the run's images are now, if not where they were")
 
 
 def _search(options: argparse.Namespace) -> int:
@@ -286,7 +292,7 @@ def _score(options: argparse.Namespace) -> int:
     # A string of NAS-Bench-201 begins with a bar.
     is_cell = options.genotype.startswith("|")
     candidate = NasBench201Architecture.from_string(options.genotype) if is_cell else find_genotype(options.genotype)
-    trained = TrainedSupernet.from_run(options.run, device=options.device)
+    trained = TrainedSupernet.from_run(options.run, device=options.device, data_root=options.data_root)
     changes = {name: getattr(options, name) for name in ("metric", "sigmas") if getattr(options, name) is not None}
     score = dataclasses.replace(trained.score, **changes)
     measured = trained.measure(candidate, score)
@@ -319,6 +325,8 @@ def _correlate(options: argparse.Namespace) -> int:
 
     if (options.run is None) == (options.config is None):
         raise ValueError("Name either --run, the folder of a search, or --config, to train first.")
+    if options.run is None and options.data_root is not None:
+        raise ValueError("--data-root belongs to --run; with --config, say --set data.root=DIR.")
     # All that can be wrong is found before anything takes long.
     truth = read_truth(options.truth, options.dataset)
     settings, sums = correlate.load_settings(*options.settings)
@@ -333,7 +341,7 @@ def _correlate(options: argparse.Namespace) -> int:
         if experiment.space.name != "nasbench201":
             raise ValueError(f"{options.config} searches the space {experiment.space.name}, expected nasbench201.")
         run_experiment(experiment, run, resume=options.resume and (run / "config.yaml").exists(), progress=progress)
-    trained = TrainedSupernet.from_run(run, device=options.device)
+    trained = TrainedSupernet.from_run(run, device=options.device, data_root=options.data_root)
     raws = correlate.measure_all(
         trained,
         architectures,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,11 +105,19 @@ class TrainedSupernet:
         *,
         score: CombinedScore | None = None,
         device: torch.device | str | None = None,
+        data_root: str | Path | None = None,
     ) -> TrainedSupernet:
         """Open the run folder of ``genas search``.
 
+        Args:
+            folder: The run folder.
+            score: The metric; ``None`` for the run's.
+            device: To score on; ``None`` for CUDA where there is one.
+            data_root: Where the images are now; ``None`` for where the run had them, which may have been seen from
+                another folder.
+
         Raises:
-            FileNotFoundError: The folder holds no finished supernet.
+            FileNotFoundError: The folder holds no finished supernet, or the images are not where they were.
             ConfigError: Its ``config.yaml`` cannot be read.
             CheckpointError: Its supernet cannot be read.
         """
@@ -118,13 +127,23 @@ class TrainedSupernet:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} is not the folder of a search with a trained supernet: no {name}.")
         experiment = config.load(folder / CONFIG_FILE)
+        if data_root is not None:
+            located = dataclasses.replace(experiment.data, root=str(data_root))
+            experiment = dataclasses.replace(experiment, data=located)
+        try:
+            data = load_data(experiment)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error} {folder / CONFIG_FILE} has data.root {experiment.data.root!r}, seen from {Path.cwd()}; if "
+                "the images are elsewhere now, say where with --data-root (data_root= in Python)."
+            ) from error
         space = space_around(load_supernet(folder / SUPERNET_FILE))
         initial = None
         if (folder / INITIAL_FILE).is_file():
             initial = {f"{_PREFIX}{name}": value for name, value in read_state(folder / INITIAL_FILE).items()}
         return cls(
             space,
-            load_data(experiment),
+            data,
             score or experiment.score.build(),
             initial=initial,
             seed=experiment.seed,

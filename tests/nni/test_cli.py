@@ -167,6 +167,20 @@ def test_an_image_folder_is_searched(genas: Any, images: Path, tmp_path: Path) -
     assert genotype["test_top1"] * 8 == pytest.approx(round(genotype["test_top1"] * 8))
 
 
+def test_a_run_finds_its_images_where_they_were_moved_to(genas: Any, images: Path, tmp_path: Path) -> None:
+    changes = [*image_settings(images), "search.generations=1", "training.epochs=1"]
+    assert genas.search(tmp_path / "run", *changes).wait().status == 0
+    genotype = json.loads((tmp_path / "run" / "genotype.json").read_text())
+    arguments = ("score", tmp_path / "run" / "genotype.json", "--run", tmp_path / "run")
+    moved = images.rename(tmp_path / "moved")
+    message = genas(*arguments).error
+    assert f"no image folder at {images}" in message and f"data.root {str(images)!r}, seen from" in message
+    done = genas(*arguments, "--data-root", moved)
+    assert (done.status, done.stderr) == (0, "")
+    assert f"{genotype['record']['score']:.6g}" in done.stdout
+    assert f"no image folder at {tmp_path / 'gone'}" in genas(*arguments, "--data-root", tmp_path / "gone").error
+
+
 # Damaged and foreign files
 
 

@@ -298,6 +298,14 @@ def test_what_the_command_cannot_do_it_says(
     assert not (tmp_path / "out").exists()
 
 
+def test_moved_images_are_those_of_a_run(files: Path, genas: Callable[..., Any], tmp_path: Path) -> None:
+    arguments = command(files, tmp_path / "out")
+    place = arguments.index("--run")
+    arguments[place : place + 2] = ["--config", "nasbench201_cifar10_small", "--data-root", files]
+    assert "--data-root belongs to --run" in genas(*arguments).error
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_supernet_of_another_space_is_refused(tmp_path: Path, files: Path) -> None:
     other = {**EXPERIMENT, "space": {"init_channels": 4, "num_cells": 3}}
     run_experiment(config.parse(other), tmp_path / "darts")
