@@ -10,7 +10,8 @@ Counted is what computes: not views, and not memory that is set aside. One that 
 every 64 of them, the number that PyTorch's multi-tensor kernels take. Training is counted as it is after the first
 steps, when every weight has a momentum; loading and augmenting images are left out, in both arms:
 
-* ours: the forward pass of the path, with what catches up its weights, backward, clipping and ``PathSGD``;
+* ours: the forward pass of ``SupernetModule``, with what catches up the path's weights, backward, clipping and
+  ``PathSGD``;
 * plain: that of ``benchmarks/training.py``, with gradients of zero for what is not sampled, and ``torch.optim.SGD``.
 """
 
@@ -33,9 +34,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import CLIP, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, plain_forward
 
 from genas_plugins import Genotype, SuperNet
-from genas_plugins.path_sgd import PathSGD
 from genas_plugins.scoring.inference import InferenceNetwork
 from genas_plugins.spaces import DartsSearchSpace
+from nni_strategy import DartsSpace
+from nni_strategy.training import SupernetModule
 
 __all__ = ["Launches", "count", "main", "scoring_counts", "training_counts"]
 
@@ -90,8 +92,12 @@ def _images(size: int, args: argparse.Namespace) -> Tensor:
 
 def training_counts(args: argparse.Namespace) -> list[Counts]:
     """Operators of ours and of the plain loop, by part of the step, for each sampled path."""
-    ours, plain = _supernet(args), _supernet(args)
-    own = PathSGD(ours.parameters(), LEARNING_RATE, MOMENTUM, WEIGHT_DECAY)
+    with torch.device("meta"):
+        ours = DartsSpace(CLASSES, args.init_channels, args.num_cells)
+    module = SupernetModule(1, learning_rate=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY).train()
+    module.set_model(ours)
+    own = module.configure_optimizers()["optimizer"]
+    plain = _supernet(args)
     sgd = torch.optim.SGD(plain.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY, foreach=True)
     for optimizer in (own, sgd):
         for parameter in optimizer.param_groups[0]["params"]:
@@ -104,8 +110,8 @@ def training_counts(args: argparse.Namespace) -> list[Counts]:
     losses: list[Tensor] = []
 
     def our_forward(path: Genotype) -> None:
-        own.catch_up([parameter for module in ours.path_modules(path) for parameter in module.parameters()])
-        losses.append(F.cross_entropy(ours(images, path), labels))
+        ours.network.resample(ours.to_sample(path))
+        losses.append(F.cross_entropy(module(images), labels))
 
     def our_update() -> None:
         _clip([parameter for parameter in ours.parameters() if parameter.grad is not None])

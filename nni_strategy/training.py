@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from genas_plugins.scoring.data import TensorBatches
 from nni_strategy.space import SupernetSpace
 
 __all__ = ["SupernetModule", "TrainBatches", "supernet_evaluator"]
+
+_COUNTER = "num_batches_tracked"
+_Buffers = dict[str, Any]
 
 
 class SupernetModule(LightningModule):
@@ -57,12 +61,16 @@ class SupernetModule(LightningModule):
         self.weight_decay = weight_decay
         self.decay_unsampled = decay_unsampled
         self._path_sgd: PathSGD | None = None
-        self._parameters_of: dict[nn.Module, list[nn.Parameter]] = {}
+        self._parts_of: dict[nn.Module, tuple[list[nn.Parameter], list[_Buffers]]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``."""
-        self._catch_up()
-        return self.model(x)
+        if self._path_sgd is None:
+            return self.model(x)
+        parameters, norms = self._path()
+        self._path_sgd.catch_up(parameters)
+        with _counted_together(norms) if self.training else nullcontext():
+            return self.model(x)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Mean cross-entropy in nats of one batch."""
@@ -86,7 +94,7 @@ class SupernetModule(LightningModule):
         kind = PathSGD if own else SGD
         optimizer = kind(self.parameters(), self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay)
         self._path_sgd = optimizer if isinstance(optimizer, PathSGD) else None
-        self._parameters_of.clear()
+        self._parts_of.clear()
         schedule = CosineAnnealingLR(optimizer, self.epochs, self.final_learning_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
 
@@ -114,17 +122,35 @@ class SupernetModule(LightningModule):
     def _writes_zeros(self) -> bool:
         return self.decay_unsampled and self._path_sgd is None
 
-    def _catch_up(self) -> None:
-        """Bring the weights of the present path up to date."""
-        if self._path_sgd is None:
-            return
+    def _path(self) -> tuple[list[nn.Parameter], list[_Buffers]]:
+        """Parameters of the present path, and the buffers of its batch normalisation."""
         parameters: list[nn.Parameter] = []
+        norms: list[_Buffers] = []
         for module in self.model.path_modules():
-            if module not in self._parameters_of:
+            if module not in self._parts_of:
                 # Collecting them takes a fair part of a GPU's step.
-                self._parameters_of[module] = list(module.parameters())
-            parameters += self._parameters_of[module]
-        self._path_sgd.catch_up(parameters)
+                counting = (part for part in module.modules() if getattr(part, _COUNTER, None) is not None)
+                # Without a momentum the count is one of the numbers that a forward pass computes with.
+                own = [part._buffers for part in counting if part.momentum is not None]
+                self._parts_of[module] = list(module.parameters()), own
+            for found, more in zip((parameters, norms), self._parts_of[module], strict=True):
+                found += more
+        return parameters, norms
+
+
+@contextmanager
+def _counted_together(norms: Sequence[_Buffers]) -> Iterator[None]:
+    """Let batch normalisation count its batches all at once: one by one that is a tenth of what a GPU's step starts."""
+    counters = [buffers[_COUNTER] for buffers in norms]
+    try:
+        for buffers in norms:
+            buffers[_COUNTER] = None
+        yield
+    finally:
+        for buffers, counter in zip(norms, counters, strict=True):
+            buffers[_COUNTER] = counter
+    if counters:
+        torch._foreach_add_(counters, 1)
 
 
 class TrainBatches:

@@ -449,6 +449,43 @@ def test_a_frozen_space_is_trained_like_any_network(data: SearchData, tmp_path: 
     assert not any(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True) if a.dim() > 1)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("build", [lambda: DartsSpace(10, 4, 3), lambda: NasBench201Space(10, 4, 1)])
+def test_batches_are_counted_as_one_by_one(build: Any, frozen: bool) -> None:
+    torch.manual_seed(0)
+    space = build()
+    candidates = [space.search_space.sample(np.random.default_rng(seed)) for seed in range(6)]
+    if frozen:
+        sample = space.to_sample(candidates[0])
+        space = RawFormatModelSpace(space, None).freeze(sample).executable_model()
+    plain = copy.deepcopy(space).train()
+    # One that averages over all batches, and needs the count to do so.
+    for model in (space, plain):
+        next(m for m in reversed(list(model.modules())) if isinstance(m, torch.nn.BatchNorm2d)).momentum = None
+    module = SupernetModule(1)
+    module.set_model(space)
+    module.configure_optimizers()
+    for candidate in candidates:
+        images = torch.randn(4, 3, 8, 8)
+        if not frozen:
+            for model in (space, plain):
+                model.network.resample(model.to_sample(candidate))
+        torch.testing.assert_close(module.train()(images), plain(images), rtol=0, atol=0)
+    module.eval()(images)
+    for (name, value), other in zip(space.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def test_a_forward_pass_that_fails_keeps_the_counters() -> None:
+    module = SupernetModule(1)
+    module.set_model(DartsSpace(10, 4, 3))
+    module.configure_optimizers()
+    before = {name: value.clone() for name, value in module.model.state_dict().items()}
+    with pytest.raises(RuntimeError):
+        module.train()(torch.zeros(2, 5, 8, 8))
+    assert before.keys() == module.model.state_dict().keys()
+
+
 WAITS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.is_nonzero, torch.ops.aten.equal}
 
 
