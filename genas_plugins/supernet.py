@@ -164,10 +164,13 @@ def share_parameters(module: nn.Module) -> nn.Module:
     # copy.deepcopy with the parameters in its memo gives the same, several times slower; a search does this
     # for every candidate.
     copy = module.__new__(type(module))
-    # Copies of the dictionaries too: a hook on the copy is not one on the original.
-    copy.__dict__ = {k: v.copy() if isinstance(v, dict | set) else v for k, v in module.__dict__.items()}
-    copy._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
-    copy._modules = {
+    own = copy.__dict__
+    for name, value in module.__dict__.items():
+        # Copies of the dictionaries too: a hook on the copy is not one on the original. Most are empty, and an empty
+        # one is made in a tenth of the time.
+        own[name] = (value.copy() if value else type(value)()) if isinstance(value, dict | set) else value
+    own["_buffers"] = {name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
+    own["_modules"] = {
         name: None if child is None else share_parameters(child) for name, child in module._modules.items()
     }
     return copy

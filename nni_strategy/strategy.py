@@ -68,9 +68,9 @@ class GeNAS(RandomOneShot):
         racing: Confidence, for instance 0.999, with which a candidate that cannot be among the best ``parents`` so far
             is not measured on further images; the best are those of a search without racing. ``None`` measures all
             on all images. See :mod:`genas_plugins.search.racing`.
-        in_flight: Candidates that each device measures at a time, in threads, on CUDA with a stream each; records and
-            scores are those of 1. For :class:`DartsSpace` and :class:`NasBench201Space`, whose candidates are networks
-            of their own.
+        in_flight: Candidates that each device measures at a time, in threads, on CUDA with a stream each; the records
+            are those of 1, up to rounding (:class:`genas_plugins.search.InFlight`). For :class:`DartsSpace` and
+            :class:`NasBench201Space`, whose candidates are networks of their own.
         seed: Of paths, noise and evolution.
         history: Records of the candidates on disk; a search that finds them there goes on after them.
         on_record: Called with each candidate's record, for progress.

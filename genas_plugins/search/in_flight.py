@@ -25,7 +25,8 @@ Result = TypeVar("Result")
 class InFlight:
     """Measures up to ``count`` candidates at the same time.
 
-    On a CPU the threads divide those of PyTorch among them. Memory for activations is needed ``count`` times.
+    On a CPU the threads divide those of PyTorch among them; fewer of these may add up in another order, so that scores
+    can differ in their last digits from those of one after another. Memory for activations is needed ``count`` times.
 
     Args:
         count: 1 measures one after another, in the thread that asks.

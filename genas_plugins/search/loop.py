@@ -65,8 +65,8 @@ def run_search(
             process. Where their histories differ, that of the first counts. An exception in one ends
             all.
         in_flight: How many candidates ``measure`` is called for at a time, one after another by default. The records
-            are the same, in the same order; ``seconds`` are those in which others were measured as well. A race has
-            its own.
+            come in the same order; their ``seconds`` are those in which others were measured as well. A race has its
+            own.
 
     Returns:
         The records, one dictionary per candidate: ``index``, ``generation``, ``origin``, ``candidate``,
