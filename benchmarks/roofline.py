@@ -72,6 +72,8 @@ STAGES = ("scoring", "training")
 IMAGE_COUNTS = (5_000, 10_000, 20_000, 35_000, 50_000)
 CHANNELS = (8, 16, 24, 36)
 BATCH_SIZES = (32, 64, 128, 256, 512)
+# A search of the paper on CIFAR-10; with --images 25000 its candidates are these.
+EPOCHS, TRAIN_IMAGES, CANDIDATES = 250, 25_000, 1_000
 # Of the scores of a paper-size search, so that a CPU is done within minutes.
 CPU_SCALE = 0.02
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -308,12 +310,14 @@ def stage_args(stage: str, args: argparse.Namespace, **changes: Any) -> argparse
 def print_floors(args: argparse.Namespace, all_rates: Mapping[str, Rates]) -> None:
     """The table of both stages, and what their floors are made of."""
     rows, parts = [], []
+    spent: dict[str, float] = {}
     for stage, rates in all_rates.items():
         own = stage_args(stage, args)
         runs, times = stage_layers(stage, own), time_stage(stage, own)
         # Training takes another path at each step: the mean step against the mean floor.
         flops, moved = (statistics.mean(sum(getattr(c, n) for c in run) for run in runs) for n in ("flops", "bytes"))
         least, ours = statistics.mean(floor(run, rates) for run in runs), statistics.mean(times)
+        spent[stage] = ours
         name = "one candidate" if stage == "scoring" else "one training step"
         counted = [flops / 1e9, moved / 1e9, flops / rates.flops, moved / rates.bytes, least, ours]
         span = f"{min(times):.3f} - {max(times):.3f}"
@@ -326,6 +330,13 @@ def print_floors(args: argparse.Namespace, all_rates: Mapping[str, Rates]) -> No
     header = ["", "GFLOP", "GB", "FLOPs / rate [s]", "bytes / rate [s]", "floor [s]", "ours [s]", "from - to"]
     print_table([*header, "ours / floor"], rows)
     print_table(["", "GFLOP", "GB", "of the floor"], parts)
+    if set(spent) == set(STAGES):
+        steps = EPOCHS * -(-TRAIN_IMAGES // args.train_batch_size)
+        minutes = (CANDIDATES * spent["scoring"] + steps * spent["training"]) / 60
+        print(
+            f"{CANDIDATES:,} such candidates and {steps:,} such steps ({EPOCHS} epochs of {TRAIN_IMAGES:,} images): "
+            f"{minutes:.1f} min, extrapolated"
+        )
 
 
 def print_sizes(args: argparse.Namespace, rates: Mapping[str, Rates]) -> None:

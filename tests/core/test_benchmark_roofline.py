@@ -202,6 +202,15 @@ def test_both_stages_are_told_beside_their_floors(roofline: Any, capsys: pytest.
         assert ratio > 1
         shares = re.findall(rf"^{name}, \w+ .* ([\d.]+)%$", printed, re.MULTILINE)
         assert sum(map(float, shares)) == pytest.approx(100, abs=0.5)
+    times = [
+        float(re.search(rf"^{name}{NUMBER * 6}", printed, re.MULTILINE)[6]) for name in ("one candidate", "one t.*p")
+    ]
+    # 250 epochs of 25,000 images at a batch of 2.
+    whole = re.search(
+        r"^1,000 such candidates and 3,125,000 such steps .*: ([\d.]+) min, extrapolated$", printed, re.MULTILINE
+    )
+    expected = (1000 * times[0] + 3_125_000 * times[1]) / 60
+    assert float(whole[1]) == pytest.approx(expected, abs=0.06 + 0.0006 * 3_126_000 / 60)
 
 
 @NEEDS_NNI
