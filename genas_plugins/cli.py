@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_INTERRUPTED = 130
+_INTERRUPTED, _UNREAD = 130, 141
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -32,15 +33,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program's name; ``None`` for the process's own.
 
     Returns:
-        Exit status: 0, 1 with one line on standard error if something is wrong, 130 after Ctrl-C.
+        Exit status: 0, 1 with one line on standard error if something is wrong, 130 after Ctrl-C, 141 when nobody
+        reads the output any more.
     """
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
-        return command(options)
+        status = command(options)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return _INTERRUPTED
+    except BrokenPipeError:
+        # As head does, which has read enough. What is still to be written would be an error once more at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _UNREAD
     except (ImportError, OSError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         if options.debug:
             raise

@@ -6,6 +6,8 @@ import io
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
@@ -390,3 +392,12 @@ def test_the_module_is_the_same_command(genas: Any) -> None:
     assert done.stdout == genas("zoo").stdout
     refused = genas.process("plot", "cells", "genas_flatnes_c10", "x.svg")
     assert "did you mean genas_flatness_c10?" in refused.error
+
+
+def test_output_that_nobody_reads_is_no_error(genas: Any) -> None:
+    command = [sys.executable, "-m", "genas_plugins", "zoo"]
+    process = subprocess.Popen(command, env=genas.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 141
