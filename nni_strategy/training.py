@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from nni_strategy.space import SupernetSpace
 __all__ = ["SupernetModule", "TrainBatches", "supernet_evaluator"]
 
 _COUNTER = "num_batches_tracked"
-_Buffers = dict[str, Any]
 
 
 class SupernetModule(LightningModule):
@@ -61,7 +60,7 @@ class SupernetModule(LightningModule):
         self.weight_decay = weight_decay
         self.decay_unsampled = decay_unsampled
         self._path_sgd: PathSGD | None = None
-        self._parts_of: dict[nn.Module, tuple[list[nn.Parameter], list[_Buffers]]] = {}
+        self._parts_of: dict[nn.Module, tuple[list[nn.Parameter], list[nn.Module]]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``."""
@@ -69,7 +68,7 @@ class SupernetModule(LightningModule):
             return self.model(x)
         parameters, norms = self._path()
         self._path_sgd.catch_up(parameters)
-        with _counted_together(norms) if self.training else nullcontext():
+        with _counted_together(norms):
             return self.model(x)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -122,16 +121,16 @@ class SupernetModule(LightningModule):
     def _writes_zeros(self) -> bool:
         return self.decay_unsampled and self._path_sgd is None
 
-    def _path(self) -> tuple[list[nn.Parameter], list[_Buffers]]:
-        """Parameters of the present path, and the buffers of its batch normalisation."""
+    def _path(self) -> tuple[list[nn.Parameter], list[nn.Module]]:
+        """Parameters of the present path, and its batch normalisation as far as that counts batches."""
         parameters: list[nn.Parameter] = []
-        norms: list[_Buffers] = []
+        norms: list[nn.Module] = []
         for module in self.model.path_modules():
             if module not in self._parts_of:
                 # Collecting them takes a fair part of a GPU's step.
                 counting = (part for part in module.modules() if getattr(part, _COUNTER, None) is not None)
                 # Without a momentum the count is one of the numbers that a forward pass computes with.
-                own = [part._buffers for part in counting if part.momentum is not None]
+                own = [part for part in counting if part.momentum is not None]
                 self._parts_of[module] = list(module.parameters()), own
             for found, more in zip((parameters, norms), self._parts_of[module], strict=True):
                 found += more
@@ -139,15 +138,17 @@ class SupernetModule(LightningModule):
 
 
 @contextmanager
-def _counted_together(norms: Sequence[_Buffers]) -> Iterator[None]:
+def _counted_together(norms: Sequence[nn.Module]) -> Iterator[None]:
     """Let batch normalisation count its batches all at once: one by one that is a tenth of what a GPU's step starts."""
-    counters = [buffers[_COUNTER] for buffers in norms]
+    # In the dictionaries themselves: nn.Module's own way to them takes as long as what is saved.
+    all_buffers = [norm._buffers for norm in norms if norm.training]
+    counters = [buffers[_COUNTER] for buffers in all_buffers]
     try:
-        for buffers in norms:
+        for buffers in all_buffers:
             buffers[_COUNTER] = None
         yield
     finally:
-        for buffers, counter in zip(norms, counters, strict=True):
+        for buffers, counter in zip(all_buffers, counters, strict=True):
             buffers[_COUNTER] = counter
     if counters:
         torch._foreach_add_(counters, 1)

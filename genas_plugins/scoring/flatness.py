@@ -203,7 +203,7 @@ def perturbed_losses(
         hessian_directions,
     )
     sums, counts = zip(*pairs, strict=True)
-    # Divided here, as a GPU does not round a quotient of float64 to the nearest.
+    # Divided here: on a GPU, PyTorch multiplies by the reciprocal, which rounds otherwise.
     losses = [total / count for total, count in zip(torch.stack(sums).tolist(), counts, strict=True)]
     return [losses[start : start + len(sigmas)] for start in range(0, len(losses), len(sigmas))]
 

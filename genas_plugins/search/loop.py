@@ -62,8 +62,7 @@ def run_search(
             are then written when the generation has ended; one that was cut off is measured anew, with the same end.
         shared: Processes that all call this function with equal arguments: of as many candidates as they have in flight
             each measures its part, in a race on every slice, and all return the same records, those of a search in one
-            process. Where their histories differ, that of the first counts. An exception in one ends
-            all.
+            process. Where their histories differ, that of the first counts. An exception in one ends all.
         in_flight: How many candidates ``measure`` is called for at a time, one after another by default. The records
             come in the same order; their ``seconds`` are those in which others were measured as well. A race has its
             own.

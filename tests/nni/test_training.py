@@ -459,18 +459,21 @@ def test_batches_are_counted_as_one_by_one(build: Any, frozen: bool) -> None:
         sample = space.to_sample(candidates[0])
         space = RawFormatModelSpace(space, None).freeze(sample).executable_model()
     plain = copy.deepcopy(space).train()
-    # One that averages over all batches, and needs the count to do so.
-    for model in (space, plain):
-        next(m for m in reversed(list(model.modules())) if isinstance(m, torch.nn.BatchNorm2d)).momentum = None
-    module = SupernetModule(1)
-    module.set_model(space)
+    module = SupernetModule(1).train()
+    module.set_model(space.train())
     module.configure_optimizers()
+    for model in (space, plain):
+        *_, frozen_one, last = (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+        # It averages over all batches, and needs the count to do so.
+        last.momentum = None
+        # It counts nothing.
+        frozen_one.eval()
     for candidate in candidates:
         images = torch.randn(4, 3, 8, 8)
         if not frozen:
             for model in (space, plain):
                 model.network.resample(model.to_sample(candidate))
-        torch.testing.assert_close(module.train()(images), plain(images), rtol=0, atol=0)
+        torch.testing.assert_close(module(images), plain(images), rtol=0, atol=0)
     module.eval()(images)
     for (name, value), other in zip(space.state_dict().items(), plain.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
