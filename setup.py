@@ -71,7 +71,7 @@ EXTRAS: dict[str, list[str]] = {
     "plots": ["matplotlib>=3.6"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
-EXTRAS["test"] = ["pytest>=8", "ruff", "psutil"]
+EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.5", "ruff", "psutil"]
 
 setup(
     name="genas-plugins",
