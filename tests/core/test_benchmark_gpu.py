@@ -93,7 +93,7 @@ if sys.argv[-1] != "--resume":
     assert gpu.main(arguments) == 3
     assert gpu.main(arguments) == 0
     first, second = notes.read_text().splitlines()
-    assert first == "one cpu --config quickstart_digits --set training.accelerator=cpu"
+    assert first.startswith("one cpu --config quickstart_digits --set training.accelerator=cpu --set score.")
     assert second == "one cpu --resume"
 
 
