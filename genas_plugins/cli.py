@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     search.add_argument("--output", required=True, metavar="DIR", help="the run folder; must not hold a run")
     search.add_argument("--resume", action="store_true", help="continue the run that the folder holds")
+    search.add_argument("--train-only", action="store_true", help="stop when the supernet is trained")
     search.add_argument("--quiet", action="store_true", help="no progress bars")
     search.add_argument(
         "--profile",
@@ -100,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument(
         "genotype", help="a name of the zoo, a JSON file, 28 integers, or a string of NAS-Bench-201, in quotes"
     )
-    score.add_argument("--run", required=True, metavar="DIR", help="the folder of a search")
+    score.add_argument(
+        "--run", required=True, metavar="DIR", help="the folder of a search, or the file of its supernet"
+    )
     score.add_argument("--metric", help="another metric than the run's")
     score.add_argument("--sigmas", nargs="+", type=float, metavar="SIGMA", help="other sigmas than the run's")
     _add_machine(score)
@@ -112,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
         "hold scores of NAS-Bench-201 architectures against the accuracies that training each gives",
         "genas correlate --run runs/nasbench201 --truth accuracies.csv --sample 500 --output runs/correlation",
     )
-    correlate.add_argument("--run", metavar="DIR", help="the folder of a search in NAS-Bench-201")
+    correlate.add_argument(
+        "--run", metavar="DIR", help="the folder of a search in NAS-Bench-201, or the file of its supernet"
+    )
     correlate.add_argument("--config", metavar="FILE", help="instead: train and search first, into DIR/search")
     correlate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="with it")
     correlate.add_argument(
@@ -127,6 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     correlate.add_argument("--sample", type=int, metavar="N", help="so many architectures; default: all 15,625")
     correlate.add_argument("--images", type=int, metavar="N", help="so many validation images; default: the run's")
+    correlate.add_argument(
+        "--minutes", type=float, metavar="N", help="measure for so long at most, then report; --resume goes on"
+    )
     correlate.add_argument("--training-free", action="store_true", help="also NASWOT, SynFlow and ZiCo")
     correlate.add_argument("--seed", type=int, default=0, help="of the sample and the bootstrap; default: %(default)s")
     correlate.add_argument(
@@ -230,6 +238,7 @@ def _search(options: argparse.Namespace) -> int:
             resume=options.resume,
             progress=None if options.quiet else Bar,
             profile=options.profile,
+            train_only=options.train_only,
         )
     except KeyboardInterrupt:
         print(f"\nInterrupted. {again}", file=sys.stderr)
@@ -238,6 +247,11 @@ def _search(options: argparse.Namespace) -> int:
         if error.errno not in _FULL or not (folder / "config.yaml").exists():
             raise
         raise OSError(f"{folder} cannot be written to: {error.strerror}. Make room. {again}") from error
+    if options.train_only:
+        print(
+            f"The trained supernet is in {folder}; search it with: genas search --output {shlex.quote(str(folder))} "
+            "--resume"
+        )
     if outcome.best:
         print("\n".join(_report(outcome)))
         if options.profile is not None:
@@ -335,6 +349,8 @@ def _correlate(options: argparse.Namespace) -> int:
         raise ValueError("Name either --run, the folder of a search, or --config, to train first.")
     if options.run is None and options.data_root is not None:
         raise ValueError("--data-root belongs to --run; with --config, say --set data.root=DIR.")
+    if options.minutes is not None and not options.minutes > 0:
+        raise ValueError(f"--minutes must be above 0, got {options.minutes}.")
     # All that can be wrong is found before anything takes long.
     truth = read_truth(options.truth, options.dataset)
     settings, sums = correlate.load_settings(*options.settings)
@@ -358,8 +374,11 @@ def _correlate(options: argparse.Namespace) -> int:
         images=options.images,
         training_free=options.training_free,
         resume=options.resume,
+        seconds=None if options.minutes is None else 60 * options.minutes,
         progress=progress,
     )
+    if len(raws) < 3:
+        raise ValueError(f"{len(raws)} architectures are measured, a correlation takes 3: go on with --resume.")
     rows, left_out = report.write_report(
         folder, raws, settings, truth, sums=sums, seed=options.seed, resamples=options.resamples
     )

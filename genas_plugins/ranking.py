@@ -25,6 +25,7 @@ __all__ = [
     "Ranking",
     "compare",
     "correlation_matrix",
+    "kendall",
     "ndcg",
     "partial_kendall",
     "precision_at",
@@ -200,6 +201,24 @@ def ndcg(scores: ArrayLike, truth: ArrayLike, top: float) -> float:
     expected = (np.bincount(group, gains) / np.bincount(group))[np.sort(group)]
     discount = 1 / np.log2(np.arange(2, k + 2))
     return float((expected[:k] @ discount) / (-np.sort(-gains)[:k] @ discount))
+
+
+def kendall(x: ArrayLike, y: ArrayLike, *, seed: int, resamples: int = 1000, confidence: float = 0.95) -> Estimate:
+    """Estimate Kendall's tau-b of two columns, for instance of two scores.
+
+    Args:
+        x: Shape ``(n,)``.
+        y: Shape ``(n,)``.
+        seed: Of the bootstrap.
+        resamples: Of the bootstrap.
+        confidence: Of the interval.
+
+    Raises:
+        ValueError: As :func:`rank_correlation`, whatever the columns' range.
+        TypeError: As :func:`rank_correlation`.
+    """
+    a, b = _columns(x=x, y=y).values()
+    return _bootstrap(lambda counts: _taus(a, b, counts), len(a), seed, resamples, confidence)
 
 
 def compare(

@@ -20,7 +20,7 @@ from genas_plugins.search import Evolution, InFlight
 from genas_plugins.search.racing import check_confidence
 from genas_plugins.spaces import DartsSearchSpace
 
-__all__ = ["ConfigError", "Experiment", "build", "config_names", "dump", "find_config", "load", "parse"]
+__all__ = ["ConfigError", "Experiment", "build", "config_names", "dump", "find_config", "load", "parse", "plain"]
 
 
 class ConfigError(ValueError):
@@ -229,7 +229,12 @@ def parse(data: Mapping[str, Any]) -> Experiment:
 
 def dump(experiment: Experiment) -> str:
     """The experiment as YAML, every setting spelled out."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(experiment)), sort_keys=False)
+    return yaml.safe_dump(plain(experiment), sort_keys=False)
+
+
+def plain(experiment: Experiment) -> dict[str, Any]:
+    """The experiment as data for YAML or JSON, every setting spelled out."""
+    return _plain(dataclasses.asdict(experiment))
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -137,6 +138,7 @@ def measure_all(
     images: int | None = None,
     training_free: bool = False,
     resume: bool = False,
+    seconds: float | None = None,
     progress: Callable[[str, int, int], Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure architectures one by one; a killed run goes on with ``resume`` behind the last that it measured.
@@ -150,10 +152,11 @@ def measure_all(
         training_free: Also NASWOT, SynFlow and ZiCo, on freshly initialised networks of the benchmark's size and on
             the supernet's trained weights.
         resume: Go on with what the folder holds.
+        seconds: Begin no further architecture after so long; ``None`` measures all.
         progress: Makes the progress display.
 
     Returns:
-        What :func:`genas_plugins.correlation.measure_raw` gave, with ``architecture``.
+        What :func:`genas_plugins.correlation.measure_raw` gave, with ``architecture``, of all that are measured now.
 
     Raises:
         TypeError: The supernet is of another space.
@@ -198,7 +201,10 @@ def measure_all(
     )
     if wanted := [s.recalibration_images for s in settings if s.recalibration_images is not None]:
         recalibration = trained.recalibration_on(max(*wanted, own or 0))
+    end = math.inf if seconds is None else time.monotonic() + seconds
     for architecture in architectures[len(done) :]:
+        if time.monotonic() >= end:
+            break
         with trained.paths.open(architecture, example) as (model, names):
             raw = measure_raw(
                 model,

@@ -30,6 +30,7 @@ __all__ = [
     "Row",
     "references",
     "remarks",
+    "score_table",
     "table_of",
     "write_report",
 ]
@@ -115,20 +116,11 @@ def write_report(
         The table, highest tau first, and how many architectures were left out.
     """
     folder = Path(folder)
-    names = [raw["architecture"] for raw in raws]
-    table = {**references(names), **_training_free_columns(raws), **columns(settings, raws)}
-    defined = [all(math.isfinite(column[i]) for column in table.values()) for i in range(len(names))]
-    kept = [name for name, fine in zip(names, defined, strict=True) if fine]
-    table = {name: [v for v, fine in zip(column, defined, strict=True) if fine] for name, column in table.items()}
-    for one in sums:
-        table[one.name] = one(table)
-    table = {name: column for name, column in table.items() if len(set(column)) > 1}
+    kept, table = score_table(raws, settings, sums)
     accuracies = lookup(truth, kept)
-    shares = {
-        setting.name: [s for s, fine in zip(slope_shares(setting, raws), defined, strict=True) if fine]
-        for setting in settings
-        if "flatness" in setting.score.metrics
-    }
+    having = set(kept)
+    scored = [raw for raw in raws if raw["architecture"] in having]
+    shares = {s.name: slope_shares(s, scored) for s in settings if "flatness" in s.score.metrics}
     measured = [setting.name for setting in settings]
     known = {
         "loss": next((name for name in table if name.startswith("-loss")), None),
@@ -156,7 +148,32 @@ def write_report(
     shown = {row.name: table[row.name] for row in rows}
     taus = {row.name: row.ranking.tau.value for row in rows}
     plot_scatter(shown, accuracies, folder / "scatter.png", taus)
-    return rows, len(names) - len(kept)
+    return rows, len(raws) - len(kept)
+
+
+def score_table(
+    raws: Sequence[Mapping[str, Any]], settings: Sequence[Setting], sums: Sequence[RankSum] = ()
+) -> tuple[list[str], dict[str, list[float]]]:
+    """All columns of scores, of the architectures whose scores are all defined.
+
+    A column with one value for all of them is left out, and a training-free score that is not finite is the lowest.
+
+    Args:
+        raws: Of :func:`nni_strategy.correlate.measure_all`.
+        settings: The columns.
+        sums: Further columns, of those that there are.
+
+    Returns:
+        The architectures, and by name the columns, in their order.
+    """
+    names = [raw["architecture"] for raw in raws]
+    table = {**references(names), **_training_free_columns(raws), **columns(settings, raws)}
+    defined = [all(math.isfinite(column[i]) for column in table.values()) for i in range(len(names))]
+    kept = [name for name, fine in zip(names, defined, strict=True) if fine]
+    table = {name: [v for v, fine in zip(column, defined, strict=True) if fine] for name, column in table.items()}
+    for one in sums:
+        table[one.name] = one(table)
+    return kept, {name: column for name, column in table.items() if len(set(column)) > 1}
 
 
 def table_of(rows: Sequence[Row]) -> list[tuple[str, ...]]:

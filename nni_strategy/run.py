@@ -98,6 +98,7 @@ def run_experiment(
     resume: bool = False,
     progress: Callable[[str, int, int], Any] | None = None,
     profile: int | None = None,
+    train_only: bool = False,
 ) -> Outcome:
     """Train, search and write the run folder.
 
@@ -114,6 +115,8 @@ def run_experiment(
         progress: Makes the progress displays, see :mod:`nni_strategy.progress`; ``None`` for none.
         profile: Trace so many of the training steps and of the candidates that this run has to do, after a short
             warm-up, into ``profile/`` and ``profile.txt``; see :mod:`genas_plugins.profiling`. ``None`` for none.
+        train_only: Stop when the supernet is trained, with which architectures can then be scored and correlated; a
+            resumed run without it goes on with the search. The outcome has no architectures.
 
     Raises:
         ConfigError: The folder holds a run and ``resume`` is not set, holds another experiment or other files, or
@@ -156,7 +159,7 @@ def run_experiment(
         device=device,
     )
     total = experiment.search.population * experiment.search.generations
-    strategy = GeNAS(
+    strategy = (_TrainingOnly if train_only else GeNAS)(
         **_score_arguments(score),
         recalibration_images=score.recalibration_images,
         recalibration_batches=scorer.recalibration,
@@ -175,7 +178,10 @@ def run_experiment(
     start = time.time()
     with profiler or contextlib.nullcontext():
         _run_nni(space, evaluator, strategy, folder)
-    if not primary:
+    if primary and train_only:
+        # It begins when training has ended.
+        (folder / HISTORY_FILE).touch()
+    if train_only or not primary:
         return Outcome(folder, (), 0, 0)
     return _hand_over(folder, experiment, strategy, scorer, time.time() - start)
 
@@ -184,6 +190,12 @@ def _space(settings: config.Space, num_classes: int) -> SupernetSpace:
     if settings.name == "nasbench201":
         return NasBench201Space(num_classes, settings.init_channels, settings.cells_per_stage, settings.affine)
     return DartsSpace(num_classes, settings.init_channels, settings.num_cells, settings.stem)
+
+
+class _TrainingOnly(GeNAS):
+    """Has done its part when the supernet is trained."""
+
+    def search(self) -> None: ...
 
 
 class SearchFailedError(RuntimeError):

@@ -328,6 +328,8 @@ class NasBench201Space(SupernetSpace):
 def space_around(supernet: SuperNet | NasBench201SuperNet) -> SupernetSpace:
     """The space of a supernet, with a copy of its weights."""
     kind = NasBench201Space if isinstance(supernet, NasBench201SuperNet) else DartsSpace
-    space = kind(**supernet.arguments)
+    # Its own first weights are not kept: nobody else's draws may depend on them.
+    with torch.random.fork_rng(devices=[]):
+        space = kind(**supernet.arguments)
     space.supernet.load_state_dict(supernet.state_dict())
     return space

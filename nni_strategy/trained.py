@@ -1,8 +1,9 @@
-"""A trained supernet with what it takes to score its paths: from a run folder, or from a checkpoint."""
+"""A trained supernet with what it takes to score its paths: from a run folder, from one file, or from a checkpoint."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,18 @@ import torch
 from nni.nas.nn.pytorch import ModelSpace
 from torch import Tensor
 
-from genas_plugins.checkpoints import CheckpointError, load_supernet, read_state
+from genas_plugins.checkpoints import CheckpointError, load_supernet, read_metadata, read_state, save_supernet
 from genas_plugins.datasets import ImageTensors, SearchData, load_search_data
+from genas_plugins.nasbench201 import NasBench201SuperNet
 from genas_plugins.scoring import Accuracy, CombinedScore, Measurement, accuracy, recalibrate_batchnorm
 from genas_plugins.scoring.data import TensorBatches
+from genas_plugins.supernet import SuperNet
 from nni_strategy import config
 from nni_strategy.samples import SupernetPaths
 from nni_strategy.space import space_around
 from nni_strategy.strategy import measure_candidate
 
-__all__ = ["TrainedSupernet", "batch_size_for", "load_data", "load_space_weights"]
+__all__ = ["TrainedSupernet", "batch_size_for", "load_data", "load_space_weights", "save_trained"]
 
 CONFIG_FILE = "config.yaml"
 INITIAL_FILE = "initial.safetensors"
@@ -107,10 +110,10 @@ class TrainedSupernet:
         device: torch.device | str | None = None,
         data_root: str | Path | None = None,
     ) -> TrainedSupernet:
-        """Open the run folder of ``genas search``.
+        """Open the run folder of ``genas search``, or the file of :func:`save_trained`.
 
         Args:
-            folder: The run folder.
+            folder: The run folder or the file.
             score: The metric; ``None`` for the run's.
             device: To score on; ``None`` for CUDA where there is one.
             data_root: Where the images are now; ``None`` for where the run had them, which may have been seen from
@@ -119,14 +122,11 @@ class TrainedSupernet:
         Raises:
             FileNotFoundError: The folder holds no finished supernet, or the images are not where they were.
             ConfigError: Its ``config.yaml`` cannot be read.
-            CheckpointError: Its supernet cannot be read.
+            CheckpointError: Its supernet cannot be read, or the file does not say how it was trained.
         """
-        folder = Path(folder)
-        # The history begins when training has ended.
-        for name in (CONFIG_FILE, SUPERNET_FILE, HISTORY_FILE):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} is not the folder of a search with a trained supernet: no {name}.")
-        experiment = config.load(folder / CONFIG_FILE)
+        path = Path(folder)
+        opened = _Source.of_file(path) if path.is_file() else _Source.of_folder(path)
+        experiment = opened.experiment
         if data_root is not None:
             located = dataclasses.replace(experiment.data, root=str(data_root))
             experiment = dataclasses.replace(experiment, data=located)
@@ -134,18 +134,14 @@ class TrainedSupernet:
             data = load_data(experiment)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{error} {folder / CONFIG_FILE} has data.root {experiment.data.root!r}, seen from {Path.cwd()}; if "
+                f"{error} {opened.told_by} has data.root {experiment.data.root!r}, seen from {Path.cwd()}; if "
                 "the images are elsewhere now, say where with --data-root (data_root= in Python)."
             ) from error
-        space = space_around(load_supernet(folder / SUPERNET_FILE))
-        initial = None
-        if (folder / INITIAL_FILE).is_file():
-            initial = {f"{_PREFIX}{name}": value for name, value in read_state(folder / INITIAL_FILE).items()}
         return cls(
-            space,
+            space_around(opened.supernet),
             data,
             score or experiment.score.build(),
-            initial=initial,
+            initial=opened.initial,
             seed=experiment.seed,
             recalibrate=experiment.score.recalibration_images > 0,
             recalibration_batch_size=experiment.score.recalibration_batch_size,
@@ -188,6 +184,92 @@ class TrainedSupernet:
 
     def _batches(self, images: ImageTensors, size: int) -> TensorBatches:
         return TensorBatches(images, size, self.data.mean, self.data.std, device=self.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What a trained supernet is opened from."""
+
+    experiment: config.Experiment
+    supernet: SuperNet | NasBench201SuperNet
+    initial: Mapping[str, Tensor] | None
+    told_by: Path
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> _Source:
+        # The history begins when training has ended.
+        for name in (CONFIG_FILE, SUPERNET_FILE, HISTORY_FILE):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} is not the folder of a search with a trained supernet: no {name}.")
+        initial = None
+        if (folder / INITIAL_FILE).is_file():
+            initial = _prefixed(read_state(folder / INITIAL_FILE))
+        experiment, supernet = config.load(folder / CONFIG_FILE), load_supernet(folder / SUPERNET_FILE)
+        return cls(experiment, supernet, initial, folder / CONFIG_FILE)
+
+    @classmethod
+    def of_file(cls, path: Path) -> _Source:
+        metadata = read_metadata(path)
+        if "experiment" not in metadata:
+            raise CheckpointError(
+                f"{path} does not say how its supernet was trained: pass the folder of a search, or a file that "
+                "nni_strategy.trained.save_trained wrote."
+            )
+        try:
+            experiment = config.parse(metadata["experiment"])
+        except config.ConfigError as error:
+            raise CheckpointError(f"{path} has an experiment that cannot be read: {error}") from error
+        supernet = load_supernet(path)
+        initial = _initial_weights(supernet, experiment.seed)
+        # Another release of PyTorch may draw other numbers: then the angle has nothing to start from.
+        known = _digest(initial) == metadata.get("initial_sha256")
+        return cls(experiment, supernet, _prefixed(initial) if known else None, path)
+
+
+def save_trained(folder: str | Path, path: str | Path, **card: Any) -> Path:
+    """Write the trained supernet of a run folder as one file, which :meth:`TrainedSupernet.from_run` opens.
+
+    Beside the weights it has the experiment. The weights before training, which the angle needs, are not in it: they
+    are drawn again from the experiment's seed, and compared with a hash of those that the run had.
+
+    Args:
+        folder: Of ``genas search``; the search need not have come to its end, the training must.
+        path: Ends in ``.safetensors``.
+        **card: JSON data to keep beside them, such as versions and hardware.
+
+    Raises:
+        FileNotFoundError: The folder holds no trained supernet.
+        CheckpointError: Its supernet cannot be read.
+        OSError: The file cannot be written; an older one of that name is left as it was.
+    """
+    source = _Source.of_folder(Path(folder))
+    initial = None if source.initial is None else read_state(Path(folder) / INITIAL_FILE)
+    return save_supernet(
+        source.supernet,
+        path,
+        experiment=config.plain(source.experiment),
+        initial_sha256=None if initial is None else _digest(initial),
+        card=card,
+    )
+
+
+def _initial_weights(supernet: SuperNet | NasBench201SuperNet, seed: int) -> dict[str, Tensor]:
+    """The weights with which a run begins; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return type(supernet)(**supernet.arguments).state_dict()
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _prefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{_PREFIX}{name}": value for name, value in state.items()}
 
 
 def load_space_weights(space: ModelSpace, path: str | Path) -> None:

@@ -14,6 +14,7 @@ from genas_plugins.ranking import (
     Estimate,
     compare,
     correlation_matrix,
+    kendall,
     ndcg,
     partial_kendall,
     precision_at,
@@ -204,6 +205,18 @@ def test_compare_is_paired():
     assert difference.sign == 1
     assert compare(worse, good, truth, seed=0, resamples=200).sign == -1
     assert compare(good, good, truth, seed=0, resamples=200) == Estimate(0, 0, 0)
+
+
+def test_kendall_of_two_scores_is_that_of_scipy_in_its_interval():
+    rng = np.random.default_rng(3)
+    x = rng.integers(-4, 5, 60).astype(float)
+    y = x + rng.normal(0, 400, 60)
+    found = kendall(x, y, seed=0, resamples=200)
+    assert found.value == pytest.approx(stats.kendalltau(x, y).statistic)
+    assert found.low < found.value < found.high
+    # The same resamples as in a ranking.
+    percent = stats.rankdata(y)
+    assert found == rank_correlation(x, percent, seed=0, resamples=200).tau
 
 
 def test_partial_kendall_is_the_published_formula():

@@ -373,3 +373,30 @@ def test_config_trains_first(files: Path, genas: Callable[..., Any], tmp_path: P
     assert done.status == 0, done.stderr
     assert json.loads((tmp_path / "out" / "search" / "architecture.json").read_text())["provenance"]["seed"] == 3
     assert (tmp_path / "out" / "correlations.csv").exists()
+
+
+def test_after_so_many_minutes_what_there_is_is_reported_and_the_rest_follows(
+    files: Path, genas: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Time stands still until two are measured, and then is over."""
+    clock = """
+import time, types, nni_strategy.correlate as module
+count = [0]
+def monotonic():
+    count[0] += 1
+    return 0.0 if count[0] < LIMIT else 1e9
+module.time = types.SimpleNamespace(monotonic=monotonic)
+"""
+    out = tmp_path / "out"
+    few = genas(*command(files, out, "--minutes", "1"), before=clock.replace("LIMIT", "4"))
+    assert few.status == 1
+    assert few.stderr == "genas: 2 architectures are measured, a correlation takes 3: go on with --resume.\n"
+    some = genas(*command(files, out, "--minutes", "1", "--resume"), before=clock.replace("LIMIT", "5"))
+    assert some.status == 0, some.stderr
+    assert "\n5 architectures." in some.stdout
+    assert genas(*command(files, out, "--resume")).status == 0
+    assert genas(*command(files, tmp_path / "whole")).status == 0
+    for name in ("measurements.jsonl", "scores.csv", "correlations.csv"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    refused = genas(*command(files, tmp_path / "none", "--minutes", "0"))
+    assert (refused.status, refused.stderr) == (1, "genas: --minutes must be above 0, got 0.0.\n")
