@@ -115,20 +115,24 @@ def random_images(count: int, size: int, seed: int) -> ImageTensors:
 
 
 @torch.no_grad()
-def bare(network: nn.Module, recalibration: Batches, validation: Batches) -> None:
+def bare(network: nn.Module, recalibration: Batches, validation: Batches, passes: int) -> None:
     """The forward passes of one candidate and nothing else."""
     network.train()
     for images, _ in recalibration:
         network(images)
     network.eval()
-    for _ in SIGMAS:
+    for _ in range(passes):
         for images, _ in validation:
             network(images)
 
 
 @torch.no_grad()
 def naive(
-    supernet: SuperNet, genotype: Genotype, loaders: tuple[DataLoader, DataLoader], device: torch.device
+    supernet: SuperNet,
+    genotype: Genotype,
+    loaders: tuple[DataLoader, DataLoader],
+    sigmas: Sequence[float],
+    device: torch.device,
 ) -> float:
     """Score one candidate the way that needs the least thought."""
     network = copy.deepcopy(supernet)
@@ -142,7 +146,7 @@ def naive(
     network.eval()
     losses = []
     previous = 0.0
-    for sigma in SIGMAS:
+    for sigma in sigmas:
         for parameter in network.parameters():
             noise = torch.normal(0.0, sigma - previous, parameter.shape)
             parameter.add_(noise.to(device))
@@ -152,7 +156,7 @@ def naive(
             logits = network(images.to(device), genotype)
             total += F.cross_entropy(logits, labels.to(device), reduction="sum").item()
         losses.append(total / len(loaders[1].dataset))  # type: ignore[arg-type]
-    return flatness_from_losses(losses, SIGMAS).score
+    return flatness_from_losses(losses, sigmas).score
 
 
 class Benchmark:
@@ -177,7 +181,7 @@ class Benchmark:
             DataLoader(NormalisingImages(calibration), RECALIBRATION_BATCH, **workers),
             DataLoader(NormalisingImages(validation), NAIVE_BATCH, **workers),
         )
-        self.score = CombinedScore(metric="flatness", sigmas=SIGMAS)
+        self.score = CombinedScore(metric="flatness", sigmas=tuple(args.sigmas))
 
     def ours(self, genotype: Genotype) -> None:
         """Score one candidate with the library."""
@@ -189,11 +193,12 @@ class Benchmark:
         """Ours, bare and naive for one candidate; what is not an arm's own work is done before it is asked for."""
         network = self.supernet.subnet(genotype)
         batches = list(self.recalibration), list(self.validation)
-        for arm in (lambda: self.ours(genotype), lambda: bare(network, *batches)):
+        sigmas = self.score.sigmas
+        for arm in (lambda: self.ours(genotype), lambda: bare(network, *batches, len(sigmas))):
             # One batch of each kind: no arm pays for memory that the arm before it gave back to the system.
-            bare(network, batches[0][:1], batches[1][:1])
+            bare(network, batches[0][:1], batches[1][:1], len(sigmas))
             yield arm
-        yield lambda: naive(self.supernet, genotype, self.loaders, self.device)
+        yield lambda: naive(self.supernet, genotype, self.loaders, sigmas, self.device)
 
     def seconds(self, arm: Callable[[], object]) -> float:
         """Time of one call, to the end of the device's work."""
@@ -244,6 +249,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--candidates", type=int, default=6)
     parser.add_argument("--images", type=int, default=1024, help="validation images (default: %(default)s)")
+    parser.add_argument("--sigmas", type=float, nargs="+", default=SIGMAS, help="of the noise (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, help="of the validation (default: 64 on a CPU, 2048 on CUDA)")
     parser.add_argument("--recalibration-images", type=int, default=RECALIBRATION_IMAGES)
     parser.add_argument("--workers", type=int, default=0, help="of the naive DataLoader (default: its own, 0)")

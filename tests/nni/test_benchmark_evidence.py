@@ -1,0 +1,187 @@
+"""The paper's evidence in minutes: how many epochs fit, the tables, and every step of it on a CPU, with few images."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import kendalltau, rankdata
+
+from genas_plugins.checkpoints import read_metadata
+from genas_plugins.search import History
+from genas_plugins.spaces import NasBench201SearchSpace
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def evidence(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module("evidence")
+    for name in ("evidence", "nasbench201"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "seconds", "epochs"),
+    [
+        # 391 steps of 3 ms are 1.173 s, 95 % of 300 s are 242 of them.
+        (3.0, 300, 240),
+        (1.0, 300, 250),
+        (30.0, 300, 20),
+        # 285 / (391 * 0.1) is 7.3.
+        (100.0, 300, 7),
+        (5000.0, 300, 1),
+        (3.0, -20, 1),
+    ],
+)
+def test_the_epochs_fit_the_time(evidence: Any, milliseconds: float, seconds: float, epochs: int) -> None:
+    assert evidence.choose_epochs(milliseconds / 1000, 391, seconds) == epochs
+
+
+def test_the_pace_is_that_after_the_first_third(evidence: Any) -> None:
+    pace = evidence.Pace()
+    pace.ends = [0.0, 10.0, 20.0, 20.5, 21.0, 21.5, 22.0, 22.5, 23.0]
+    assert pace.seconds_a_step == 0.5
+
+
+def test_tables_are_taus_beside_the_papers(evidence: Any) -> None:
+    rng = np.random.default_rng(0)
+    names = [f"a{number}" for number in range(40)]
+    wanted = {"angle", "accuracy", *(column for table in evidence.TABLES.values() for column in table)}
+    scores = {
+        seed: {column: dict(zip(names[seed:], rng.normal(size=40 - seed), strict=True)) for column in sorted(wanted)}
+        for seed in (0, 3)
+    }
+    truth = dict(zip(names, rng.uniform(10, 95, 40), strict=True))
+    text = evidence.table_text(scores, truth, 120, 50)
+    assert "Kendall's tau on 37 random architectures" in text and "supernets of 120 epochs" in text
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    common = names[3:]
+    columns = [
+        {column: [table[column][name] for name in common] for column in ("angle", "flatness", "flatness, alpha 0.1")}
+        for table in scores.values()
+    ]
+    accuracies = [truth[name] for name in common]
+    added = rankdata(columns[0]["flatness, alpha 0.1"]) + rankdata(columns[1]["flatness, alpha 0.1"])
+    taus = [kendalltau(own["flatness, alpha 0.1"], accuracies).statistic for own in columns]
+    taus.append(kendalltau(added, accuracies).statistic)
+    _, _, paper, *cells, _ = lines["flatness, alpha 0.1"].split("|")
+    # Table 6 of the paper.
+    assert float(paper) == 0.403
+    assert [float(cell.split()[0]) for cell in cells] == pytest.approx(taus, abs=6e-4)
+    _, _, paper, first, *_ = lines["angle, flatness"].split("|")
+    # Table 1 of the paper.
+    assert float(paper) == 0.430
+    tau = kendalltau(columns[0]["angle"], columns[0]["flatness"]).statistic
+    assert float(first.split()[0]) == pytest.approx(tau, abs=6e-4)
+
+
+def test_tables_of_hardly_anything_are_refused(evidence: Any) -> None:
+    scores = {0: {"flatness": {"a": 1.0, "b": 2.0, "c": 3.0}}, 1: {"flatness": {"a": 1.0, "b": 2.0}}}
+    with pytest.raises(
+        ValueError, match="2 architectures have a score with every seed, a correlation takes at least 3"
+    ):
+        evidence.table_text(scores, dict.fromkeys("abc", 50.0), 1, 10)
+
+
+def test_a_seed_that_fails_ends_the_others_and_says_why(evidence: Any, tmp_path: Path) -> None:
+    commands = {0: ["-c", "import time; time.sleep(100)"], 1: ["-c", "raise SystemExit('no images')"]}
+    with pytest.raises(RuntimeError, match="train of seed 1 ended with 1: no images"):
+        evidence.together(commands, tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "DIR", "--source", "S", "--seeds", "1", "1"], "--seeds must differ and not be negative, got [1, 1]"),
+        (["train", "DIR", "--source", "S", "--seconds", "0"], "--seconds and --resamples must be above 0, got 0.0"),
+        (["train", "DIR"], "the following arguments are required: --source"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(
+    evidence: Any, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        evidence.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def kit(tmp_path: Path) -> Path:
+    """Pictures of two classes and the accuracies of all architectures, as a sealed kit."""
+    data = tmp_path / "kit" / "data"
+    data.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 256), ("test", 20)):
+        with zipfile.ZipFile(data / f"cifar10_{split}.zip", "w") as archive:
+            for number in range(count):
+                # Bright and dark ones.
+                pixels = rng.integers(0, 128, (32, 32, 3), dtype=np.uint8) + 127 * (number % 2)
+                path = tmp_path / "picture.png"
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+                archive.write(path, f"class{number % 2}/{number:04}.png")
+    lines = [f"{name},{10 + index * 7919 % 80}" for index, name in enumerate(NasBench201SearchSpace().architectures())]
+    (data / "nasbench201_accuracy.csv").write_text("\n".join(["arch,cifar10", *lines]) + "\n")
+    gpu("--seal", "--kit", tmp_path / "kit")
+    return tmp_path / "kit"
+
+
+def gpu(*arguments: Any) -> str:
+    """Run benchmarks/gpu.py, which must end with 0."""
+    command = [sys.executable, str(FOLDER / "gpu.py"), *map(str, arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+def test_the_whole_plan_is_rehearsed_on_a_cpu(kit: Path, genas: Any, tmp_path: Path) -> None:
+    output, back = tmp_path / "out", tmp_path / "back"
+    options = ("--plan", "evidence", "--rehearse", "--device", "cpu", "--kit", kit, "--collect", back)
+    gpu(output, *options)
+    folder = output / "evidence-rehearsal"
+    files = {path.name for path in back.iterdir()}
+    assert files == {"report.md", "results.tar.gz", "seed0.safetensors", "seed1.safetensors"}
+    assert sum(path.stat().st_size for path in back.iterdir()) < 16 * 2**20
+    report = (back / "report.md").read_text()
+    assert "**A rehearsal: no figure here means anything.**" in report
+    for step in ("train", "score", "tables"):
+        assert json.loads((folder / f"{step}.json").read_text())["code"] == 0
+    assert "**Table 6, alpha: with the accuracy of trained networks**" in report
+    # What was measured is the same architectures with both supernets, in one order.
+    measured = [History(folder / f"correlation{seed}" / "measurements.jsonl").records for seed in (0, 1)]
+    orders = [[record["architecture"] for record in records] for records in measured]
+    assert orders[0] == orders[1] and len(set(orders[0])) == 10
+    assert measured[0] != measured[1]
+    with tarfile.open(back / "results.tar.gz") as archive:
+        names = set(archive.getnames())
+    assert {"train.txt", "score.json", "tables.md", "seed0/config.yaml", "correlation1/measurements.jsonl"} <= names
+    card = read_metadata(back / "seed1.safetensors")["card"]
+    assert card["epochs"] == 2 and card["seeds_at_once"] == 2
+    # Elsewhere, the file and the images are enough, the angle included: measurements are the same.
+    run = ("--run", back / "seed0.safetensors", "--data-root", folder / "cifar10", "--device", "cpu", "--quiet")
+    run += ("--truth", kit / "data" / "nasbench201_accuracy.csv", "--settings", "paper_tables", "label_free")
+    run += ("--training-free", "--sample", "15625", "--resamples", "10", "--output", tmp_path / "later")
+    stopped = genas("correlate", *run, "--minutes", "0.02")
+    assert stopped.status in (0, 1), stopped.stderr
+    later = History(tmp_path / "later" / "measurements.jsonl").records
+    assert 1 <= len(later) < 15625
+    again = {name: value for name, value in later[0].items() if name != "training_free"}
+    same = [record for record in measured[0] if record["architecture"] == again["architecture"]]
+    for record in same:
+        assert again == {name: value for name, value in record.items() if name != "training_free"}
+    # Done is done.
+    before = (folder / "report.md").stat().st_mtime_ns
+    gpu(output, *options)
+    assert {path.name for path in back.iterdir()} == files
+    assert (folder / "report.md").stat().st_mtime_ns > before
