@@ -53,8 +53,8 @@ DONE, MISSED, LEFT, INTERRUPTED = 0, 1, 3, 130
 CUT_OFF = 124
 # Of a call's time: a step that had so much of it would not get further in another call.
 WHOLE_CALL = 0.9
-# For what a command does beside what it is given its seconds for.
-MARGIN = 5.0
+# Before it is cut off, a command that is told its seconds should have ended by itself.
+MARGIN = 10.0
 # Seconds between two looks at a step; so much is lost at most where the call is killed.
 INTERVAL = 15.0
 PATIENCE = 5.0
@@ -74,6 +74,7 @@ class Call:
         rehearse: Run the steps' small versions.
         source: The plan's data; ``None`` where it needs none.
         collected: Where what matters is put; ``None`` for nowhere.
+        site: Folders of packages that the machine lacks.
     """
 
     plan: Plan
@@ -83,25 +84,35 @@ class Call:
     rehearse: bool = False
     source: Path | None = None
     collected: Path | None = None
+    site: tuple[str, ...] = ()
 
     def run(self, chosen: Sequence[Step]) -> int:
         """Do the steps that are not done yet, and return the exit code."""
         end = time.monotonic() + 60 * self.minutes
         waiting = [step for step in chosen if not missing(step) and self.waits(step)]
         left_out = self.keep_report()
-        while waiting and (left := end - time.monotonic()) > 1:
+        while (waiting := [s for s in waiting if not self.blocked(s)]) and (left := end - time.monotonic()) > 1:
             step = waiting[0]
             print(f"{step.name} ...", flush=True)
             try:
                 self.measure(step, left * step.share / sum(other.share for other in waiting))
             finally:
                 left_out = self.keep_report()
-            del waiting[0]
+            # Others cannot do without it, so that it has their time too.
+            needed = step.resumes and any(other.after == step.name for other in waiting)
+            if not (needed and self.waits(step)):
+                del waiting[0]
         print(self.report())
-        ended = [self.read(step) for step in chosen if not missing(step)]
+        ended = [self.read(step) for step in chosen if not missing(step) and not self.blocked(step)]
         if any(record is None or record["again"] for record in ended):
             return LEFT
         return MISSED if left_out or any(record["code"] for record in ended) else DONE
+
+    def blocked(self, step: Step) -> bool:
+        """Whether a step cannot run because one that it needs failed for good."""
+        before = next((other for other in self.plan.steps if other.name == step.after), None)
+        record = None if before is None else self.read(before)
+        return record is not None and record["code"] != 0 and not record["again"]
 
     def waits(self, step: Step) -> bool:
         """Whether a step was not done, or was cut off and may get further."""
@@ -132,7 +143,8 @@ class Call:
         if step.writes and not step.resumes:
             shutil.rmtree(self.folder / step.writes, ignore_errors=True)
         started = time.monotonic()
-        paths = os.pathsep.join([str(ROOT), *(path for path in sys.path if path)])
+        given = os.environ.get("PYTHONPATH")
+        paths = os.pathsep.join([str(ROOT), *self.site, *([given] if given else [])])
         with (self.folder / f"{step.name}.txt").open("w") as log:
             process = subprocess.Popen(
                 [sys.executable, *command],
@@ -204,7 +216,8 @@ class Call:
 def row(step: Step, record: dict[str, Any] | None) -> str:
     """A step's line of the table."""
     if record is None:
-        why = f"needs {', '.join(missing(step))}" if missing(step) else "not run"
+        needs = missing(step)
+        why = f"needs {', '.join(needs)}" if needs else "not run"
         return f"| {step.name} | {step.shows} | | | | {why} |"
     last = str(record["last"]).replace("|", "/")
     code = "cut off" if record["code"] == CUT_OFF else record["code"]
@@ -294,11 +307,12 @@ def prepare(args: argparse.Namespace) -> Call:
     # What a rehearsal leaves must not pass for what was measured.
     folder = args.output.resolve() / (f"{args.plan}-rehearsal" if args.rehearse else args.plan)
     folder.mkdir(parents=True, exist_ok=True)
-    if kit is not None:
-        sys.path[1:1] = kit.site(args.output.resolve())
+    site = () if kit is None else tuple(kit.site(args.output.resolve()))
+    # To tell their versions, and what is missing.
+    sys.path[1:1] = site
     collected = None if args.collect is None else args.collect.resolve()
     source = None if source is None else source.resolve()
-    return Call(plan, folder, args.device, args.minutes, args.rehearse, source, collected)
+    return Call(plan, folder, args.device, args.minutes, args.rehearse, source, collected, site)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

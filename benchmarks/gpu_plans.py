@@ -22,6 +22,7 @@ class Step:
         rehearsal: What a rehearsal adds to the command; options that are given again count.
         needs: Modules without which it cannot run.
         resumes: Goes on where it was cut off.
+        after: A step without which it cannot run.
         writes: A folder in the plan's own; begun anew with a step that does not go on.
     """
 
@@ -32,6 +33,7 @@ class Step:
     rehearsal: str = ""
     needs: tuple[str, ...] = ()
     resumes: bool = False
+    after: str = ""
     writes: str = ""
 
 
@@ -116,6 +118,7 @@ SPEED = Plan(
             "--sigmas 1e-5 5e-5 1e-4 --check",
             "--candidates 4 --images 16",
             needs=_SEARCH,
+            after="search",
         ),
         Step(
             "networks",
@@ -166,6 +169,7 @@ EVIDENCE = Plan(
             "--rehearse --seeds 0 1",
             needs=(*_SEARCH, "PIL", "matplotlib"),
             resumes=True,
+            after="train",
         ),
         Step(
             "tables",
@@ -174,6 +178,7 @@ EVIDENCE = Plan(
             f"benchmarks/evidence.py tables {_EVIDENCE}",
             "--seeds 0 1 --resamples 50",
             needs=(*_SEARCH, "matplotlib"),
+            after="train",
         ),
     ),
     data=("cifar10_train.zip", "cifar10_test.zip", "nasbench201_accuracy.csv"),

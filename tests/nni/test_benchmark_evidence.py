@@ -101,6 +101,17 @@ def test_a_seed_that_fails_ends_the_others_and_says_why(evidence: Any, tmp_path:
         evidence.together(commands, tmp_path, "train")
 
 
+def test_a_training_that_was_cut_off_goes_on(evidence: Any, tmp_path: Path) -> None:
+    args = evidence.parse(["train", str(tmp_path), "--source", "S", "--device", "cpu"])
+    begun = evidence.train_command(args, 4, 120)
+    assert {"training.epochs=120", "training.checkpoint_every=5", "seed=4"} <= set(begun)
+    assert "--resume" not in begun
+    (tmp_path / "seed4").mkdir()
+    (tmp_path / "seed4" / "config.yaml").touch()
+    again = evidence.train_command(args, 4, 120)
+    assert again[-1] == "--resume" and "--config" not in again and "--train-only" in again
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
