@@ -17,6 +17,7 @@ from genas_plugins import ZOO, SuperNet
 from genas_plugins.scoring import accuracy, flatness, mean_loss, precision, recalibrate_batchnorm, top_eigenvectors
 from genas_plugins.scoring.noise import perturbations
 from genas_plugins.scoring.precision import exact_float32
+from genas_plugins.scoring.training_free import naswot, zico
 
 needs_switches = pytest.mark.skipif(
     not hasattr(torch.backends.cudnn, "conv"), reason="PyTorch before 2.9 has other switches"
@@ -78,12 +79,13 @@ class Watched(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.norm = nn.BatchNorm2d(3)
+        self.relu = nn.ReLU()
         self.linear = nn.Linear(48, 6)
         self.seen: list[list[str]] = []
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen.append(switches())
-        return self.linear(self.norm(x).flatten(1))
+        return self.linear(self.relu(self.norm(x)).flatten(1))
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
@@ -100,8 +102,10 @@ def batches() -> list[tuple[Tensor, Tensor]]:
         lambda model: mean_loss(model, batches()),
         lambda model: recalibrate_batchnorm(model, batches()),
         lambda model: top_eigenvectors(model, batches()),
+        lambda model: naswot(model, batches()[0][0]),
+        lambda model: zico(model, batches()),
     ],
-    ids=["flatness", "accuracy", "loss", "recalibration", "Hessian"],
+    ids=["flatness", "accuracy", "loss", "recalibration", "Hessian", "NASWOT", "ZiCo"],
 )
 def test_every_measurement_is_exact_and_leaves_the_process_as_it_was(
     permissive: list[str], measure: Callable[[nn.Module], Any]
