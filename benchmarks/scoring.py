@@ -9,6 +9,9 @@ machine's speed falls on all of them:
 * naive: ``copy.deepcopy`` of the whole supernet, noise for all of its parameters drawn on the CPU, a
   ``DataLoader`` with 512 images a batch that normalises image by image, every loss read at once.
 
+All compute in float32, as scores are measured: on a GPU PyTorch would allow the other arms TF32, which is faster and
+in which the noise of small sigmas vanishes.
+
 Run it from a checkout that is installed (about six minutes on two CPU cores)::
 
     python benchmarks/scoring.py --check
@@ -40,6 +43,7 @@ from genas_plugins import Genotype, SuperNet
 from genas_plugins.datasets import ImageTensors
 from genas_plugins.scoring import CombinedScore, flatness_from_losses
 from genas_plugins.scoring.data import TensorBatches
+from genas_plugins.scoring.precision import exact_float32
 from genas_plugins.search import InFlight
 from genas_plugins.spaces import DartsSearchSpace
 
@@ -114,6 +118,7 @@ def random_images(count: int, size: int, seed: int) -> ImageTensors:
     return ImageTensors(images, labels, tuple(map(str, range(CLASSES))))
 
 
+@exact_float32()
 @torch.no_grad()
 def bare(network: nn.Module, recalibration: Batches, validation: Batches, passes: int) -> None:
     """The forward passes of one candidate and nothing else."""
@@ -126,6 +131,7 @@ def bare(network: nn.Module, recalibration: Batches, validation: Batches, passes
             network(images)
 
 
+@exact_float32()
 @torch.no_grad()
 def naive(
     supernet: SuperNet,

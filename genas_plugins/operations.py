@@ -377,5 +377,10 @@ def drop_path(x: Tensor, probability: float) -> Tensor:
     Drawn per sample and edge, as FractalNet and DARTS do.
     """
     keep = 1.0 - probability
-    mask = torch.empty((x.shape[0], 1, 1, 1), device=x.device, dtype=x.dtype).bernoulli_(keep)
+    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+        mask = torch.empty((x.shape[0], 1, 1, 1), device=x.device, dtype=x.dtype).bernoulli_(keep)
+    else:
+        # The compiler would make a network anew for each probability that bernoulli_ is given, and give up after eight
+        # of them; a comparison takes it as a number like any other.
+        mask = (torch.rand((x.shape[0], 1, 1, 1), device=x.device) < keep).to(x.dtype)
     return x * (mask / keep)

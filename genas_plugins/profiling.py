@@ -79,8 +79,11 @@ class StageProfile:
         self.path.parent.mkdir(exist_ok=True)
         with atomic_path(self.path) as temporary:
             profiler.export_chrome_trace(str(temporary))
-        order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        table = profiler.key_averages().table(sort_by=order, row_limit=_OPERATORS)
+        events = profiler.key_averages()
+        # Not whether there is a GPU: a search that runs on the CPU beside it takes no time there.
+        on_device = any(event.self_device_time_total > 0 for event in events)
+        order = "self_device_time_total" if on_device else "self_cpu_time_total"
+        table = events.table(sort_by=order, row_limit=_OPERATORS)
         place = f"{self.path.parent.name}/{self.path.name}"
         return f"{self.name}: {recorded} steps after a warm-up of {WARM_UP}, {place}\n{table}"
 

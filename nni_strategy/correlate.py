@@ -240,7 +240,8 @@ def _training_free(
     images = torch.cat([batch for batch, _ in batches])
     # The same draws for each architecture, as far as their layers agree; nothing else draws from this generator.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(trained.seed)
+        # Not torch.manual_seed, which seeds the generators of all devices, and these are not put back.
+        torch.default_generator.manual_seed(trained.seed)
         network = NasBench201Network(architecture, num_classes=trained.data.num_classes).to(images.device)
     scores = [
         score

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -25,6 +26,16 @@ _logger = logging.getLogger(__name__)
 
 SMALLEST_BATCH = 16
 """Images; where a batch of so many does not fit, the device has no room for the network either."""
+
+# What needs memory beside PyTorch's own: kernels that are loaded when they first run, handles, and workspaces. cuDNN
+# tries its ways one after another, and has none left.
+_FULL = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute this computation",
+)
+_halving = threading.Lock()
 
 
 def _channel_row(name: str, values: Sequence[float]) -> Tensor:
@@ -128,16 +139,23 @@ class TensorBatches:
         view._labels = self._labels[start * self.batch_size : stop * self.batch_size]
         return view
 
-    def halve(self) -> bool:
+    def halve(self, tried: int | None = None) -> bool:
         """From now on, give batches of half the size, here and wherever these images are shared.
 
+        Args:
+            tried: The size that did not fit; where another thread has halved it meanwhile, that is enough. ``None`` for
+                the present one.
+
         Returns:
-            Whether there was anything to halve: batches of fewer than :data:`SMALLEST_BATCH` images are not made.
+            Whether batches are smaller now: none of fewer than :data:`SMALLEST_BATCH` images are made.
         """
-        before = min(self.batch_size, self.num_images)
-        if before // 2 < SMALLEST_BATCH:
-            return False
-        self._batch_size[0] = before // 2
+        with _halving:
+            before = min(self.batch_size, self.num_images)
+            if tried is not None and before < min(tried, self.num_images):
+                return True
+            if before // 2 < SMALLEST_BATCH:
+                return False
+            self._batch_size[0] = before // 2
         _logger.warning("A batch of %d images does not fit the memory; from now on it is %d.", before, before // 2)
         return True
 
@@ -182,14 +200,15 @@ def over_batches(batches: Iterable[tuple[Tensor, Tensor]], measure: Callable[[Te
 
     Raises:
         ValueError: There are no batches.
-        torch.OutOfMemoryError: The batches cannot be made smaller.
+        torch.OutOfMemoryError: The batches cannot be made smaller; a library's own words for it are a RuntimeError.
     """
     while True:
+        tried = batches.batch_size if isinstance(batches, TensorBatches) else None
         try:
             results = [measure(images, labels) for images, labels in batches]
             break
-        except torch.OutOfMemoryError:
-            if not (isinstance(batches, TensorBatches) and batches.halve()):
+        except RuntimeError as error:
+            if not (isinstance(batches, TensorBatches) and _out_of_memory(error) and batches.halve(tried)):
                 raise
         # Not within the except clause, where the error holds the tensors of the pass that failed.
         if torch.cuda.is_initialized():
@@ -197,6 +216,11 @@ def over_batches(batches: Iterable[tuple[Tensor, Tensor]], measure: Callable[[Te
     if not results:
         raise ValueError("Networks are measured on at least one batch of images, got none.")
     return results
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that the device's memory is full: PyTorch's own, or what it passes on from a library."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _FULL)
 
 
 def sum_over_batches(

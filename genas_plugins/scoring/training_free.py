@@ -21,12 +21,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from genas_plugins.scoring.batchnorm import evaluation_mode, preserve_batchnorm
 from genas_plugins.scoring.flatness import MeasurementError
+from genas_plugins.scoring.precision import exact_float32
 
 __all__ = ["Deviation", "naswot", "synflow", "zico"]
 
 Deviation = Literal["signed", "absolute"]
 
 
+@exact_float32()
 def naswot(model: nn.Module, images: Tensor) -> float:
     """Log-determinant of how far the ReLU codes of the images agree: ``log |K_H|``.
 
@@ -132,6 +134,7 @@ def synflow(model: nn.Module, input_shape: Sequence[int] = (3, 32, 32)) -> float
     return score
 
 
+@exact_float32()
 def zico(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], deviation: Deviation = "signed") -> float:
     """Inverse coefficient of variation of gradients: ``sum_layers log sum_weights mean|g| / std``.
 

@@ -89,3 +89,6 @@ class InFlight:
         finally:
             # Threads that are begun later would have the workers' number.
             torch.set_num_threads(threads)
+            for stream in self._streams:
+                # An error may have left work behind, which reads weights and images that are freed or changed now.
+                torch.cuda.current_stream(self.device).wait_stream(stream)

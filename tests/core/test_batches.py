@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from torch import nn
 
 from genas_plugins.datasets import ImageTensors
 from genas_plugins.scoring import accuracy, flatness, mean_loss, recalibrate_batchnorm
-from genas_plugins.scoring.data import SMALLEST_BATCH, TensorBatches, sum_over_batches
+from genas_plugins.scoring.data import SMALLEST_BATCH, TensorBatches, over_batches, sum_over_batches
 from genas_plugins.scoring.flatness import perturbed_image_losses, perturbed_losses
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -165,6 +167,51 @@ def test_batches_that_do_not_fit_are_halved_for_good_and_said_once(many, caplog)
     assert mean_loss(small, batches) == pytest.approx(mean_loss(large, whole), rel=1e-6)
     assert accuracy(small, batches) == accuracy(large, whole)
     assert max(small.sizes[2:]) == 37 and not caplog.records
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "GET was unable to find an engine to execute this computation",
+    ],
+)
+def test_a_library_without_memory_is_as_good_as_pytorch_without(many, words):
+    batches = TensorBatches(many, 150, MEAN, STD)
+
+    def measure(images, labels):
+        if len(images) > 80:
+            raise RuntimeError(words)
+        return len(images)
+
+    assert over_batches(batches, measure) == [75, 75]
+
+
+def test_other_errors_are_not_taken_for_a_full_memory(many):
+    def measure(images, labels):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    batches = TensorBatches(many, 150, MEAN, STD)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        over_batches(batches, measure)
+    assert batches.batch_size == 150
+
+
+def test_two_that_run_out_of_memory_together_halve_once(many, caplog):
+    batches = TensorBatches(many, 128, MEAN, STD)
+    meeting = threading.Barrier(2, timeout=30)
+
+    def measure(images, labels):
+        if len(images) > 64:
+            meeting.wait()
+            raise torch.OutOfMemoryError("no room for both")
+        return len(images)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda _: over_batches(batches, measure), range(2))) == [[64, 64, 22]] * 2
+    assert batches.batch_size == 64 and len(caplog.records) == 1
 
 
 def test_losses_of_each_image_are_whole_where_the_memory_runs_out_between_two_sigmas(many):

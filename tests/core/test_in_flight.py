@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -171,6 +172,45 @@ def flat(records: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) ->
 def test_scores_of_a_supernet_are_those_of_one_after_another() -> None:
     # To the last bit.
     assert scores("cpu", 4) == scores("cpu", 1)
+
+
+class Stream:
+    """What of a CUDA stream is asked for here: who waits for whom."""
+
+    waits: ClassVar[list[tuple[Stream, Stream]]] = []
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waits.append((self, other))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_streams_wait_for_the_callers_and_it_for_them(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    callers, used = Stream(), threading.local()
+    seen: list[Stream] = []
+    monkeypatch.setattr(Stream, "waits", [])
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: callers)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(used, "stream", stream))
+    meeting = threading.Barrier(2, timeout=30)
+
+    def measure(_: int) -> None:
+        meeting.wait()
+        seen.append(used.stream)
+        # What was put on the caller's stream before is there for this one.
+        assert (used.stream, callers) in Stream.waits
+        if fails:
+            raise RuntimeError("out of paper")
+
+    in_flight = InFlight(2, "cuda:1")
+    with pytest.raises(RuntimeError, match="out of paper") if fails else contextlib.nullcontext():
+        list(in_flight.map(measure, range(2)))
+    first, second = seen
+    assert first is not second and first.device == second.device == torch.device("cuda:1")
+    # Whatever the caller frees or changes next, work that an error left behind has read it.
+    assert {(callers, first), (callers, second)} == set(Stream.waits[2:])
 
 
 @pytest.mark.gpu

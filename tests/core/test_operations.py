@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 from genas_plugins.operations import (
     FactorizedReduce,
@@ -176,6 +177,21 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert sorted(set(samples[:, 0].tolist())) == pytest.approx([0.0, 4 / 3])
     # Four standard errors of the kept fraction.
     assert abs(float((samples[:, 0] > 0).float().mean()) - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 4000)
+
+
+def test_drop_path_is_compiled_once_for_all_probabilities():
+    counter = CompileCounter()
+    compiled = torch.compile(drop_path, backend=counter, fullgraph=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for probability in (0.1, 0.15, 0.2, 0.25, 0.3):
+            samples = compiled(torch.ones(4000, 2, 1, 1), probability).flatten(1)
+            assert bool((samples == samples[:, :1]).all())
+            kept = 1 - probability
+            assert sorted(set(samples[:, 0].tolist())) == pytest.approx([0.0, 1 / kept])
+            assert abs(float((samples[:, 0] > 0).float().mean()) - kept) < 4 * math.sqrt(kept * probability / 4000)
+    # The first is taken for a constant; before 2.6 each is, unless dynamo is told otherwise.
+    assert counter.frame_count <= (2 if not torch._dynamo.config.specialize_float else 5)
 
 
 def test_bad_arguments_are_refused():

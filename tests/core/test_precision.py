@@ -14,19 +14,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genas_plugins import ZOO, SuperNet
-from genas_plugins.scoring import accuracy, flatness, mean_loss, recalibrate_batchnorm, top_eigenvectors
+from genas_plugins.scoring import accuracy, flatness, mean_loss, precision, recalibrate_batchnorm, top_eigenvectors
 from genas_plugins.scoring.noise import perturbations
 from genas_plugins.scoring.precision import exact_float32
+from genas_plugins.scoring.training_free import naswot, zico
 
 needs_switches = pytest.mark.skipif(
     not hasattr(torch.backends.cudnn, "conv"), reason="PyTorch before 2.9 has other switches"
 )
 
 
+BACKENDS = torch.backends
+
+
 def switches() -> list[str]:
-    backends = torch.backends
-    owners = (backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)
+    owners = (BACKENDS.cudnn.conv, BACKENDS.cuda.matmul, BACKENDS.mkldnn.conv, BACKENDS.mkldnn.matmul)
     return [owner.fp32_precision for owner in owners]
+
+
+def readable(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except RuntimeError:
+        return "refused"
+
+
+def all_switches() -> dict[str, Any]:
+    """Every switch, the older ones included; PyTorch refuses to tell these where newer ones disagree."""
+    newer = {"conv": BACKENDS.cudnn.conv, "rnn": BACKENDS.cudnn.rnn, "cuda": BACKENDS.cudnn, "generic": BACKENDS}
+    newer |= {"matmul": BACKENDS.cuda.matmul, "cpu conv": BACKENDS.mkldnn.conv, "cpu matmul": BACKENDS.mkldnn.matmul}
+    return {
+        **{name: owner.fp32_precision for name, owner in newer.items()},
+        "allow cudnn": readable(lambda: BACKENDS.cudnn.allow_tf32),
+        "allow matmul": readable(lambda: BACKENDS.cuda.matmul.allow_tf32),
+        "float32 matmul": readable(torch.get_float32_matmul_precision),
+    }
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Afterwards the switches are those of a new process."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for owner in (BACKENDS, BACKENDS.cudnn, BACKENDS.cuda.matmul, BACKENDS.mkldnn.conv, BACKENDS.mkldnn.matmul):
+        owner.fp32_precision = "none"
+    BACKENDS.cudnn.allow_tf32 = True
 
 
 @pytest.fixture
@@ -47,12 +79,13 @@ class Watched(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.norm = nn.BatchNorm2d(3)
+        self.relu = nn.ReLU()
         self.linear = nn.Linear(48, 6)
         self.seen: list[list[str]] = []
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen.append(switches())
-        return self.linear(self.norm(x).flatten(1))
+        return self.linear(self.relu(self.norm(x)).flatten(1))
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
@@ -69,8 +102,10 @@ def batches() -> list[tuple[Tensor, Tensor]]:
         lambda model: mean_loss(model, batches()),
         lambda model: recalibrate_batchnorm(model, batches()),
         lambda model: top_eigenvectors(model, batches()),
+        lambda model: naswot(model, batches()[0][0]),
+        lambda model: zico(model, batches()),
     ],
-    ids=["flatness", "accuracy", "loss", "recalibration", "Hessian"],
+    ids=["flatness", "accuracy", "loss", "recalibration", "Hessian", "NASWOT", "ZiCo"],
 )
 def test_every_measurement_is_exact_and_leaves_the_process_as_it_was(
     permissive: list[str], measure: Callable[[nn.Module], Any]
@@ -108,6 +143,72 @@ def test_a_thread_that_is_done_leaves_the_precision_to_one_that_is_not(permissiv
         events[3].set()
         assert second.result() == ["ieee"] * 4
     assert switches() == permissive
+
+
+def turn(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    return lambda: setattr(owner, name, value)
+
+
+TURNS: dict[str, Callable[[], None]] = {
+    "a new process": lambda: None,
+    "cudnn.allow_tf32 = False": turn(BACKENDS.cudnn, "allow_tf32", False),
+    "cuda.matmul.allow_tf32 = True": turn(BACKENDS.cuda.matmul, "allow_tf32", True),
+    "set_float32_matmul_precision(high)": lambda: torch.set_float32_matmul_precision("high"),
+    "set_float32_matmul_precision(medium)": lambda: torch.set_float32_matmul_precision("medium"),
+    "fp32_precision = tf32": turn(BACKENDS, "fp32_precision", "tf32"),
+    "fp32_precision = ieee": turn(BACKENDS, "fp32_precision", "ieee"),
+    "cudnn.fp32_precision = tf32": turn(BACKENDS.cudnn, "fp32_precision", "tf32"),
+    "cuda.matmul.fp32_precision = tf32": turn(BACKENDS.cuda.matmul, "fp32_precision", "tf32"),
+    "mkldnn.fp32_precision = bf16": turn(BACKENDS.mkldnn, "fp32_precision", "bf16"),
+}
+
+
+@needs_switches
+@pytest.mark.parametrize("turned", TURNS)
+def test_however_the_process_has_turned_its_switches_they_are_as_before(fresh: None, turned: str) -> None:
+    TURNS[turned]()
+    before = all_switches()
+    for _ in range(2):
+        with exact_float32():
+            assert switches() == ["ieee"] * 4
+        assert all_switches() == before
+
+
+@needs_switches
+@pytest.mark.parametrize("turned", [name for name in TURNS if "fp32_precision = " not in name])
+def test_the_older_switches_can_be_read_meanwhile(fresh: None, turned: str) -> None:
+    # What the compiler does, and a network that does without cuDNN for a while.
+    TURNS[turned]()
+    with exact_float32():
+        assert not BACKENDS.cudnn.allow_tf32 and not BACKENDS.cuda.matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
+        with BACKENDS.cudnn.flags(enabled=False, allow_tf32=False):
+            assert not BACKENDS.cudnn.enabled
+    assert BACKENDS.cudnn.enabled
+
+
+@needs_switches
+def test_what_an_operation_inherits_it_inherits_afterwards(fresh: None) -> None:
+    BACKENDS.fp32_precision = "tf32"
+    with exact_float32():
+        pass
+    assert BACKENDS.cuda.matmul.fp32_precision == BACKENDS.mkldnn.conv.fp32_precision == "tf32"
+    BACKENDS.fp32_precision = "ieee"
+    assert BACKENDS.cuda.matmul.fp32_precision == BACKENDS.mkldnn.conv.fp32_precision == "ieee"
+
+
+@pytest.mark.parametrize("given", ["highest", "high", "medium"])
+def test_before_the_newer_switches_the_older_ones_are_turned(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setattr(precision, "_operations", dict)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(given)
+    try:
+        with exact_float32():
+            assert not BACKENDS.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+        # Not "high", which cuda.matmul.allow_tf32 = True would make of "medium".
+        assert BACKENDS.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == given
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.gpu

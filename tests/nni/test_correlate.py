@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,13 @@ from scipy.stats import kendalltau, rankdata
 from genas_plugins.checkpoints import load_supernet
 from genas_plugins.cli import _report
 from genas_plugins.correlation import Setting
+from genas_plugins.nasbench201 import NasBench201Network
 from genas_plugins.scoring import CombinedScore
 from genas_plugins.scoring.training_free import synflow
 from genas_plugins.spaces import NasBench201Architecture, NasBench201SearchSpace
 from nni_strategy import config
-from nni_strategy.correlate import check_sums, choose, load_settings, measure_all
-from nni_strategy.report import remarks, table_of, write_report
+from nni_strategy.correlate import _training_free, check_sums, choose, load_settings, measure_all
+from nni_strategy.report import TRAINING_FREE, remarks, table_of, write_report
 from nni_strategy.run import Found, Outcome, run_experiment
 from nni_strategy.trained import TrainedSupernet
 
@@ -131,6 +133,20 @@ def test_the_command_writes_scores_and_their_taus(
     assert float(between["flat"]["turned"]) == float(between["turned"]["flat"]) == pytest.approx(tau)
     assert (tmp_path / "out" / "scatter.png").read_bytes().startswith(b"\x89PNG")
     assert "12 architectures" in done.stdout
+
+
+def test_training_free_scores_leave_the_generators_of_all_devices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch.manual_seed seeds those of GPUs as well, and putting back that of the CPU does not undo it.
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail(f"GPUs were seeded with {seed}."))
+    images = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    batches = [(batch, torch.arange(4)) for batch in images]
+    trained = SimpleNamespace(recalibration=batches, seed=3, data=SimpleNamespace(num_classes=4))
+    architecture = NasBench201Architecture.from_index(11_111)
+    before = torch.get_rng_state()
+    first, again = (_training_free(architecture, NasBench201Network(architecture, 2, 1, 4), trained) for _ in range(2))
+    torch.set_rng_state(before)
+    fresh = [first[name] for name in TRAINING_FREE]
+    assert fresh == [again[name] for name in TRAINING_FREE] and None not in fresh
 
 
 def synflow_of_subnets(run: Path, scores: list[dict[str, str]]) -> set[float]:

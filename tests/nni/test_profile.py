@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from genas_plugins.profiling import StageProfile
 
 TRACES = ["profile/scoring.json.gz", "profile/training.json.gz"]
 # Time to hit a process in.
@@ -43,6 +46,20 @@ def trace(folder: Path, stage: str) -> dict[str, Any]:
 
 def steps(content: dict[str, Any]) -> int:
     return len({event["name"] for event in content["traceEvents"] if event["name"].startswith("ProfilerStep#")})
+
+
+def test_a_gpu_that_the_stage_does_not_use_does_not_decide_the_order(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    profile = StageProfile("scoring", tmp_path / "trace.json.gz", 20)
+    matrix = torch.rand(400, 400, generator=torch.Generator().manual_seed(0))
+    for _ in range(10):
+        matrix[:2].relu()
+        torch.mm(matrix, matrix)
+        profile.step()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    rows = [line.split()[0] for line in profile.end().splitlines() if line.lstrip().startswith("aten::")]
+    assert rows[0] == "aten::mm" and "aten::relu" in rows
 
 
 @pytest.fixture(scope="module")
