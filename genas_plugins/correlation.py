@@ -1,8 +1,8 @@
 """Do scores rank architectures? Many metrics and settings measured in one pass, and held against the ground truth.
 
 An architecture is measured once, raw: its losses and accuracies, with and without noise. All that settings have in
-common (a recalibration, the losses at the same noise) is measured once for all of them, and what only combines
-measured numbers (alpha, gamma, the metric) costs nothing more.
+common (a recalibration, the losses at the same noise, be it of two modes) is measured once for all of them, and what
+only combines measured numbers (alpha, gamma, the metric) costs nothing more.
 """
 
 from __future__ import annotations
@@ -149,12 +149,13 @@ def measure_raw(
             seen = _first(batches, statistics.images)
             part: dict[str, Any] = _without_noise(model, seen)
             part["losses"] = {}
+            known: dict[Any, Any] = {}
             raw["statistics"][statistics.key] = part
             for setting in by_draws:
                 score, key = setting.score, _noise_key(setting.score)
                 measured = "flatness" in score.metrics and _Statistics.of(setting) == statistics
                 if measured and key not in part["losses"]:
-                    part["losses"][key] = _losses(model, score, seen, seed, common, parameters)
+                    part["losses"][key] = _losses(model, score, seen, seed, common, parameters, known)
     return raw
 
 
@@ -240,6 +241,7 @@ def _losses(
     seed: int,
     common: CommonNoise | None,
     parameters: Collection[str] | None,
+    known: dict[Any, Any],
 ) -> list[list[float | None]]:
     try:
         draws = perturbed_losses(
@@ -254,6 +256,7 @@ def _losses(
             common=common if score.common else None,
             parameters=parameters,
             hessian_directions=score.hessian_directions,
+            known=known,
         )
     except MeasurementError:
         # The directions of the noise are not finite: no loss was measured.

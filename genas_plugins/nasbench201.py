@@ -6,6 +6,7 @@ names follow the official code (D-X-Y/AutoDL-Projects@94a149b; megvii-model/RLNA
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,9 +23,12 @@ __all__ = [
     "NasBench201SuperNet",
     "SuperCell",
     "nasbench201_costs",
+    "reaching_edges",
 ]
 
 _STAGES = 3
+# Of a list of operations as torch's containers name them.
+_KEYS = {name: str(number) for number, name in enumerate(OPERATIONS)}
 
 
 class _ConvBlock(nn.Module):
@@ -42,6 +46,12 @@ class _ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
+
+    def after_relu(self, x: Tensor) -> Tensor:
+        """The result, from what the ReLU gave."""
+        # Without the containers around the layers: their calls take a fair part of a GPU's step.
+        _, convolution, norm = self.op._modules.values()
+        return norm(convolution(x))
 
 
 class _Zero(nn.Module):
@@ -95,6 +105,59 @@ def _run_cell(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
     return states[-1]
 
 
+@functools.lru_cache(maxsize=1024)
+def reaching_edges(architecture: NasBench201Architecture) -> tuple[int, ...]:
+    """Numbers of the edges that decide what a cell gives, in the order of ``EDGES``.
+
+    Unlike the live edges these need not start from the cell's input: normalisation makes its bias of zeros. ``none``
+    is not among them, and neither is a skip connection or a pooling of zeros.
+    """
+    filled, reached = {0}, {NODES[-1]}
+    edges = list(enumerate(zip(EDGES, architecture.operations, strict=True)))
+    for _, ((source, node), operation) in edges:
+        if operation.startswith("nor_conv") or (operation != "none" and source in filled):
+            filled.add(node)
+    found = []
+    for number, ((source, node), operation) in reversed(edges):
+        if node in reached and (operation.startswith("nor_conv") or (operation != "none" and source in filled)):
+            reached.add(source)
+            found.append(number)
+    return tuple(reversed(found))
+
+
+def _run_reaching(x: Tensor, layers: Sequence[nn.Module], numbers: Sequence[int]) -> Tensor:
+    """What :func:`_run_cell` gives, from the edges ``numbers`` alone; edges share a ReLU and a pooling of a state.
+
+    Every operator that is not started is time on a GPU, and so is its gradient's.
+    """
+    states: list[Tensor | None] = [x, None, None, None]
+    # By identity, because a node that only a skip connection fills is its source.
+    behind: dict[int, Tensor] = {}
+    pooled: dict[int, Tensor] = {}
+    zeros: Tensor | None = None
+    for number in numbers:
+        source, node = EDGES[number]
+        layer, state = layers[number], states[source]
+        if state is None:
+            zeros = torch.zeros_like(x) if zeros is None else zeros
+            output = layer.after_relu(zeros)
+        elif isinstance(layer, _ConvBlock):
+            key = id(state)
+            if key not in behind:
+                behind[key] = state.relu()
+            output = layer.after_relu(behind[key])
+        elif isinstance(layer, nn.AvgPool2d):
+            key = id(state)
+            if key not in pooled:
+                pooled[key] = layer(state)
+            output = pooled[key]
+        else:
+            output = state
+        total = states[node]
+        states[node] = output if total is None else total + output
+    return torch.zeros_like(x) if states[-1] is None else states[-1]
+
+
 class _Cell(nn.Module):
     """A cell with one layer on each of the six edges."""
 
@@ -121,13 +184,16 @@ class SuperCell(nn.Module):
 
     def layers(self, architecture: NasBench201Architecture) -> list[nn.Module]:
         """The operations of ``architecture``, one per edge."""
+        # In the dictionaries themselves: the ways that the containers offer take a fair part of a GPU's step.
         return [
-            choices[OPERATIONS.index(name)]
-            for choices, name in zip(self.edges.values(), architecture.operations, strict=True)
+            choices._modules[_KEYS[name]]
+            for choices, name in zip(self.edges._modules.values(), architecture.operations, strict=True)
         ]
 
     def forward(self, x: Tensor, architecture: NasBench201Architecture) -> Tensor:
-        return _run_cell(x, self.layers(architecture))
+        """The output node; in training mode what does not reach it is not computed, and keeps its statistics."""
+        layers = self.layers(architecture)
+        return _run_reaching(x, layers, reaching_edges(architecture)) if self.training else _run_cell(x, layers)
 
 
 class _Stack(nn.Module):
@@ -230,12 +296,17 @@ class NasBench201SuperNet(_Stack):
         return self.head(x)
 
     def path_modules(self, architecture: NasBench201Architecture) -> Iterator[nn.Module]:
-        """What a call along the path of ``architecture`` runs, as modules that share no parameter with one another."""
+        """What a training step along the path of ``architecture`` runs, as modules that share no parameter."""
         for name, child in self.named_children():
             if name != "cells":
                 yield child
+        numbers = reaching_edges(architecture)
         for cell in self.cells:
-            yield from cell.layers(architecture) if isinstance(cell, SuperCell) else [cell]
+            if isinstance(cell, SuperCell):
+                layers = cell.layers(architecture)
+                yield from (layers[number] for number in numbers)
+            else:
+                yield cell
 
     def subnet(self, architecture: NasBench201Architecture) -> NasBench201SubNet:
         """The path of ``architecture`` as a small module that shares this supernet's parameters.

@@ -23,6 +23,7 @@ from nni_strategy.space import SupernetSpace
 __all__ = ["SupernetModule", "TrainBatches", "supernet_evaluator"]
 
 _COUNTER = "num_batches_tracked"
+_AHEAD = 16 * 2**20
 
 
 class SupernetModule(LightningModule):
@@ -236,8 +237,12 @@ class TrainBatches:
         # Every process draws its own augmentation.
         generator.manual_seed((self.seed * 1_000_003 + self.epoch) * 1_009 + rank + 1)
         drawn = self._draw(len(share), generator)
-        for (images, labels), (corners, mirrored) in zip(self._raw(share), drawn, strict=True):
-            yield self._augment(images, corners, mirrored), labels
+        first = 0
+        for images, labels in self._raw(share):
+            corners, mirrored = (None if row is None else row[..., first : first + len(labels)] for row in drawn)
+            first += len(labels)
+            augmented = self._augment(images, corners, mirrored)
+            yield from zip(augmented.split(self.batch_size), labels.split(self.batch_size), strict=True)
 
     def _rank_and_world(self) -> tuple[int, int]:
         distributed = torch.distributed
@@ -246,9 +251,11 @@ class TrainBatches:
         return 0, 1
 
     def _raw(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images as they are, and labels; of several batches at once where these are small and in memory."""
         if isinstance(self.data, ImageTensors):
             device = self.data.labels.device
-            for chosen in order.to(device).split(self.batch_size):
+            several = _batches_at_once(device, 4 * self.data.images[0].numel() * self.batch_size)
+            for chosen in order.to(device).split(several * self.batch_size):
                 yield self.data.images[chosen], self.data.labels[chosen]
             return
         loader = DataLoader(
@@ -263,8 +270,8 @@ class TrainBatches:
         for images, labels in loader:
             yield images.to(self._scale.device, non_blocking=True), labels.to(self._scale.device, non_blocking=True)
 
-    def _draw(self, images: int, generator: torch.Generator) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """The corners ``(2, n)`` and the mirrored ones ``(n)`` of each batch of an epoch, moved to the device at once.
+    def _draw(self, images: int, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
+        """The corners ``(2, N)`` and the mirrored ones ``(N)`` of an epoch, drawn batch by batch, moved all at once.
 
         A copy to a GPU makes the host wait until the GPU has done all it was given.
         """
@@ -276,10 +283,7 @@ class TrainBatches:
             if self.flip:
                 mirrored.append(torch.rand(size, generator=generator) < 0.5)
 
-        def moved(drawn: list[Tensor]) -> Sequence[Tensor | None]:
-            return torch.cat(drawn, -1).to(self._scale.device).split(sizes, -1) if drawn else [None] * len(sizes)
-
-        return zip(moved(corners), moved(mirrored), strict=True)
+        return tuple(torch.cat(drawn, -1).to(self._scale.device) if drawn else None for drawn in (corners, mirrored))
 
     def _augment(self, images: Tensor, corners: Tensor | None, mirrored: Tensor | None) -> Tensor:
         count, _, height, width = images.shape
@@ -294,6 +298,15 @@ class TrainBatches:
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
         images = images.float().mul_(self._scale).add_(self._shift)
         return images.contiguous(memory_format=torch.channels_last)
+
+
+def _batches_at_once(device: torch.device, size: int) -> int:
+    """How many batches of ``size`` bytes to augment together.
+
+    For each by itself the operators are a few hundredths of what a GPU's step starts. On a CPU they are work in its
+    caches, which several batches leave.
+    """
+    return 1 if device.type == "cpu" else max(1, _AHEAD // size)
 
 
 def supernet_evaluator(

@@ -8,7 +8,7 @@ and the bias not at all; here, weight and bias, as for every other operation.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import singledispatch
 
 import torch
@@ -64,14 +64,8 @@ def angle(
         )
     if isinstance(genotype, NasBench201Architecture) and not genotype.connected:
         return 0.0
-    dot = squared_initial = squared_trained = torch.zeros((), dtype=torch.float64)
     pieces = zip(_vector_pieces(initial, genotype), _vector_pieces(trained, genotype), strict=True)
-    for (before, count), (after, _) in pieces:
-        before, after = before.detach().double().flatten(), after.detach().double().flatten()
-        dot = dot + count * (before @ after)
-        squared_initial = squared_initial + count * (before @ before)
-        squared_trained = squared_trained + count * (after @ after)
-    return _angle(dot, squared_initial, squared_trained, normalize)
+    return _angle(((before, after, count) for (before, count), (after, _) in pieces), normalize)
 
 
 def parameter_angle(
@@ -92,18 +86,14 @@ def parameter_angle(
         ValueError: A name is missing from ``initial``.
         MeasurementError: Weights are not finite, or all zero.
     """
-    dot = squared_initial = squared_trained = torch.zeros((), dtype=torch.float64)
+    pieces = []
     for name, parameter in model.named_parameters():
         if names is not None and name not in names:
             continue
         if name not in initial:
             raise ValueError(f"The initial weights have no parameter named {name}.")
-        after = parameter.detach().double().flatten()
-        before = initial[name].detach().to(after.device).double().flatten()
-        dot = dot + before @ after
-        squared_initial = squared_initial + before @ before
-        squared_trained = squared_trained + after @ after
-    return _angle(dot, squared_initial, squared_trained, normalize)
+        pieces.append((initial[name].to(parameter.device), parameter, 1))
+    return _angle(pieces, normalize)
 
 
 def path_counts(gene: CellGene) -> tuple[int, ...]:
@@ -165,11 +155,21 @@ def _nasbench201_pieces(
             yield from ((parameter, count) for parameter in layer.parameters())
 
 
-def _angle(dot: Tensor, squared_a: Tensor, squared_b: Tensor, normalize: bool) -> float:
-    norms = math.sqrt(float(squared_a) * float(squared_b))
-    if not math.isfinite(norms) or norms == 0.0 or not math.isfinite(float(dot)):
+def _angle(pieces: Iterable[tuple[Tensor, Tensor, int]], normalize: bool) -> float:
+    """Between the vectors of all first and all second tensors, each as often as its number says."""
+    products, counts = [], []
+    for before, after, count in pieces:
+        before, after = before.detach().double().flatten(), after.detach().double().flatten()
+        products += [before @ after, before @ before, after @ after]
+        counts.append(count)
+    dot = squared_a = squared_b = 0.0
+    # Added up here, and read from the device once: each addition there would be an operator to start.
+    read = torch.stack(products).view(-1, 3).tolist() if products else []
+    for count, (both, first, second) in zip(counts, read, strict=True):
+        dot, squared_a, squared_b = dot + count * both, squared_a + count * first, squared_b + count * second
+    norms = math.sqrt(squared_a * squared_b)
+    if not math.isfinite(norms) or norms == 0.0 or not math.isfinite(dot):
         raise MeasurementError(f"The angle is not defined: the weights' norms have the product {norms}.")
-    cosine = float(dot) / norms
     # Rounding can push the cosine of equal vectors past 1.
-    radians = math.acos(max(-1.0, min(1.0, cosine)))
+    radians = math.acos(max(-1.0, min(1.0, dot / norms)))
     return radians / math.pi if normalize else radians

@@ -92,8 +92,8 @@ def recalibrate_batchnorm(
     done = False
     try:
         with evaluation_mode(model), torch.no_grad():
+            _reset(norms)
             for norm in norms:
-                norm.reset_running_stats()
                 norm.train()
             network = InferenceNetwork.of(model)
             if network is not None and network.norms != set(norms):
@@ -126,10 +126,37 @@ def _statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         if isinstance(module, _BatchNorm)
         for buffer in module.buffers(recurse=False)
     ]
-    return [(buffer, buffer.clone()) for buffer in buffers]
+    copies = [torch.empty_like(buffer) for buffer in buffers]
+    _copy(copies, buffers)
+    return list(zip(buffers, copies, strict=True))
 
 
 def _restore(saved: list[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for buffer, value in saved:
-            buffer.copy_(value)
+    _copy([buffer for buffer, _ in saved], [value for _, value in saved])
+
+
+@torch.no_grad()
+def _copy(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy all at once: one by one, a candidate's statistics are hundreds of operators to start on a GPU."""
+    pairs = list(zip(targets, values, strict=True))
+    # Lists of one kind go together.
+    for counts in (False, True):
+        alike = [pair for pair in pairs if pair[0].is_floating_point() is not counts]
+        if alike:
+            torch._foreach_copy_(*map(list, zip(*alike, strict=True)))
+
+
+def _reset(norms: Sequence[_BatchNorm]) -> None:
+    """What ``reset_running_stats`` does, for all at once, but for classes with a way of their own."""
+    usual = []
+    for norm in norms:
+        if type(norm).reset_running_stats is _BatchNorm.reset_running_stats:
+            usual.append(norm)
+        else:
+            norm.reset_running_stats()
+    if not usual:
+        return
+    variances = [norm.running_var for norm in usual]
+    torch._foreach_zero_([*(norm.running_mean for norm in usual), *variances])
+    torch._foreach_add_(variances, 1.0)
+    torch._foreach_zero_([norm.num_batches_tracked for norm in usual])

@@ -22,7 +22,7 @@ from genas_plugins.scoring.data import over_batches, sum_over_batches
 from genas_plugins.scoring.errors import MeasurementError
 from genas_plugins.scoring.hessian import noise_directions
 from genas_plugins.scoring.inference import InferenceNetwork
-from genas_plugins.scoring.noise import CommonNoise, Noise, check_noise, perturbations
+from genas_plugins.scoring.noise import CommonNoise, Noise, check_noise, noise_shares, perturbations
 
 __all__ = [
     "Flatness",
@@ -193,14 +193,20 @@ def perturbed_losses(
     common: CommonNoise | None = None,
     parameters: Collection[str] | None = None,
     hessian_directions: int = 1,
+    known: dict[Any, Any] | None = None,
 ) -> list[list[float]]:
     """What :func:`flatness` is computed from: for each draw of the noise the mean loss in nats at each sigma.
 
     Losses that are not finite are returned as they are. Arguments and other errors are those of :func:`flatness`.
+
+    Args:
+        known: What earlier calls measured with the same weights, images, ``parameters``, ``common`` and seed of the
+            generator; this call reads it and adds to it. Most noises are the same at the same first sigma.
     """
     pairs = _at_each_noise(
         *(_summed_loss, model, batches, sigmas, noise, where, generator, relative, draws, common, parameters),
         hessian_directions,
+        known,
     )
     sums, counts = zip(*pairs, strict=True)
     # Divided here: on a GPU, PyTorch multiplies by the reciprocal, which rounds otherwise.
@@ -257,6 +263,7 @@ def _at_each_noise(
     common: CommonNoise | None,
     parameters: Collection[str] | None,
     hessian_directions: int = 1,
+    known: dict[Any, Result] | None = None,
 ) -> list[Result]:
     """What ``measure`` gives of the perturbed network, for each draw and each sigma of it."""
     sigmas = check_sigmas(sigmas)
@@ -267,14 +274,19 @@ def _at_each_noise(
     directions: Sequence[dict[str, Tensor]] = ()
     if noise == "hessian":
         directions = noise_directions(model, batches, names, hessian_directions, generator)
-    network = InferenceNetwork.of(model)
-    return [
-        _perturbed(measure, network or model, noisy, batches)
-        for draw in range(draws)
-        for noisy in perturbations(
+    network = InferenceNetwork.of(model) or model
+    found = known if known is not None and noise != "hessian" else {}
+    results = []
+    for draw in range(draws):
+        each = perturbations(
             model, names, sigmas, noise, generator, relative, draw=draw, common=common, directions=directions
         )
-    ]
+        for shares, noisy in zip(noise_shares(sigmas, noise), each, strict=True):
+            key = (where, relative, common is None, draw, shares)
+            if key not in found:
+                found[key] = _perturbed(measure, network, noisy, batches)
+            results.append(found[key])
+    return results
 
 
 def mean_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CommonNoise", "Noise", "check_noise", "perturbations"]
+__all__ = ["CommonNoise", "Noise", "check_noise", "noise_shares", "perturbations"]
 
 Noise = Literal["cumulative", "independent", "shared", "random_walk", "hessian"]
 
@@ -81,6 +81,25 @@ def check_noise(noise: str, common: bool, hessian_directions: int) -> None:
         raise ValueError(f"hessian_directions must be at least 1, got {hessian_directions}.")
 
 
+def noise_shares(sigmas: Sequence[float], noise: Noise) -> list[tuple[float, ...]]:
+    """What the noise at each sigma is made of: the factors of its standard normal draws, in their order.
+
+    Modes and sigmas with the same factors, for instance at the first sigma, give the same noisy weights.
+    """
+    shares: list[tuple[float, ...]] = []
+    previous = 0.0
+    for step, sigma in enumerate(sigmas):
+        before = shares[-1] if shares else ()
+        if noise == "cumulative":
+            shares.append((*before, sigma - previous))
+        elif noise == "random_walk":
+            shares.append((*before, math.sqrt(sigma**2 - previous**2)))
+        else:
+            shares.append((sigma,) if noise in ("shared", "hessian") else (0.0,) * step + (sigma,))
+        previous = sigma
+    return shares
+
+
 def perturbations(
     model: nn.Module,
     names: Collection[str],
@@ -133,16 +152,10 @@ def perturbations(
         if relative:
             whole = torch.stack(torch._foreach_norm(list(tensors.values()))).norm()
             fixed = list(torch._foreach_mul(fixed, whole / math.sqrt(len(directions))))
-    previous = 0.0
     noisy = tensors
-    for step, sigma in enumerate(sigmas):
-        if noise == "cumulative":
-            noisy = _add(noisy, normals(step), sigma - previous)
-        elif noise == "random_walk":
-            noisy = _add(noisy, normals(step), math.sqrt(sigma**2 - previous**2))
-        else:
-            noisy = _add(tensors, normals(step) if fixed is None else fixed, sigma)
-        previous = sigma
+    for step, (*_, share) in enumerate(noise_shares(sigmas, noise)):
+        start = noisy if noise in ("cumulative", "random_walk") else tensors
+        noisy = _add(start, normals(step) if fixed is None else fixed, share)
         yield noisy
 
 

@@ -128,7 +128,9 @@ def synflow(model: nn.Module, input_shape: Sequence[int] = (3, 32, 32)) -> float
         for handle in handles:
             handle.remove()
     pairs = zip(weights, gradients, strict=True)
-    score = sum(float((weight.detach() * gradient).abs().sum()) for weight, gradient in pairs if gradient is not None)
+    # Read from the device once, not for each layer.
+    parts = [(weight.detach() * gradient).abs().sum() for weight, gradient in pairs if gradient is not None]
+    score = sum(torch.stack(parts).tolist()) if parts else 0.0
     if not math.isfinite(score):
         raise MeasurementError(f"SynFlow is {score}; the weights are not finite or their product leaves float64.")
     return score
@@ -176,15 +178,18 @@ def zico(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], deviation: 
             gradients.append([gradient.double() for gradient in found])
     if len(gradients) < 2:
         raise ValueError(f"ZiCo needs the gradients of at least two batches, got {len(gradients)}.")
-    score = 0.0
-    for name, layer in zip(names, zip(*gradients, strict=True), strict=True):
+    totals = []
+    for layer in zip(*gradients, strict=True):
         signed = torch.stack(layer)
-        if not bool(signed.isfinite().all()):
-            raise MeasurementError(f"The gradient of {name} is not finite.")
         absolute = signed.abs()
         spread = (signed if deviation == "signed" else absolute).std(0, correction=0)
-        varies = spread > 0
-        total = float((absolute.mean(0)[varies] / spread[varies]).sum())
+        ratio = torch.where(spread > 0, absolute.mean(0) / spread, 0.0).sum()
+        totals.append(torch.stack([ratio, signed.isfinite().all().double()]))
+    # Read from the device once, not for each layer.
+    score = 0.0
+    for name, (total, finite) in zip(names, torch.stack(totals).tolist(), strict=True):
+        if not finite:
+            raise MeasurementError(f"The gradient of {name} is not finite.")
         score += math.log(total) if total > 0 else 0.0
     return score
 

@@ -151,3 +151,31 @@ def test_the_guards_restore_after_an_exception():
             nn.Sequential(net[0], net[2], net[3])(batches(1)[0][0])
         raise RuntimeError("inside")
     assert_same(before, snapshot(net))
+
+
+def test_a_class_that_resets_its_statistics_in_a_way_of_its_own_does_so() -> None:
+    class Own(nn.BatchNorm2d):
+        def reset_running_stats(self) -> None:
+            super().reset_running_stats()
+            self.running_mean.fill_(5.0)
+
+    network = nn.Sequential(nn.BatchNorm2d(3), Own(3)).double()
+    images = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    recalibrate_batchnorm(network, [(images, torch.zeros(6))], momentum=0.25)
+    # The first norm hands on images of mean 0.
+    torch.testing.assert_close(network[1].running_mean, torch.full((3,), 0.75 * 5.0, dtype=torch.float64))
+    torch.testing.assert_close(network[0].running_mean, 0.25 * images.mean((0, 2, 3)))
+    assert [int(norm.num_batches_tracked) for norm in network] == [1, 1]
+
+
+def test_statistics_of_several_types_are_kept_bit_for_bit() -> None:
+    norms = [nn.BatchNorm2d(3), nn.BatchNorm2d(2).double(), nn.BatchNorm2d(4).half(), nn.BatchNorm2d(2, affine=False)]
+    network = nn.ModuleList([*norms, nn.BatchNorm2d(5, track_running_stats=False)])
+    for number, buffer in enumerate(network.buffers()):
+        buffer.fill_(number + 0.1)
+    before = [buffer.clone() for buffer in network.buffers()]
+    with preserve_batchnorm(network):
+        for buffer in network.buffers():
+            buffer.zero_()
+    assert len(before) == 12
+    assert all(torch.equal(a, b) for a, b in zip(before, network.buffers(), strict=True))

@@ -10,12 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from genas_plugins.nasbench201 import NasBench201SuperNet
+from genas_plugins.spaces.nasbench201 import NasBench201SearchSpace
+
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-TINY = ["--init-channels", "4", "--num-cells", "3", "--image-size", "8", "--batch-size", "2", "--paths", "2"]
+TINY = ["--init-channels", "4", "--num-cells", "3", "--cells-per-stage", "1"]
+TINY += ["--image-size", "8", "--batch-size", "2", "--paths", "2", "--epoch-batches", "8"]
+
+ROWS = [
+    *("zeroing", "forward", "backward", "clipping and optimizer", "a training step"),
+    *("a batch of recalibration", "a batch of validation", "loading and augmenting"),
+]
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("nni", "pytorch_lightning")),
@@ -29,6 +39,17 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield importlib.import_module("launches")
     for name in ("launches", "scoring", "training"):
         sys.modules.pop(name, None)
+
+
+def tables(printed: str) -> list[dict[str, tuple[float, float]]]:
+    """Both means of each row, by table."""
+    found: list[dict[str, tuple[float, float]]] = []
+    for line in printed.splitlines():
+        if line.startswith("operators"):
+            found.append({})
+        if row := re.match(r"([a-z][a-z ]+?)  +(\d+) \(\d+ - \d+\) +(\d+) \(\d+ - \d+\)", line):
+            found[-1][row[1]] = float(row[2]), float(row[3])
+    return found
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -52,26 +73,44 @@ def test_a_list_counts_once_for_every_64(launches: Any, number: int, expected: i
     assert launches.count(lambda: torch._foreach_add_(tensors, 1.0)) == expected
 
 
+@pytest.mark.parametrize("space", ["darts", "nasbench201"])
 def test_zeros_are_written_by_the_plain_loop_alone_and_parts_sum_to_the_step(
-    launches: Any, capsys: pytest.CaptureFixture[str]
+    launches: Any, space: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert launches.main(TINY) == 0
-    rows = {
-        name: (float(ours), float(plain))
-        for name, ours, plain in re.findall(
-            r"^([a-z][a-z ]+?)  +(\d+) \(\d+ - \d+\) +(\d+) \(\d+ - \d+\)", capsys.readouterr().out, re.MULTILINE
-        )
-    }
-    assert list(rows) == [
-        *("zeroing", "forward", "backward", "clipping and optimizer", "a training step"),
-        *("a batch of recalibration", "a batch of validation"),
-    ]
+    assert launches.main([*TINY, "--space", space]) == 0
+    (rows,) = tables(capsys.readouterr().out)
+    assert list(rows) == ROWS
     assert rows["zeroing"][0] == 0 < rows["zeroing"][1]
     parts = list(rows.values())[:4]
     for arm in range(2):
         assert rows["a training step"][arm] == pytest.approx(sum(part[arm] for part in parts), abs=2)
     assert rows["clipping and optimizer"][0] < rows["clipping and optimizer"][1]
-    assert all(ours < plain for ours, plain in list(rows.values())[-2:])
+    assert all(ours < plain for ours, plain in list(rows.values())[-3:])
+
+
+def test_both_spaces_give_their_own_tables_after_one_another(launches: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = [*TINY, "--paths", "1"]
+    launches.main([*tiny, "--space", "nasbench201"])
+    (alone,) = tables(capsys.readouterr().out)
+    launches.main([*tiny, "--space", "both"])
+    darts, other = tables(capsys.readouterr().out)
+    assert list(darts) == ROWS
+    assert darts["forward"] != other["forward"]
+    assert other == alone
+
+
+def test_the_official_pass_of_nasbench201_gives_the_same_logits(launches: Any) -> None:
+    torch.manual_seed(0)
+    supernet = NasBench201SuperNet(4, 1, 10).double().train()
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    for seed in range(8):
+        architecture = NasBench201SearchSpace().sample(np.random.default_rng(seed))
+        torch.testing.assert_close(launches.plain_forward_201(supernet, x, architecture), supernet(x, architecture))
+
+
+def test_what_is_elsewhere_does_not_count_and_a_copy_does(launches: Any) -> None:
+    x = torch.ones(3)
+    assert launches.count(lambda: (x + 1).to("meta") * 2, "meta") == 2
 
 
 def test_no_path_is_refused(launches: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,42 @@ def test_what_settings_share_is_measured_once_and_the_model_is_left_as_it_was(mo
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_weights_with_the_same_noise_are_measured_once_whichever_setting_asks(model: nn.Module) -> None:
+    passes = 0
+
+    def count(*arguments: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    settings = [
+        *(setting(noise, noise=noise) for noise in ("cumulative", "independent", "shared", "random_walk")),
+        # Two of its sigmas are new: noise of one mode is the same as far as the sigmas are.
+        setting("later", sigmas=(0.01, 0.05, 0.2)),
+        setting("far", sigmas=(0.01, 0.2, 0.3)),
+        # Noise of its own from the first sigma on.
+        setting("cells", where="cells"),
+        setting("relative", relative=True),
+        setting("common", common=True),
+        setting("slow", momentum=0.1),
+        setting("draws", draws=2, noise="shared"),
+    ]
+    cells = nn.Sequential()
+    cells.cells = model
+    source = CommonNoise(cells, 2)
+    cells.forward = model.forward
+    hook = cells.register_forward_hook(count)
+    raw = measure_raw(cells, settings, batches(1, 1), recalibration=batches(2, 1), seed=5, common=source)
+    hook.remove()
+    # The first sigma of the first mode is that of three more modes and of two more settings; "later" has its second.
+    own = 3 + 2 + 2 + 2 + 1 + 2 + 4 * 3 + 3
+    assert passes == 2 * (1 + 1) + own
+    for one in settings:
+        alone = measure_raw(cells, [one], batches(1, 1), recalibration=batches(2, 1), seed=5, common=source)
+        key = "cumulative" if one.score.momentum is None else "momentum 0.1"
+        for name, draws in alone["statistics"][key]["losses"].items():
+            assert raw["statistics"][key]["losses"][name][: len(draws)] == draws
+
+
 def test_draws_differ_and_eq_4_is_of_their_mean_losses(model: nn.Module) -> None:
     several = setting("several", draws=3, alpha=0.5)
     raw = measure_raw(model, [several], batches(1), seed=7)

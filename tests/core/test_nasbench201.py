@@ -15,10 +15,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.stats import chisquare
-from torch import Tensor
+from torch import Tensor, nn
 
 from genas_plugins.counting import count_macs, count_parameters
-from genas_plugins.nasbench201 import NasBench201Network, NasBench201SuperNet, nasbench201_costs
+from genas_plugins.nasbench201 import NasBench201Network, NasBench201SuperNet, nasbench201_costs, reaching_edges
 from genas_plugins.scoring import CombinedScore, accuracy, angle, flatness, mean_loss, recalibrate_batchnorm
 from genas_plugins.search import Evolution
 from genas_plugins.spaces.nasbench201 import NasBench201Architecture, NasBench201SearchSpace
@@ -33,6 +33,8 @@ FIRST = "|avg_pool_3x3~0|+|nor_conv_1x1~0|skip_connect~1|+|nor_conv_1x1~0|skip_c
 SECOND = "|nor_conv_3x3~0|+|nor_conv_3x3~0|avg_pool_3x3~1|+|skip_connect~0|nor_conv_3x3~1|skip_connect~2|"
 NOTHING = "|none~0|+|none~0|none~1|+|none~0|none~1|none~2|"
 LARGEST = NOTHING.replace("none", "nor_conv_3x3")
+# Node 1 gets nothing, and what node 2 makes of it is nobody's.
+CUT_OFF = "|none~0|+|nor_conv_3x3~0|nor_conv_1x1~1|+|avg_pool_3x3~0|nor_conv_3x3~1|none~2|"
 
 
 def parse(text: str) -> NasBench201Architecture:
@@ -407,7 +409,65 @@ def test_supernet_subnet_and_network_are_the_restatement(cells, training):
             torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
         listed = [parameter for module in net.path_modules(architecture) for parameter in module.parameters()]
         assert len(set(listed)) == len(listed)
-        assert set(listed) == set(subnet.parameters())
+        assert set(listed) <= set(subnet.parameters())
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_training_step_is_that_of_all_edges_one_by_one(affine):
+    net = supernet(affine=affine).train()
+    x, labels, parameters = images(), torch.arange(4), list(net.parameters())
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    for architecture in [*samples(60, seed=3), *map(parse, (FIRST, SECOND, LARGEST, NOTHING, CUT_OFF))]:
+        net.load_state_dict(before, strict=False)
+        # A subnet computes every edge by itself, with statistics of its own.
+        subnet = net.subnet(architecture)
+        logits = [model(x) for model in (lambda x, a=architecture: net(x, a), subnet)]
+        torch.testing.assert_close(*logits, rtol=1e-10, atol=1e-10)
+        losses = (F.cross_entropy(each, labels) for each in logits)
+        pairs = list(zip(*(torch.autograd.grad(loss, parameters, allow_unused=True) for loss in losses), strict=True))
+        assert all((own is None) == (other is None) for own, other in pairs)
+        for own, other in pairs:
+            if own is not None:
+                torch.testing.assert_close(own, other, rtol=1e-8, atol=1e-10)
+        # What has no gradient need not be listed: nobody has to bring it up to date.
+        listed = {parameter for module in net.path_modules(architecture) for parameter in module.parameters()}
+        moved = {parameter for parameter, (own, _) in zip(parameters, pairs, strict=True) if own is not None}
+        assert moved <= listed <= set(subnet.parameters())
+        # Statistics move as in the subnet, but those of edges that do not reach the output stay.
+        names = {module: name for name, module in net.named_modules()}
+        reaching = {name for part in net.path_modules(architecture) for name in (names[m] for m in part.modules())}
+        for own, other in statistics(net, subnet, architecture):
+            expected = other if names[own] in reaching else supernet(affine=affine).get_submodule(names[own])
+            torch.testing.assert_close(own.running_mean, expected.running_mean, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(own.running_var, expected.running_var, rtol=1e-9, atol=1e-12)
+            assert own.num_batches_tracked == expected.num_batches_tracked
+
+
+def statistics(net, subnet, architecture):
+    """Batch normalisation of a path: that of the supernet and that of the subnet."""
+    ours = [net.stem, net.lastact]
+    theirs = [subnet.stem, subnet.lastact]
+    for own, other in zip(net.cells, subnet.cells, strict=True):
+        ours += own.layers(architecture) if hasattr(own, "edges") else [own]
+        theirs += other.layers if hasattr(own, "edges") else [other]
+    norms = ([m for part in parts for m in part.modules() if isinstance(m, nn.BatchNorm2d)] for parts in (ours, theirs))
+    return list(zip(*norms, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "edges"),
+    [
+        # Node 1 reads the image and nobody reads node 1.
+        ("|nor_conv_3x3~0|+|nor_conv_1x1~0|none~1|+|none~0|none~1|nor_conv_3x3~2|", [1, 5]),
+        # A pooling and a skip connection of zeros are zeros; normalisation makes its bias of them.
+        ("|none~0|+|nor_conv_1x1~0|avg_pool_3x3~1|+|none~0|nor_conv_1x1~1|skip_connect~2|", [1, 4, 5]),
+        ("|none~0|+|none~0|skip_connect~1|+|skip_connect~0|none~1|avg_pool_3x3~2|", [3]),
+        (LARGEST, [0, 1, 2, 3, 4, 5]),
+        (NOTHING, []),
+    ],
+)
+def test_edges_that_reach_the_output_by_hand(text, edges):
+    assert list(reaching_edges(parse(text))) == edges
 
 
 def test_the_networks_of_nni_give_the_same_output():

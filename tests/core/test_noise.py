@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from genas_plugins import ZOO
 from genas_plugins.nasbench201 import NasBench201SuperNet
 from genas_plugins.scoring import CommonNoise
-from genas_plugins.scoring.noise import perturbations
+from genas_plugins.scoring.noise import noise_shares, perturbations
 from genas_plugins.spaces import NasBench201Architecture
 from genas_plugins.supernet import SuperNet
 
@@ -57,6 +57,22 @@ def test_the_stream_is_one_draw_for_all_tensors_at_each_sigma(noise: str) -> Non
             expected = torch.add(weights, draws[0] if noise == "shared" else draw, alpha=sigma)
         previous = sigma
         assert torch.equal(torch.cat([noisy["a"].flatten(), noisy["b"]]), expected)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_noise_is_its_shares_of_the_draws_and_as_large_as_its_definition(noise: str) -> None:
+    model = tensors(1000).double()
+    generator = torch.Generator().manual_seed(8)
+    draws = [torch.randn(6000, generator=generator, dtype=torch.float64) for _ in SIGMAS]
+    weights = torch.cat([model["a"].flatten(), model["b"]]).detach()
+    found = perturbations(model, ["a", "b"], SIGMAS, noise, torch.Generator().manual_seed(8))
+    shares = noise_shares(SIGMAS, noise)
+    assert shares[0] == SIGMAS[:1]
+    for noisy, factors in zip(found, shares, strict=True):
+        expected = weights + sum(factor * draw for factor, draw in zip(factors, draws, strict=False))
+        torch.testing.assert_close(torch.cat([noisy["a"].flatten(), noisy["b"]]), expected, rtol=0, atol=1e-13)
+    if noise != "cumulative":
+        assert [math.hypot(*factors) for factors in shares] == pytest.approx(SIGMAS, rel=1e-12)
 
 
 def test_draws_have_streams_of_their_own() -> None:

@@ -30,6 +30,7 @@ from genas_plugins.genotype import Genotype
 from genas_plugins.path_sgd import PathSGD
 from genas_plugins.spaces import DartsSearchSpace
 from genas_plugins.supernet import SuperNet
+from nni_strategy import training
 from nni_strategy.progress import TrainingProgress
 from nni_strategy.space import DartsSpace, NasBench201Space
 from nni_strategy.strategy import GeNAS
@@ -582,6 +583,30 @@ def test_augmentation_is_drawn_batch_by_batch_from_one_stream() -> None:
             crop = padded[number, :, top : top + 8, left : left + 8]
             expected.append(crop.flip(2) if mirror else crop)
     np.testing.assert_allclose(images.numpy(), normalised(torch.stack(expected).numpy().astype(np.float64)), atol=2e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": False}, {"crop_padding": 0}, {"flip": False, "crop_padding": 0}])
+@pytest.mark.parametrize("several", [2, 3, 50])
+def test_batches_that_are_augmented_together_are_those_of_one_by_one(
+    several: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = batches_of(labelled(40), seed=1, **options)
+    alone = list(batches)
+    monkeypatch.setattr(training, "_batches_at_once", lambda device, size: several)
+    together = list(batches)
+    assert [len(labels) for _, labels in together] == [7, 7, 7, 7, 7, 5]
+    for own, other in zip(together, alone, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(own, other, strict=True))
+        assert own[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "expected"), [("cpu", 1, 1), ("meta", 4 * 3 * 32 * 32 * 64, 21), ("meta", 10**9, 1)]
+)
+def test_batches_are_augmented_together_where_they_are_small_and_not_on_a_cpu(
+    device: str, size: int, expected: int
+) -> None:
+    assert training._batches_at_once(torch.device(device), size) == expected
 
 
 def labelled(count: int, size: int = 8) -> ImageTensors:
