@@ -29,6 +29,7 @@ DATA_FILE = "data.json"
 _SAMPLED_FILES = 1024
 _SAMPLED_BYTES = 4096
 _SAMPLED_PIXELS = 64
+_SAMPLED_ITEMS = 256
 _THREADS = 16
 _SHOWN = 5
 
@@ -44,24 +45,37 @@ class FileSamples(Protocol):
     class_names: Sequence[str]
 
 
-def data_identity(parts: Mapping[str, ImageTensors | FileSamples]) -> dict[str, Any]:
+class Items(Protocol):
+    """Other images by number: (image, label) pairs, of which each image is an array or becomes one; class names."""
+
+    class_names: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Any, int]: ...
+
+
+def data_identity(parts: Mapping[str, ImageTensors | FileSamples | Items]) -> dict[str, Any]:
     """What tells these images from others, as JSON data.
 
     Of each part: the classes, the labels in order, and of each class how many images it has and digests. Of files these
     are of their names (with the folder that holds them), of their sizes, and of the first and the last 4 KiB of up to
-    1,024 files; of tensors, of 64 values of each image.
+    1,024 files; of tensors, of 64 values of each image. Of other data sets: their length, and up to 256 images with
+    their labels.
 
     Args:
         parts: The images by what they are for, such as ``{"train": ..., "validation": ...}``. A part is
-            :class:`~genas_plugins.datasets.ImageTensors`, or has ``samples``, (path, label) pairs in the order in which
-            they are read, and ``class_names``.
+            :class:`~genas_plugins.datasets.ImageTensors`, or has ``class_names`` and ``samples``, (path, label)
+            pairs in the order in which they are read, or gives (image, label) pairs by number.
 
     Raises:
         OSError: A file cannot be read.
     """
-    return {
-        name: _of_tensors(part) if isinstance(part, ImageTensors) else _of_files(part) for name, part in parts.items()
-    }
+    found = {}
+    for name, part in parts.items():
+        describe = _of_files if hasattr(part, "samples") else _of_items
+        found[name] = _of_tensors(part) if isinstance(part, ImageTensors) else describe(part)
+    return found
 
 
 def describe_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -163,6 +177,18 @@ def _of_files(part: FileSamples) -> dict[str, Any]:
     return _part(part.class_names, np.array([label for _, label in part.samples]), described)
 
 
+def _of_items(part: Items) -> dict[str, Any]:
+    chosen = np.unique(np.linspace(0, len(part) - 1, _SAMPLED_ITEMS).astype(int)).tolist() if len(part) else []
+    items = [part[index] for index in chosen]
+    contents = (f"{np.shape(image)} {label} ".encode() + np.asarray(image).tobytes() for image, label in items)
+    return {
+        "classes": [str(name) for name in part.class_names],
+        "labels": _digest([np.array([int(label) for _, label in items], "<i8").tobytes()]),
+        "length": len(part),
+        "contents": _digest(contents),
+    }
+
+
 def _ends(path: str) -> bytes:
     """The first and the last bytes of a file."""
     with open(path, "rb") as file:
@@ -178,8 +204,12 @@ def _describe_part(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         gone, added = [name for name in old if name not in new], [name for name in new if name not in old]
         changes = [f"{len(names)} {what} ({_some(names)})" for what, names in (("new", added), ("gone", gone)) if names]
         return f"{len(new)} classes instead of {len(old)}, {' and '.join(changes) or 'in another order'}"
+    if before.get("length") != now.get("length"):
+        return f"{now.get('length')} images instead of {before.get('length')}"
     found = []
-    for name, first, second in zip(old, before["images"], now["images"], strict=True):
+    if before.get("contents") != now.get("contents"):
+        found.append("the contents of images differ")
+    for name, first, second in zip(old, before.get("images", ()), now.get("images", ()), strict=False):
         if first == second:
             continue
         if first[0] != second[0]:
