@@ -200,15 +200,15 @@ def _trim(summary: Path, epochs: int) -> None:
         return
     lines = summary.read_text(encoding="utf-8", errors="replace").splitlines()
     columns = len(lines[0].split(",")) if lines else 0
-    kept = []
+    kept: dict[int, str] = {}
     for line in lines[1:]:
         values = line.split(",")
         if len(values) == columns and values[0].isdecimal() and int(values[0]) < epochs:
-            kept.append(line)
+            kept.setdefault(int(values[0]), line)
     if len(kept) < epochs:
         _logger.warning("%s has the figures of %d of %d epochs: others are lost.", summary, len(kept), epochs)
     # Without the header where there is nothing below it: later columns may be others.
-    write_text(summary, "".join(f"{line}\n" for line in (lines[:1] if kept else []) + kept))
+    write_text(summary, "".join(f"{line}\n" for line in [*lines[: bool(kept)], *kept.values()]))
 
 
 def find_checkpoint(place: str | Path) -> Path | None:
