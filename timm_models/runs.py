@@ -155,7 +155,7 @@ class RunFolder:
                     file.write(bytes(_PROBE))
                     os.fsync(file.fileno())
             except OSError as reason:
-                raise reason from error
+                raise OSError(reason.errno, reason.strerror, str(unfinished)) from error
             finally:
                 unfinished.unlink(missing_ok=True)
             raise

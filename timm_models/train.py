@@ -113,15 +113,23 @@ def _settings(options: dict[str, object], config: str | None, resume: str | None
 
 
 def _advice(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return ". The last checkpoint is untouched: make room, then continue with --resume and the folder of the run."
-    return ""
+    if not (isinstance(error, OSError) and error.errno in _FULL):
+        return ""
+    folder = Path(error.filename).parent if isinstance(error.filename, str) else None
+    command = "--resume and the folder of the run"
+    if folder is not None and (folder / CONFIG).exists():
+        command = _command(folder)
+    return f". The last checkpoint is untouched: make room, then continue with: {command}"
+
+
+def _command(folder: Path) -> str:
+    return f"python -m timm_models.train --resume {shlex.quote(str(folder))}"
 
 
 def _how_to_go_on(folder: Path | None) -> str:
     if folder is None or not (folder / CONFIG).exists():
         return "Interrupted before the run began: start it again."
-    return f"Interrupted. Continue with: python -m timm_models.train --resume {shlex.quote(str(folder))}"
+    return f"Interrupted. Continue with: {_command(folder)}"
 
 
 def _config_path(name: str) -> Path:

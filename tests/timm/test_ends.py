@@ -336,7 +336,7 @@ def test_a_full_disk_is_called_that_and_the_run_goes_on(begun: Path, tmp_path: P
     line = log.splitlines()[-1]
     # To a process with a limit the system says this, and "No space left on device" where there is none.
     assert code == 1 and "File too large" in line, log
-    assert "make room, then continue with --resume" in line
+    assert f"make room, then continue with: python -m timm_models.train --resume {tmp_path / 'out' / 'run'}" in line
     assert "inline_container" not in line and "iostream" not in line
     run = tmp_path / "out" / "run"
     assert not list(run.glob("*.tar"))
