@@ -16,8 +16,8 @@ from timm.utils import setup_default_logging
 
 import timm_models  # noqa: F401  (registers the networks)
 from genas_plugins.files import packaged_configs
+from genas_plugins.interrupts import interruptible, pending_signal
 from timm_models.data import message_of
-from timm_models.interrupts import interruptible, pending_signal
 from timm_models.runs import CONFIG
 from timm_models.settings import Settings, SettingsError, add_options, from_options, read_config
 from timm_models.training import train

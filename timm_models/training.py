@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from genas_plugins.checkpoints import describe_mismatch, read_torch
 from genas_plugins.datasets import data_identity
+from genas_plugins.interrupts import pending_signal, raise_pending
 from timm_models.data import (
     count_classes,
     evaluation_loader,
@@ -38,7 +39,6 @@ from timm_models.data import (
     load_datasets,
     training_loader,
 )
-from timm_models.interrupts import pending_signal, raise_pending
 from timm_models.progress import Progress, checked_mean
 from timm_models.runs import RunFolder
 from timm_models.schedule import LinearTailLRScheduler

@@ -18,7 +18,7 @@ import torch
 import yaml
 from PIL import Image
 
-from timm_models.interrupts import interruptible, pending_signal, raise_pending
+from genas_plugins.interrupts import interruptible, pending_signal, raise_pending
 from timm_models.runs import find_checkpoint
 from timm_models.settings import SettingsError
 from timm_models.train import main

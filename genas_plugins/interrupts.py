@@ -1,7 +1,7 @@
 """SIGTERM is what Ctrl-C is, and neither is lost.
 
 An exception that a signal handler raises while Python runs a callback (in ``os.fork``, in a finalizer) is printed and
-forgotten. So the handler also notes the signal, and the training asks between its steps.
+forgotten. So the handler also notes the signal, and whatever runs for long asks between its steps.
 """
 
 from __future__ import annotations
