@@ -1,21 +1,47 @@
-"""Images for training and validation: timm's datasets and loaders, checked, and in an order that can be repeated."""
+"""Images for training and validation, in an order that can be repeated.
+
+Folders are read as ``genas search`` and ``timm_models.validate`` read them; other sources and the loaders are timm's.
+timm's own reader of folders makes nested folders into classes, replaces what it cannot read by the next image, and
+16-bit pictures by white ones.
+"""
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_loader
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data.readers.class_map import load_class_map
+from timm.utils import natural_key
+from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
+from genas_plugins.datasets._images import bounded_aspect, check_headers, converted, open_image
+from genas_plugins.datasets._listing import class_folders, list_images
 from timm_models.settings import Settings
+from timm_models.shifted import ImageFiles
 
-__all__ = ["Lighting", "count_classes", "evaluation_loader", "load_datasets", "training_loader"]
+__all__ = [
+    "Checked",
+    "Lighting",
+    "count_classes",
+    "evaluation_loader",
+    "image_config",
+    "image_mode",
+    "load_datasets",
+    "message_of",
+    "training_loader",
+]
 
 _FOLDERS = ("", "folder", "image_folder")
+_TRAINING, _VALIDATION = ("train", "training"), ("val", "valid", "validation", "eval", "evaluation")
+_MODES = {1: "L", 3: "RGB"}
 _SOURCES = ("torch", "hfds")
 
 
@@ -43,12 +69,55 @@ class Lighting:
         return Image.fromarray(pixels.clip(0.0, 255.0).astype(np.uint8))
 
 
-def load_datasets(settings: Settings) -> tuple[Dataset, Dataset]:
+class Checked(Dataset[tuple[Any, int]]):
+    """A dataset of timm or torchvision whose pictures are read as strictly as :class:`ImageFiles` reads files.
+
+    Args:
+        dataset: Gives Pillow images, or has a ``reader`` of timm's, and classes.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.class_to_idx = _class_names(dataset)
+        self.class_names = tuple(sorted(self.class_to_idx, key=lambda name: self.class_to_idx[name]))
+        self.mode = "RGB"
+        self.transform: Any = None
+        if hasattr(dataset, "loader"):
+            # torchvision's own converts before anything can be checked.
+            dataset.loader = _opened
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """The image, transformed, and its class; ValueError where it cannot be read."""
+        name = f"{index} of the dataset"
+        if (reader := getattr(self.dataset, "reader", None)) is not None:
+            # Not timm's dataset, which takes the next image instead of one that it cannot read.
+            file, target, *_ = reader[index]
+            image = open_image(file, self.mode, name=name)
+        else:
+            image, target = self.dataset[index]
+            image = converted(image, self.mode, name)
+        image = bounded_aspect(image)
+        return (image if self.transform is None else self.transform(image)), target
+
+
+def _opened(path: str) -> Image.Image:
+    return open_image(path)
+
+
+def load_datasets(settings: Settings, primary: bool = True) -> tuple[Dataset, Dataset]:
     """The training and the validation set.
+
+    Args:
+        settings: Where they are.
+        primary: This process reports what was found, and looks at the files of folders before they are needed.
 
     Raises:
         FileNotFoundError: There is no such folder.
-        ValueError: A folder for a split is missing, or the two have different classes.
+        ValueError: A folder for a split is missing, files cannot be read, there are fewer than two classes, or the two
+            sets have different ones.
     """
     folders = settings.dataset in _FOLDERS
     # timm reads a folder where it does not know the name.
@@ -67,31 +136,7 @@ def load_datasets(settings: Settings) -> tuple[Dataset, Dataset]:
         raise FileNotFoundError(f"There is no class map {settings.class_map}.")
     sets = []
     for split, training in ((settings.train_split, True), (settings.val_split, False)):
-        try:
-            dataset = create_dataset(
-                settings.dataset,
-                root=settings.data_dir,
-                split=split,
-                is_training=training,
-                class_map=settings.class_map or None,
-                download=settings.dataset_download,
-                batch_size=settings.batch_size,
-                seed=settings.seed,
-            )
-        except (AssertionError, KeyError) as error:
-            name = settings.dataset or "folder"
-            raise ValueError(
-                f"timm cannot open the dataset {name!r}, split {split!r}: {error or 'unknown'}."
-            ) from error
-        if isinstance(dataset, IterableDataset):
-            raise ValueError(f"{settings.dataset} is a stream, and the launcher needs images by number: use folders.")
-        # timm takes the whole folder where it finds none for the split, and would validate on what it trained on.
-        if folders and Path(dataset.reader.root).resolve() == Path(settings.data_dir).resolve():
-            raise ValueError(
-                f"{settings.data_dir} has no folder {split!r}; it has: "
-                f"{', '.join(sorted(entry.name for entry in Path(settings.data_dir).iterdir())[:10])}."
-            )
-        sets.append(dataset)
+        sets.append(_open_folder(settings, split, primary) if folders else _open_source(settings, split, training))
     first, second = (_class_names(dataset) for dataset in sets)
     if first != second:
         only = sorted(set(first) ^ set(second))
@@ -99,7 +144,80 @@ def load_datasets(settings: Settings) -> tuple[Dataset, Dataset]:
             f"The classes of {settings.train_split} ({len(first)}) and {settings.val_split} ({len(second)}) differ "
             f"({', '.join(only[:5])}{', ...' if len(only) > 5 else ''}), so their numbers would too."
         )
+    if len(first) == 1:
+        raise ValueError(f"{settings.dataset} has a single class ({', '.join(first)}): every loss would be 0.")
     return sets[0], sets[1]
+
+
+def _open_folder(settings: Settings, split: str, primary: bool) -> ImageFiles:
+    base = Path(settings.data_dir)
+    names = (split, *(_VALIDATION if split in _VALIDATION else _TRAINING if split in _TRAINING else ()))
+    root = next((base / name for name in names if (base / name).is_dir()), base)
+    # Otherwise it would validate on what it trains on.
+    if root.resolve() == base.resolve():
+        raise ValueError(
+            f"{settings.data_dir} has no folder {split!r}; it has: "
+            f"{', '.join(sorted(entry.name for entry in base.iterdir())[:10]) or 'nothing'}."
+        )
+    folders = class_folders(root)
+    if not folders:
+        raise ValueError(f"{root} has no class folders: expected {root}/<class>/<image>, one folder a class.")
+    classes = {name: number for number, name in enumerate(sorted(folders, key=natural_key))}
+    if settings.class_map:
+        classes = _read_class_map(settings)
+    present = [name for name in classes if name in folders]
+    listing = list_images(root, folders, present, key=natural_key)
+    if primary:
+        listing.log()
+        check_headers([path for path, _ in listing.samples])
+    labels = [classes[name] for name in present]
+    samples = sorted(
+        ((path, labels[position]) for path, position in listing.samples), key=lambda sample: natural_key(sample[0])
+    )
+    named = [", ".join(name for name in classes if classes[name] == number) for number in range(len(classes))]
+    return ImageFiles(samples, named, classes)
+
+
+def _read_class_map(settings: Settings) -> dict[str, int]:
+    """Labels by the names of classes: the lines of a text file, or timm's pickled dictionary, read as data."""
+    path = next(
+        path for path in (Path(settings.class_map), Path(settings.data_dir) / settings.class_map) if path.is_file()
+    )
+    try:
+        if path.suffix.lower() == ".txt":
+            names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+            classes = {name: number for number, name in enumerate(names) if name}
+            if len(classes) < sum(map(bool, names)):
+                raise ValueError("a name is there twice")
+        else:
+            classes = load_class_map(str(path))
+    except (AssertionError, ValueError, EOFError, LookupError, AttributeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"The class map {path} cannot be read: {error or type(error).__name__}.") from error
+    numbers = list(classes.values())
+    if not all(type(number) is int and 0 <= number < len(numbers) for number in numbers):
+        raise ValueError(f"The class map {path} must number its {len(numbers)} classes from 0 to {len(numbers) - 1}.")
+    return {str(name): number for name, number in classes.items()}
+
+
+def _open_source(settings: Settings, split: str, training: bool) -> Checked:
+    try:
+        dataset = create_dataset(
+            settings.dataset,
+            root=settings.data_dir,
+            split=split,
+            is_training=training,
+            class_map=settings.class_map or None,
+            download=settings.dataset_download,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        )
+    except (AssertionError, KeyError) as error:
+        raise ValueError(
+            f"timm cannot open the dataset {settings.dataset!r}, split {split!r}: {error or 'unknown'}."
+        ) from error
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(f"{settings.dataset} is a stream, and the launcher needs images by number: use folders.")
+    return Checked(dataset)
 
 
 def _class_names(dataset: Any) -> dict[str, int]:
@@ -109,6 +227,49 @@ def _class_names(dataset: Any) -> dict[str, int]:
 def count_classes(dataset: Any) -> int | None:
     """Number of classes, where the dataset says it."""
     return len(_class_names(dataset)) or None
+
+
+def image_config(
+    arguments: Mapping[str, Any], model: nn.Module, channels: int | None = None, use_test_size: bool = False
+) -> dict[str, Any]:
+    """timm's configuration of the images for a network, of its number of channels.
+
+    Args:
+        arguments: Those of timm's ``resolve_data_config``.
+        model: The network.
+        channels: Those of its input; None: what it says, or else three.
+        use_test_size: The network's size for evaluation.
+
+    Raises:
+        ValueError: It has neither one channel nor three.
+    """
+    channels = channels or getattr(model, "in_chans", 3)
+    if channels not in _MODES:
+        raise ValueError(f"The network has {channels} input channels, and images have 1 (grey) or 3 (RGB).")
+    config = resolve_data_config({**arguments, "in_chans": channels}, model=model, use_test_size=use_test_size)
+    config["input_size"] = (channels, *config["input_size"][1:])
+    if channels == 1:
+        # timm's are those of three colours.
+        config |= {name: (fmean(config[name]),) for name in ("mean", "std")}
+    return config
+
+
+def image_mode(config: Mapping[str, Any]) -> str:
+    """Pillow's mode of the images of a configuration."""
+    return _MODES[config["input_size"][0]]
+
+
+def message_of(error: Exception) -> str:
+    """An error in one line, also that of a process that reads images, whose traceback comes along."""
+    message = str(error).strip() or type(error).__name__
+    if message.startswith("Caught ") and " in DataLoader worker process " in message:
+        # The last line of the traceback that is not indented begins the error's own text.
+        lines = message.splitlines()
+        start = max(number for number, line in enumerate(lines) if line and line[0] != " " and ": " in line)
+        message = " ".join(lines[start:]).partition(": ")[2]
+        # It holds the loader, whose processes would only end after a timeout.
+        error.__traceback__ = None
+    return " ".join(message.split())
 
 
 def training_loader(dataset: Dataset, settings: Settings, data_config: dict[str, Any], device: torch.device) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from timm.task import TrainingTask
 from torch.optim import Optimizer
 
 from genas_plugins._optional import require
+from genas_plugins.datasets import check_identity, write_identity
 from genas_plugins.files import write_text
 from timm_models.settings import Settings, SettingsError, write_config
 
@@ -26,6 +28,7 @@ _logger = logging.getLogger(__name__)
 CONFIG, SUMMARY = "args.yaml", "summary.csv"
 _LATEST = ("last.pth.tar", "tmp.pth.tar")
 """What a run continues from. timm writes the second and renames it: a kill in between leaves only that one."""
+_PROBE = 2**20
 
 
 class RunFolder:
@@ -62,8 +65,6 @@ class RunFolder:
         if resume is not None:
             checkpoint = find_checkpoint(resume)
             path = Path(resume) if checkpoint is None else checkpoint.parent
-            if primary:
-                write_text(path / CONFIG, write_config(settings))
             return cls(path, settings, primary, checkpoint)
         name = settings.experiment or "-".join(
             (datetime.now().strftime("%Y%m%d-%H%M%S"), safe_model_name(settings.model), str(size))
@@ -73,8 +74,31 @@ class RunFolder:
             if (path / CONFIG).exists():
                 raise FileExistsError(f"{path} holds a run: continue it with --resume {path}, or name another.")
             path.mkdir(parents=True, exist_ok=True)
-            write_text(path / CONFIG, write_config(settings))
         return cls(path, settings, primary, None)
+
+    def check(self, identity: Mapping[str, Any] | None) -> None:
+        """Refuse to continue on other data than the run began with.
+
+        Raises:
+            DataChangedError: It is other data; the message says what differs.
+            ValueError: What the run began with cannot be read.
+        """
+        if identity is not None and (self.path / CONFIG).exists():
+            check_identity(self.path, identity)
+
+    def begin(self, identity: Mapping[str, Any] | None) -> None:
+        """Write settings and data of the run, and remove a checkpoint that a killed process has not finished.
+
+        Only now: what is refused leaves a run as it was.
+        """
+        if not self._primary or identity is None:
+            return
+        write_identity(self.path, identity)
+        write_text(self.path / CONFIG, write_config(self._settings))
+        torn = self.path / _LATEST[1]
+        if torn != self.checkpoint and torn.exists():
+            _logger.info("%s, which a killed process has left, is removed.", torn)
+            torn.unlink()
 
     def saver(
         self, task: TrainingTask, optimizer: Optimizer, scaler: utils.NativeScaler | None
@@ -94,7 +118,7 @@ class RunFolder:
         start = 0
         if self.checkpoint is not None:
             start = utils.load_checkpoint_metadata(str(self.checkpoint))["epoch"] + 1
-        utils.trim_summary(str(self.path / SUMMARY), start)
+        _trim(self.path / SUMMARY, start)
         if self._settings.tensorboard:
             require("tensorboard", extra="timm", purpose="TensorBoard's files (tensorboard: false leaves them out)")
             from torch.utils.tensorboard import SummaryWriter
@@ -117,7 +141,24 @@ class RunFolder:
         state = dict(saved.get("saver", {}))
         epoch, metric = state.pop("pending", (saved["epoch"], saved.get("metric")))
         saver.load_state_dict(state)
-        saver.save_checkpoint(epoch, metric=metric)
+        self._save(saver, epoch, metric)
+
+    def _save(self, saver: utils.CheckpointSaver, epoch: int, metric: float | None) -> tuple[float | None, int | None]:
+        """Save a checkpoint; an OSError that says what is wrong where it cannot be written."""
+        try:
+            return saver.save_checkpoint(epoch, metric=metric)
+        except (RuntimeError, OSError) as error:
+            unfinished = self.path / _LATEST[1]
+            try:
+                # PyTorch's writer does not pass on what the system said: it says it again.
+                with unfinished.open("ab") as file:
+                    file.write(bytes(_PROBE))
+                    os.fsync(file.fileno())
+            except OSError as reason:
+                raise OSError(reason.errno, reason.strerror, str(unfinished)) from error
+            finally:
+                unfinished.unlink(missing_ok=True)
+            raise
 
     def record(
         self,
@@ -138,7 +179,7 @@ class RunFolder:
                 for name, value in values.items():
                     self._board.add_scalar(f"{group}/{name}", value, epoch)
             self._board.flush()
-        best, best_epoch = saver.save_checkpoint(epoch, metric=ranking)
+        best, best_epoch = self._save(saver, epoch, ranking)
         averaged = f" ({measured['top1_ema']:.2f} averaged)" if "top1_ema" in measured else ""
         _logger.info(
             "epoch %d: training loss %.4f, validation loss %.4f, top-1 %.2f%s, top-5 %.2f; best %.2f in epoch %d",
@@ -153,6 +194,23 @@ class RunFolder:
         )
 
 
+def _trim(summary: Path, epochs: int) -> None:
+    """Keep the figures of the first epochs, and nothing that was written by halves."""
+    if not summary.is_file():
+        return
+    lines = summary.read_text(encoding="utf-8", errors="replace").splitlines()
+    columns = len(lines[0].split(",")) if lines else 0
+    kept: dict[int, str] = {}
+    for line in lines[1:]:
+        values = line.split(",")
+        if len(values) == columns and values[0].isdecimal() and int(values[0]) < epochs:
+            kept.setdefault(int(values[0]), line)
+    if len(kept) < epochs:
+        _logger.warning("%s has the figures of %d of %d epochs: others are lost.", summary, len(kept), epochs)
+    # Without the header where there is nothing below it: later columns may be others.
+    write_text(summary, "".join(f"{line}\n" for line in [*lines[: bool(kept)], *kept.values()]))
+
+
 def find_checkpoint(place: str | Path) -> Path | None:
     """The latest checkpoint in a run's folder that is whole, or the one that is named; None: the run has none yet.
 
@@ -162,9 +220,7 @@ def find_checkpoint(place: str | Path) -> Path | None:
     """
     place = Path(place)
     candidates = [place] if place.is_file() else [place / name for name in _LATEST if (place / name).is_file()]
-    if not candidates:
-        if (place / CONFIG).is_file():
-            return None
+    if not candidates and not (place / CONFIG).is_file():
         raise FileNotFoundError(f"{place} is not the folder of a run.")
     for candidate in candidates:
         try:
@@ -175,7 +231,12 @@ def find_checkpoint(place: str | Path) -> Path | None:
             _logger.warning("%s is damaged: %s", candidate, " ".join(str(error).split())[:200])
             continue
         return candidate
+    earlier = [] if place.is_file() else sorted(place.glob("*.pth.tar"))
+    # The first checkpoint gets its other name when it is whole: the run was killed before that.
+    if not candidates or earlier == [place / _LATEST[1]]:
+        return None
+    others = [path.name for path in earlier if path not in candidates]
+    advice = f"name an earlier one: {', '.join(others)}" if others else "no other is left, so start another run"
     raise SettingsError(
-        f"The checkpoints of {place} are damaged ({', '.join(path.name for path in candidates)}): name an earlier one, "
-        "checkpoint-EPOCH.pth.tar."
+        f"The checkpoints of {place} are damaged ({', '.join(path.name for path in candidates)}): {advice}."
     )

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,11 @@ import yaml
 from timm.utils import ParseKwargs
 
 __all__ = ["Settings", "SettingsError", "add_options", "from_options", "read_config", "write_config"]
+
+_LARGEST_FILE, _MOST_ARGUMENTS = 2**20, 10_000
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxdict = 2, 6
+_BRIEF.maxother = _BRIEF.maxstring = _BRIEF.maxlong = 60
 
 SECTION = "genas"
 """Section of a configuration with what timm's own script does not know."""
@@ -119,34 +125,32 @@ class Settings:
     tensorboard: bool = _setting(True, "write TensorBoard's files")
 
     def __post_init__(self) -> None:
-        for name, least in _AT_LEAST.items():
+        for name, bounds in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and not least <= value < math.inf:
-                raise SettingsError(f"{name} must be at least {least} and finite, got {value}.")
-        for name in ("drop", "hflip", "reprob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SettingsError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
-        for name in ("smoothing", "drop_path", "model_ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise SettingsError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
-        for name in ("lr", "clip_grad"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise SettingsError(f"{name} must be above 0 and finite, got {value}.")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise SettingsError(f"crop_pct must be above 0 and at most 1, got {self.crop_pct}.")
+            if value is not None:
+                bounds.check(name, value)
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high < math.inf:
                 raise SettingsError(f"{name} must be two numbers above 0 that do not fall, got {low:g} {high:g}.")
+        if self.scale[1] > 1:
+            raise SettingsError(f"scale is a share of the image's area, at most 1, got {self.scale[1]:g}.")
         for name in ("mean", "std"):
             values = getattr(self, name)
-            if values is not None and (len(values) not in (1, 3) or (name == "std" and min(values) <= 0)):
-                raise SettingsError(f"{name} must be one number or three{', above 0' * (name == 'std')}, got {values}.")
+            if values is not None and (
+                len(values) not in (1, 3) or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0)
+            ):
+                raise SettingsError(
+                    f"{name} must be one finite number or three{', above 0' * (name == 'std')}, got {_brief(values)}."
+                )
+        for name in ("model_kwargs", "opt_kwargs"):
+            _check_arguments(name, getattr(self, name))
+        if self.sched != "linear_tail" and self.min_lr > self.lr:
+            raise SettingsError(f"min_lr, the last learning rate, must be at most lr ({self.lr}), got {self.min_lr}.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 shown = ", ".join(choice or "empty" for choice in choices)
-                raise SettingsError(f"{name} must be one of {shown}, got {getattr(self, name)!r}.")
+                raise SettingsError(f"{name} must be one of {shown}, got {_brief(getattr(self, name))}.")
         if self.drop_path and self.torchcompile:
             raise SettingsError(
                 "drop_path changes in every epoch, and torchcompile would compile anew each time: leave one out."
@@ -174,11 +178,43 @@ class Settings:
         return passes
 
 
-_AT_LEAST: dict[str, float] = {
-    **dict.fromkeys(("batch_size", "validation_batch_size", "grad_accum_steps", "global_batch_size"), 1),
-    **dict.fromkeys(("epochs", "log_interval", "checkpoint_hist", "num_classes", "img_size"), 1),
-    **dict.fromkeys(("workers", "seed", "warmup_epochs", "cooldown_epochs", "auxiliary_weight", "lighting"), 0),
-    **dict.fromkeys(("momentum", "weight_decay", "warmup_lr", "min_lr", "color_jitter"), 0),
+@dataclass(frozen=True)
+class _Range:
+    """From ``least`` to ``most``, without an end that is excluded."""
+
+    least: float
+    most: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def check(self, name: str, value: float) -> None:
+        low = value > self.least if self.above else value >= self.least
+        high = value < self.most if self.below or self.most == math.inf else value <= self.most
+        if low and high:
+            return
+        start = f"{'above' if self.above else 'at least'} {self.least}"
+        end = "finite" if self.most == math.inf else f"{'below' if self.below else 'at most'} {self.most}"
+        raise SettingsError(f"{name} must be {start} and {end}, got {_brief(value)}.")
+
+
+# The upper ends of what takes memory or time are far beyond what is trained, and below what a machine dies of.
+_RANGES: dict[str, _Range] = {
+    **dict.fromkeys(("batch_size", "validation_batch_size", "grad_accum_steps", "global_batch_size"), _Range(1, 2**20)),
+    **dict.fromkeys(("epochs", "checkpoint_hist"), _Range(1, 10**6)),
+    **dict.fromkeys(("warmup_epochs", "cooldown_epochs"), _Range(0, 10**6)),
+    "tail_epochs": _Range(0, 10**6),
+    "log_interval": _Range(1, 10**9),
+    # Of one class every loss is 0.
+    "num_classes": _Range(2, 10**6),
+    "img_size": _Range(1, 2**14),
+    "workers": _Range(0, 1024),
+    "seed": _Range(0, 2**32 - 1),
+    **dict.fromkeys(("lr", "clip_grad", "decay_rate", "decay_epochs"), _Range(0, above=True)),
+    **dict.fromkeys(("weight_decay", "warmup_lr", "min_lr", "auxiliary_weight", "lighting"), _Range(0)),
+    "color_jitter": _Range(0, 100),
+    **dict.fromkeys(("momentum", "smoothing", "drop", "drop_path", "model_ema_decay"), _Range(0, 1, below=True)),
+    **dict.fromkeys(("hflip", "reprob"), _Range(0, 1)),
+    "crop_pct": _Range(0, 1, above=True),
 }
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -237,16 +273,21 @@ def read_config(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no configuration {path}.")
+    if path.stat().st_size > _LARGEST_FILE:
+        raise SettingsError(f"{path} has {path.stat().st_size} bytes, expected at most {_LARGEST_FILE} of settings.")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+        data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    # A number of too many digits is a ValueError, and what is nested too deeply a RecursionError.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())[:500]}.") from error
     if not isinstance(data, dict):
         raise SettingsError(f"{path} must hold settings by name, got {type(data).__name__}.")
     section = data.pop(SECTION, None) or {}
     if not isinstance(section, dict):
         raise SettingsError(f"{path}: the section {SECTION} must hold settings by name, got {type(section).__name__}.")
     merged = {**data, **section}
+    if not merged:
+        raise SettingsError(f"{path} holds no settings: name some, or leave the configuration out.")
     try:
         return {name: _checked(name, value) for name, value in merged.items()}
     except SettingsError as error:
@@ -273,23 +314,48 @@ def _plain_type(name: str) -> type:
 
 def _checked(name: Any, value: Any) -> Any:
     if name not in _FIELDS:
-        close = difflib.get_close_matches(str(name), _FIELDS, n=1)
+        close = difflib.get_close_matches(str(name)[:100], _FIELDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else "; python -m timm_models.train --help lists them all."
-        raise SettingsError(f"There is no setting {name!r}{hint}")
+        raise SettingsError(f"There is no setting {_brief(name)}{hint}")
     kind = _plain_type(name)
     if value is None and isinstance(_TYPES[name], types.UnionType):
         return None
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         # YAML reads 3e-5, without a point, as text.
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)
     elif kind is tuple and isinstance(value, Sequence) and all(_is_number(x) for x in value):
         if Ellipsis in typing.get_args(_annotation(name)) or len(value) == 2:
-            return tuple(float(x) for x in value)
+            with contextlib.suppress(OverflowError):
+                return tuple(float(x) for x in value)
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return dict(value) if kind is dict else value
     expected = {tuple: "numbers (two for a range)", dict: "names with values", str: "text"}.get(kind, kind.__name__)
-    raise SettingsError(f"{name} must be {expected}, got {value!r}.")
+    raise SettingsError(f"{name} must be {expected}, got {_brief(value)}.")
+
+
+def _brief(value: Any) -> str:
+    """A value for a message, of a length that does not depend on what a file holds."""
+    try:
+        return _BRIEF.repr(value)
+    except ValueError:  # of a number of thousands of digits
+        return f"a {type(value).__name__} of many digits"
+
+
+def _check_arguments(name: str, values: Mapping[str, Any]) -> None:
+    """Refuse what is no number, and what aliases of YAML make of a few lines."""
+    rest, count = [values], 0
+    while rest:
+        value = rest.pop()
+        count += 1
+        if count > _MOST_ARGUMENTS:
+            raise SettingsError(f"{name} must have at most {_MOST_ARGUMENTS} values.")
+        if isinstance(value, Mapping):
+            rest.extend(value.values())
+        elif isinstance(value, list | tuple):
+            rest.extend(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise SettingsError(f"{name} must hold finite numbers, got {value}: {_brief(values)}.")
 
 
 def _is_number(value: Any) -> bool:

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from genas_plugins._optional import require
-from genas_plugins.datasets._folder import IMAGE_EXTENSIONS, image_files, open_image
+from genas_plugins.datasets._images import bounded_aspect, open_image
+from genas_plugins.datasets._listing import Listing, list_images
 
 __all__ = [
     "CORRUPTIONS",
@@ -59,11 +60,13 @@ class ImageSet:
         samples: Path and target of each image, class by class.
         num_classes: Outputs that the network must have.
         indices: The outputs that compete, of which a target is the position; None: all.
+        report: Which files were found, used and left out.
     """
 
     samples: tuple[tuple[str, int], ...]
     num_classes: int
     indices: tuple[int, ...] | None = None
+    report: str = ""
 
 
 class ImageFiles(Dataset[tuple[Any, int]]):
@@ -71,19 +74,33 @@ class ImageFiles(Dataset[tuple[Any, int]]):
 
     Args:
         samples: Path and target of each.
+        class_names: Names of the targets.
+        class_to_idx: Targets by the names of folders, several of which may be one class.
+
+    Attributes:
+        mode: Pillow's, of the images: ``"RGB"``, or ``"L"`` for a network of one channel.
     """
 
-    def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
+    def __init__(
+        self,
+        samples: Sequence[tuple[str, int]],
+        class_names: Sequence[str] = (),
+        class_to_idx: Mapping[str, int] | None = None,
+    ) -> None:
         self.samples = samples
+        self.class_names = tuple(class_names)
+        self.class_to_idx = class_to_idx
+        self.mode = "RGB"
         self.transform: Callable[[Any], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """The image, in RGB and transformed, and its target; ValueError where the file cannot be read."""
+        """The image, transformed, and its target; ValueError where the file cannot be read."""
         path, target = self.samples[index]
-        image = open_image(path)
+        # Cropped first, because resizing a thin one to the network's size may take gigabytes.
+        image = bounded_aspect(open_image(path, self.mode))
         return (image if self.transform is None else self.transform(image)), target
 
 
@@ -138,7 +155,7 @@ def open_imagenet(root: str | Path, num_classes: int | None = None) -> ImageSet:
         raise ValueError(f"{root}: expected {num_classes} class folders, found {len(folders)}.{_advice(folders)}")
     elif folders.keys() != set(names):
         names = sorted(folders, key=natural_key)
-    return ImageSet(_samples(folders, names), len(names))
+    return _image_set(root, folders, names)
 
 
 def open_shifted(root: str | Path, kind: str) -> ImageSet:
@@ -150,7 +167,7 @@ def open_shifted(root: str | Path, kind: str) -> ImageSet:
     folders, names = _subfolders(root), _class_names(kind)
     _check_names(root, folders, names, KINDS[kind])
     indices = None if kind == "v2" else tuple(map(int, _listed(f"imagenet_{kind}_indices.txt")))
-    return ImageSet(_samples(folders, names), 1000, indices)
+    return _image_set(root, folders, names, indices)
 
 
 def open_imagenet_o(root: str | Path, in_distribution: str | Path) -> tuple[ImageSet, ImageSet]:
@@ -180,7 +197,7 @@ def open_imagenet_o(root: str | Path, in_distribution: str | Path) -> tuple[Imag
     if os.path.samefile(root, in_distribution):
         raise ValueError(f"{root} is given both as ImageNet-O and as the images in distribution.")
     indices = tuple(synsets.index(name) for name in names)
-    return ImageSet(_samples(folders, names), 1000, indices), ImageSet(_samples(known, names), 1000, indices)
+    return _image_set(root, folders, names, indices), _image_set(in_distribution, known, names, indices)
 
 
 def find_corruptions(root: str | Path) -> dict[str, tuple[Path, ...]]:
@@ -200,7 +217,7 @@ def find_corruptions(root: str | Path) -> dict[str, tuple[Path, ...]]:
     for folder in (folder for severities in found.values() for folder in severities.values()):
         classes = _subfolders(folder)
         _check_names(folder, classes, _class_names("imagenet"), "a severity of ImageNet-C")
-        _samples(classes, _class_names("imagenet"))
+        _listed_images(folder, classes, _class_names("imagenet"))
     return {name: tuple(severities[number] for number in _SEVERITIES) for name, severities in found.items()}
 
 
@@ -216,18 +233,16 @@ def _subfolders(root: str | Path) -> dict[str, Path]:
     return folders
 
 
-def _samples(folders: Mapping[str, Path], names: Sequence[str]) -> tuple[tuple[str, int], ...]:
-    samples: list[tuple[str, int]] = []
-    for target, name in enumerate(names):
-        images = image_files(folders[name])
-        if not images:
-            advice = _advice(folders) if _kind(folders) == "c" else _inner_advice(folders)
-            raise ValueError(
-                f"The class folder {folders[name]} holds {_some(sorted(os.listdir(folders[name]))) or 'nothing'}, "
-                f"expected images ({', '.join(IMAGE_EXTENSIONS)}).{advice}"
-            )
-        samples.extend((image, target) for image in images)
-    return tuple(samples)
+def _listed_images(root: str | Path, folders: Mapping[str, Path], names: Sequence[str]) -> Listing:
+    advice = _advice(folders) if _kind(folders) == "c" else _inner_advice(folders)
+    return list_images(root, folders, names, advice=advice)
+
+
+def _image_set(
+    root: str | Path, folders: Mapping[str, Path], names: Sequence[str], indices: tuple[int, ...] | None = None
+) -> ImageSet:
+    listing = _listed_images(root, folders, names)
+    return ImageSet(listing.samples, len(names) if indices is None else 1000, indices, listing.describe())
 
 
 def _check_names(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +16,16 @@ from timm.utils import setup_default_logging
 
 import timm_models  # noqa: F401  (registers the networks)
 from genas_plugins.files import packaged_configs
+from genas_plugins.interrupts import interruptible, pending_signal
+from timm_models.data import message_of
 from timm_models.runs import CONFIG
 from timm_models.settings import Settings, SettingsError, add_options, from_options, read_config
 from timm_models.training import train
 
 __all__ = ["main"]
 
-_INTERRUPTED = 130
+_SIGNALLED = 128
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHANGEABLE = (
     *("data_dir", "dataset_download", "workers", "pin_mem", "device", "amp", "amp_dtype", "channels_last"),
     *("torchcompile", "grad_checkpointing", "batch_size", "validation_batch_size", "grad_accum_steps"),
@@ -40,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program's name; None: the process's own.
 
     Returns:
-        Exit status: 0, 1 with one line on standard error if something is wrong, 130 after Ctrl-C.
+        Exit status: 0, 1 with one line on standard error if something is wrong, 130 after Ctrl-C, 143 after SIGTERM.
     """
     parser = _parser()
     try:
@@ -53,15 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # It would list the checkpoints in every epoch.
     logging.getLogger("timm.utils.checkpoint_saver").setLevel(logging.WARNING)
     try:
-        folder = train(_settings(options, config, resume), resume)
-    except KeyboardInterrupt:
-        print("Interrupted. Continue with --resume and the folder of the run.", file=sys.stderr)
-        return _INTERRUPTED
+        with interruptible():
+            folder = train(_settings(options, config, resume), resume)
+    except KeyboardInterrupt as error:
+        if primary:
+            print(_how_to_go_on(getattr(error, "folder", None)), file=sys.stderr)
+        return _SIGNALLED + (pending_signal() or signal.SIGINT)
     except (ImportError, OSError, ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
         if debug:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"timm_models.train: {message}", file=sys.stderr)
+        print(f"timm_models.train: {message_of(error)}{_advice(error)}", file=sys.stderr)
         return 1
     if primary:
         print(f"Checkpoints and figures are in {folder}.")
@@ -84,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _settings(options: dict[str, object], config: str | None, resume: str | None) -> Settings:
     if resume is None:
-        return from_options(options, read_config(_config_path(config)) if config else None)
+        return from_options(options, None if config is None else read_config(_config_path(config)))
     if config is not None:
         raise SettingsError("A run is resumed with its own settings: leave --config out.")
     place = Path(resume)
@@ -103,6 +110,26 @@ def _settings(options: dict[str, object], config: str | None, resume: str | None
             f"{', '.join(_CHANGEABLE)}."
         )
     return from_options(options, saved)
+
+
+def _advice(error: Exception) -> str:
+    if not (isinstance(error, OSError) and error.errno in _FULL):
+        return ""
+    folder = Path(error.filename).parent if isinstance(error.filename, str) else None
+    command = "--resume and the folder of the run"
+    if folder is not None and (folder / CONFIG).exists():
+        command = _command(folder)
+    return f". The last checkpoint is untouched: make room, then continue with: {command}"
+
+
+def _command(folder: Path) -> str:
+    return f"python -m timm_models.train --resume {shlex.quote(str(folder))}"
+
+
+def _how_to_go_on(folder: Path | None) -> str:
+    if folder is None or not (folder / CONFIG).exists():
+        return "Interrupted before the run began: start it again."
+    return f"Interrupted. Continue with: {_command(folder)}"
 
 
 def _config_path(name: str) -> Path:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import pickle
-import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,20 +21,31 @@ import timm
 import torch
 import torch.distributed as dist
 from timm import utils
-from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
+from timm.models import clean_state_dict
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from torch import Tensor, nn
 
-from timm_models.data import count_classes, evaluation_loader, load_datasets, training_loader
+from genas_plugins.checkpoints import describe_mismatch, read_torch
+from genas_plugins.datasets import data_identity
+from genas_plugins.interrupts import pending_signal, raise_pending
+from timm_models.data import (
+    count_classes,
+    evaluation_loader,
+    image_config,
+    image_mode,
+    load_datasets,
+    training_loader,
+)
+from timm_models.progress import Progress, checked_mean
 from timm_models.runs import RunFolder
 from timm_models.schedule import LinearTailLRScheduler
 from timm_models.settings import Settings, SettingsError
 from timm_models.task import AuxiliaryClassificationTask
 
-__all__ = ["Trainer", "processes", "train"]
+__all__ = ["Trainer", "TrainingInterrupted", "processes", "train"]
 
 _logger = logging.getLogger(__name__)
 
@@ -80,6 +89,18 @@ def processes(device: str) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
+class TrainingInterrupted(KeyboardInterrupt):
+    """A signal ended a training.
+
+    Attributes:
+        folder: That of the run, where it can be continued; None: nothing had been written.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        super().__init__()
+        self.folder = folder
+
+
 def train(settings: Settings, resume: str | Path | None = None) -> Path:
     """Train a network.
 
@@ -93,13 +114,25 @@ def train(settings: Settings, resume: str | Path | None = None) -> Path:
     Raises:
         FileNotFoundError: The images or the checkpoint are missing.
         ValueError: Settings, images and checkpoint do not go together.
+        DataChangedError: The run to continue began with other images.
         FloatingPointError: The loss is no longer a finite number.
+        OSError: Something cannot be written; the last checkpoint is untouched.
+        TrainingInterrupted: The user interrupted.
     """
-    with processes(settings.device) as here:
-        trainer = Trainer(settings, here)
-        folder = RunFolder.open(settings, here.primary, trainer.data_config["input_size"][-1], resume)
-        trainer.fit(folder)
-        return folder.path
+    folder = None
+    try:
+        with processes(settings.device) as here:
+            trainer = Trainer(settings, here)
+            folder = RunFolder.open(settings, here.primary, trainer.data_config["input_size"][-1], resume)
+            trainer.fit(folder)
+            return folder.path
+    except KeyboardInterrupt as error:
+        raise TrainingInterrupted(folder and folder.path) from error
+    except Exception as error:
+        # Which kills a loader's workers too, and their end may be what is told first.
+        if pending_signal() is None:
+            raise
+        raise TrainingInterrupted(folder and folder.path) from error
 
 
 class Trainer:
@@ -116,10 +149,15 @@ class Trainer:
         if here.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
-        training, validation = load_datasets(settings)
+        training, validation = load_datasets(settings, here.primary)
+        # Only the first process writes and compares it: those of a node would all ask the same file system.
+        self.identity = data_identity({"train": training, "validation": validation}) if here.primary else None
         utils.random_seed(settings.seed, 0)
         self.model = self._build_model(count_classes(training))
-        self.data_config = resolve_data_config(asdict(settings), model=self.model)
+        self.data_config = image_config(asdict(settings), self.model, settings.model_kwargs.get("in_chans"))
+        training.mode = validation.mode = image_mode(self.data_config)
+        if settings.lighting and training.mode != "RGB":
+            raise SettingsError("lighting adds a colour, and the network's images are grey: leave it at 0.")
         self.loader = training_loader(training, settings, self.data_config, here.device)
         self.validation_loader = evaluation_loader(validation, settings, self.data_config, here.device)
         if not len(self.loader):
@@ -217,7 +255,9 @@ class Trainer:
 
     def fit(self, folder: RunFolder) -> None:
         """Train to the end, from the start or from the run's last checkpoint."""
+        folder.check(self.identity)
         start = self._restore(folder)
+        folder.begin(self.identity)
         if self.settings.torchcompile:
             self.task.compile()
         # Not what DistributedDataParallel wraps: validation needs none of its synchronisation.
@@ -231,7 +271,9 @@ class Trainer:
             _logger.info("All %d epochs are done.", self.epochs)
         for epoch in range(start, self.epochs):
             # Everything random in an epoch follows from this, whether the run was resumed before it or not.
-            utils.random_seed(self.settings.seed + self.here.count * epoch, self.here.rank)
+            # NumPy's seeds end at 2^32.
+            seed = (self.settings.seed + self.here.count * epoch) % (2**32 - self.here.count)
+            utils.random_seed(seed, self.here.rank)
             self.loader.sampler.set_epoch(epoch)
             if self.scheduler is not None:
                 self.scheduler.step(epoch)
@@ -250,6 +292,7 @@ class Trainer:
         """Load the checkpoint that the run continues from; returns the epoch to train next."""
         epoch = 0
         if folder.checkpoint is not None:
+            self._check_checkpoint(folder.checkpoint)
             saved = resume_task_checkpoint(
                 self.task, str(folder.checkpoint), self.optimizer, self.scaler, log_info=self.here.primary
             )
@@ -262,14 +305,28 @@ class Trainer:
                 load_task_ema_checkpoint(self.task, str(folder.checkpoint))
         return epoch
 
+    def _check_checkpoint(self, path: Path) -> None:
+        """Refuse what would not be restored as it was: models may leave out what does not fit."""
+        saved = read_torch(path)
+        needed = ["state_dict", "optimizer", *(["state_dict_ema"] if self.settings.model_ema else [])]
+        if not isinstance(saved, dict) or (
+            missing := [name for name in needed if not isinstance(saved.get(name), dict)]
+        ):
+            raise SettingsError(f"{path} is no checkpoint of this run: it lacks {', '.join(missing or needed)}.")
+        expected = self.task.get_trainable_module().state_dict()
+        for name in needed[::2]:
+            if mismatch := describe_mismatch(expected, clean_state_dict(saved[name])):
+                raise SettingsError(f"{path} does not fit the network of this run; tensors of {name}: {mismatch}.")
+
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         module = self.task.get_trainable_module()
         module.train()
         self.optimizer.zero_grad()
         total, seen = torch.zeros((), dtype=torch.float64, device=self.here.device), 0
-        progress = _Progress(self, epoch)
+        progress = Progress(self, epoch)
         batches = len(self.loader)
         for number, (images, target) in enumerate(self.loader):
+            raise_pending()
             if self.settings.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             first = number // self.passes * self.passes
@@ -282,7 +339,7 @@ class Trainer:
                 self.optimizer.zero_grad()
                 self.task.update_ema(step=epoch * self.updates_per_epoch + update + 1)
                 if update % self.settings.log_interval == 0 or number == batches - 1:
-                    progress.tell(update, _checked_mean(total, seen, epoch, update), seen)
+                    progress.tell(update, checked_mean(total, seen, epoch, update), seen)
         if self.here.distributed:
             dist.all_reduce(total)
             if self.settings.dist_bn:
@@ -325,56 +382,10 @@ class Trainer:
         evaluator = self.task.create_evaluator(max_samples=self.validation_loader.sampler.num_valid_samples)
         with torch.inference_mode():
             for images, target in self.validation_loader:
+                raise_pending()
                 if self.settings.channels_last:
                     images = images.contiguous(memory_format=torch.channels_last)
                 with self.amp():
                     output = model(images)
                 evaluator.update(output, target)
         return dict(evaluator.compute(distributed=self.here.distributed))
-
-
-class _Progress:
-    """Lines that tell how far the training is."""
-
-    def __init__(self, trainer: Trainer, epoch: int) -> None:
-        self._trainer, self._epoch = trainer, epoch
-        self._start = time.monotonic()
-
-    def rate(self, seen: int) -> float:
-        """Images per second over all processes."""
-        return seen * self._trainer.here.count / max(time.monotonic() - self._start, 1e-9)
-
-    def tell(self, update: int, loss: float, seen: int) -> None:
-        trainer = self._trainer
-        if not trainer.here.primary:
-            return
-        updates = trainer.updates_per_epoch
-        elapsed = time.monotonic() - self._start
-        left = updates * (trainer.epochs - self._epoch) - (update + 1)
-        # Validation is not in it.
-        eta = timedelta(seconds=round(elapsed / (update + 1) * left))
-        memory = ""
-        if trainer.here.device.type == "cuda":
-            memory = f"  memory {torch.cuda.max_memory_allocated(trainer.here.device) / 2**30:.1f} GiB"
-        _logger.info(
-            "epoch %d/%d  step %d/%d  loss %.4f  lr %.4g  %.1f images/s%s  ETA %s",
-            self._epoch + 1,
-            trainer.epochs,
-            update + 1,
-            updates,
-            loss,
-            trainer.optimizer.param_groups[0]["lr"],
-            self.rate(seen),
-            memory,
-            eta,
-        )
-
-
-def _checked_mean(total: Tensor, seen: int, epoch: int, update: int) -> float:
-    mean = total.item() / seen
-    if not math.isfinite(mean):
-        raise FloatingPointError(
-            f"The training loss is {mean} by step {update + 1} of epoch {epoch + 1}: lower the learning rate, or use "
-            "amp_dtype bfloat16 if it was mixed precision. The last checkpoint is untouched."
-        )
-    return mean

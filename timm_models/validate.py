@@ -14,7 +14,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import create_loader, resolve_data_config
+from timm.data import create_loader
 from timm.models import clean_state_dict
 from timm.task import ClassificationEvaluator
 from timm.utils import ParseKwargs
@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from torchvision.transforms import PILToTensor, Resize
 
 from genas_plugins.checkpoints import read_state
+from genas_plugins.datasets._images import check_headers
 from genas_plugins.files import atomic_path
 from genas_plugins.scoring.accuracy import Accuracy
 from genas_plugins.scoring.batchnorm import evaluation_mode
 from timm_models import shifted
+from timm_models.data import image_config, image_mode, message_of
 
 __all__ = ["Evaluation", "evaluate", "load_model", "main"]
 
@@ -135,11 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ImportError, OSError, ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
         if options.debug:
             raise
-        message = str(error).strip() or type(error).__name__
-        if message.startswith("Caught "):  # by a process that reads images; its traceback comes along
-            message = message.splitlines()[-1].partition(": ")[2]
-            error.__traceback__ = None  # holds the loader, whose processes would only end after a timeout
-        print(f"timm_models.validate: {' '.join(message.split())}", file=sys.stderr)
+        print(f"timm_models.validate: {message_of(error)}", file=sys.stderr)
         return 1
     for key, value in record.items():
         print(f"{key:<{max(map(len, record))}}  {f'{value:.2f}' if isinstance(value, float) else value}")
@@ -179,9 +177,16 @@ def _validate(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("Give --checkpoint FILE or --pretrained, one of them: random weights are not scored.")
     if options.crop_pct is not None and not 0 < options.crop_pct <= 1:
         raise ValueError(f"--crop-pct must be above 0 and at most 1, got {options.crop_pct}.")
+    limits = {"input_size": (1, 2**14), "batch_size": (1, 2**20), "workers": (0, 1024), "num_classes": (2, 10**6)}
+    for name, (least, most) in limits.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')} must be from {least} to {most}, got {value}.")
     if results.suffix not in (".csv", ".json") or not results.parent.is_dir():
         raise ValueError(f"--results must be a .csv or .json file in an existing folder, got {results}.")
     sets = shifted.open_images(options.kind, options.folder, options.in_distribution, options.num_classes)
+    if isinstance(sets, tuple):
+        check_headers([path for images in sets for path, _ in images.samples])
     classes = sets[0].num_classes if isinstance(sets, tuple) else 1000
     # With ImageNet's number nothing is asked for: a model of another one is to be refused, not to be changed.
     asked = options.num_classes or (None if classes == 1000 else classes)
@@ -194,11 +199,14 @@ def _validate(options: argparse.Namespace) -> dict[str, Any]:
     crop = options.crop_pct or (1.0 if options.kind == "c" else None)
     size = None if options.input_size is None else (3, options.input_size, options.input_size)
     amp_dtype = getattr(torch, options.amp_dtype) if options.amp else None
-    config = resolve_data_config({"input_size": size, "crop_pct": crop}, model=model, use_test_size=True)
+    given = {"input_size": size, "crop_pct": crop}
+    config = image_config(given, model, options.model_kwargs.get("in_chans"), use_test_size=True)
 
     def score(images: shifted.ImageSet) -> Evaluation:
+        dataset = shifted.ImageFiles(images.samples)
+        dataset.mode = image_mode(config)
         loader = create_loader(
-            shifted.ImageFiles(images.samples),
+            dataset,
             batch_size=options.batch_size,
             num_workers=options.workers,
             device=device,
@@ -215,6 +223,8 @@ def _validate(options: argparse.Namespace) -> dict[str, Any]:
     record = {"model": options.model, "weights": options.checkpoint or "timm's", "folder": options.folder}
     record |= {"kind": options.kind} | {key: str(value) for key, value in config.items()}
     record |= _measure_corruptions(sets, score) if isinstance(sets, dict) else _measure(sets, score)
+    if isinstance(sets, tuple):
+        print(*(images.report for images in sets), sep="\n", file=sys.stderr)
     if options.results is not None:
         with atomic_path(results) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
             if results.suffix == ".json":

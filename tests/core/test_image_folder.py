@@ -78,7 +78,7 @@ def test_a_class_of_one_image_stays_out_of_the_holdout(tmp_path):
 @pytest.mark.parametrize(("width", "height"), [(31, 20), (20, 31), (9, 40), (12, 24), (5, 7)])
 def test_other_sizes_are_resized_and_cropped_as_torchvision_does(width, height, tmp_path):
     write_image(tmp_path / "train" / "ant" / "0.png", seed=1, width=width, height=height)
-    write_image(tmp_path / "train" / "ant" / "1.png", seed=1, width=width, height=height)
+    write_image(tmp_path / "train" / "bee" / "1.png", seed=1, width=width, height=height)
     data = load_search_data("image_folder", root=tmp_path, image_size=12)
     transforms = torchvision.transforms
     with Image.open(tmp_path / "train" / "ant" / "0.png") as image:
@@ -99,9 +99,10 @@ def test_formats_and_colour_modes_become_rgb(tmp_path):
     (folder / "notes.txt").write_text("not an image")
     (folder / "._a.jpg").write_bytes(b"left by an archive")
     (tmp_path / "train" / ".cache").mkdir()
+    write_image(tmp_path / "train" / "bee" / "0.png", seed=0, width=4, height=4)
     data = load_search_data("image_folder", root=tmp_path)
     colours = torch.cat([data.train.images, data.validation.images])[:, :, 2, 2].int()
-    assert len(colours) == len(names) + 2 and data.num_classes == 1
+    assert len(colours) == len(names) + 3 and data.num_classes == 2
     for expected, count in (((200, 100, 50), len(names)), ((90, 90, 90), 1), ((10, 20, 30), 1)):
         near = (colours - torch.tensor(expected)).abs().amax(1) <= 4
         assert int(near.sum()) == count
@@ -204,7 +205,8 @@ def test_different_sizes_need_an_image_size(tmp_path):
 
 
 def test_oblong_images_need_an_image_size(tmp_path):
-    write_image(tmp_path / "train" / "ant" / "0.png", seed=0, width=8, height=6)
+    for name in ("ant", "bee"):
+        write_image(tmp_path / "train" / name / "0.png", seed=0, width=8, height=6)
     with pytest.raises(ValueError, match=r"8x6.*not square.*data\.image_size"):
         load_search_data("image_folder", root=tmp_path)
 

@@ -308,11 +308,78 @@ def test_out_of_range(name: str, values: tuple[Any, ...]) -> None:
         ("train_interpolation", "nope"),
         ("interpolation", "nope"),
         ("lr", float("inf")),
+        # More than a machine has, longer than anybody waits, or no meaning at all.
+        *((name, 10**12) for name in ("batch_size", "validation_batch_size", "epochs", "num_classes", "img_size")),
+        *((name, 10**12) for name in ("workers", "grad_accum_steps", "global_batch_size", "checkpoint_hist")),
+        *((name, 10**12) for name in ("warmup_epochs", "cooldown_epochs", "tail_epochs", "seed", "log_interval")),
+        ("seed", 2**32),
+        ("num_classes", 1),
+        ("momentum", 1.5),
+        ("momentum", 1.0),
+        ("drop", 1.0),
+        ("tail_epochs", -1),
+        ("scale", (0.5, 2.0)),
+        ("scale", (float("nan"), 1.0)),
+        ("ratio", (1.0, float("nan"))),
+        ("mean", (0.5, float("nan"), 0.5)),
+        ("std", (float("inf"),)),
+        ("color_jitter", 1e9),
+        *((name, float("nan")) for name in ("decay_rate", "decay_epochs", "warmup_lr", "min_lr", "weight_decay")),
+        *((name, float("inf")) for name in ("decay_rate", "decay_epochs", "clip_grad", "lighting", "auxiliary_weight")),
+        *((name, -1.0) for name in ("decay_rate", "decay_epochs", "weight_decay", "clip_grad")),
+        ("crop_pct", float("nan")),
+        ("opt_kwargs", {"dampening": float("nan")}),
+        ("opt_kwargs", {"betas": [0.9, float("inf")]}),
+        ("model_kwargs", {"norm": {"eps": float("-inf")}}),
+        ("lr", 10**400),
+        ("mean", (10**400,)),
     ],
 )
 def test_more_that_cannot_be(name: str, value: Any) -> None:
     with pytest.raises(SettingsError, match=name):
         from_options({name: value})
+
+
+def test_a_rate_that_would_rise() -> None:
+    with pytest.raises(SettingsError, match=r"min_lr.*at most lr \(0\.1\), got 0\.5"):
+        from_options({"sched": "cosine", "lr": 0.1, "min_lr": 0.5})
+
+
+@pytest.mark.parametrize("text", ["{}", "genas: {}", "genas:\n", "--- {}\n", "\ufeff{}"])
+def test_an_empty_configuration_is_none(text: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="holds no settings"):
+        from_yaml(tmp_path, text)
+
+
+def test_no_name_of_a_configuration_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", ""]) == 1
+    assert "There is no configuration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        # Nine aliases of nine aliases of ...: a thousand million values in a few lines.
+        ("model_kwargs:\n  a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n", "model_kwargs must have at most"),
+        ("lr: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\nmodel_kwargs:\n", "lr must be float"),
+        ("lr: " + "[" * 5000, "is not YAML"),
+        ("seed: 1" + "0" * 5000, "is not YAML"),
+        ("lr: " + "x" * 100_000, "lr must be float"),
+        ("x" * 500 + ": 1", "There is no setting"),
+        ("# " + "x" * 2**20, "expected at most 1048576"),
+    ],
+    ids=["aliases", "aliases-of-a-number", "nested", "digits", "text", "name", "size"],
+)
+def test_what_a_file_holds_does_not_make_a_message_long(text: str, expected: str, tmp_path: Path) -> None:
+    if "&a0" in text:
+        text += "".join(f"  a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]\n" for k in range(1, 10))
+    with pytest.raises(SettingsError, match=expected) as caught:
+        from_yaml(tmp_path, text)
+    assert len(str(caught.value)) < 1500
+
+
+def test_a_byte_order_mark_is_not_a_setting(tmp_path: Path) -> None:
+    assert from_yaml(tmp_path, "\ufefflr: 0.25\n").lr == 0.25
 
 
 def test_compiling_for_one_probability_and_changing_it_in_every_epoch() -> None:

@@ -524,7 +524,10 @@ def test_imagenet_o_without_scikit_learn_says_what_to_install(tmp_path, monkeypa
         (["--results", "table.txt"], "must be a .csv or .json file"),
         (["--results", "/nowhere/table.csv"], "existing folder, got /nowhere/table.csv"),
         (["--pretrained"], "Give --checkpoint FILE or --pretrained, one of them"),
-        (["--batch-size", "0"], "batch_size"),
+        (["--batch-size", "0"], "--batch-size must be from 1"),
+        (["--workers", "-1"], "--workers must be from 0"),
+        (["--input-size", "1000000000"], "--input-size must be from 1 to 16384"),
+        (["--num-classes", "0"], "--num-classes must be from 2"),
         (["--device", "abacus"], "abacus"),
     ],
 )
@@ -592,7 +595,7 @@ def test_an_image_that_cannot_be_read_is_named_not_replaced(workers, tmp_path, r
 
 
 def test_an_image_of_16_bits_is_named_instead_of_clipped(tmp_path):
-    (tmp_path / "a").mkdir()
+    fill(tmp_path, {"a": [], "b": [0]})
     Image.fromarray(np.full((8, 8), 1000, dtype=np.uint16)).save(tmp_path / "a" / "deep.png")
     with pytest.raises(ValueError, match=r"deep\.png .*more than 8 bits"):
         shifted.ImageFiles(shifted.open_imagenet(tmp_path).samples)[0]
