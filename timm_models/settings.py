@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,9 @@ from typing import Any
 
 import yaml
 from timm.utils import ParseKwargs
+
+from genas_plugins._messages import shown
+from genas_plugins._reading import ReadingError, read_yaml, user_path
 
 __all__ = ["Settings", "SettingsError", "add_options", "from_options", "read_config", "write_config"]
 
@@ -119,6 +123,8 @@ class Settings:
     tensorboard: bool = _setting(True, "write TensorBoard's files")
 
     def __post_init__(self) -> None:
+        for name in _PATHS:
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
@@ -174,6 +180,7 @@ class Settings:
         return passes
 
 
+_PATHS = ("data_dir", "class_map", "initial_checkpoint", "output")
 _AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("batch_size", "validation_batch_size", "grad_accum_steps", "global_batch_size"), 1),
     **dict.fromkeys(("epochs", "log_interval", "checkpoint_hist", "num_classes", "img_size"), 1),
@@ -234,13 +241,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: There is no such file.
         SettingsError: It is not a mapping of known settings; the message names the file.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no configuration {path}.")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+        data = read_yaml(path)
+    except ReadingError as error:
+        raise SettingsError(f"{path} is not YAML: {error}.") from error
     if not isinstance(data, dict):
         raise SettingsError(f"{path} must hold settings by name, got {type(data).__name__}.")
     section = data.pop(SECTION, None) or {}
@@ -273,9 +280,9 @@ def _plain_type(name: str) -> type:
 
 def _checked(name: Any, value: Any) -> Any:
     if name not in _FIELDS:
-        close = difflib.get_close_matches(str(name), _FIELDS, n=1)
+        close = difflib.get_close_matches(str(name)[:100], _FIELDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else "; python -m timm_models.train --help lists them all."
-        raise SettingsError(f"There is no setting {name!r}{hint}")
+        raise SettingsError(f"There is no setting {shown(name)}{hint}")
     kind = _plain_type(name)
     if value is None and isinstance(_TYPES[name], types.UnionType):
         return None
@@ -289,7 +296,7 @@ def _checked(name: Any, value: Any) -> Any:
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return dict(value) if kind is dict else value
     expected = {tuple: "numbers (two for a range)", dict: "names with values", str: "text"}.get(kind, kind.__name__)
-    raise SettingsError(f"{name} must be {expected}, got {value!r}.")
+    raise SettingsError(f"{name} must be {expected}, got {shown(value)}.")
 
 
 def _is_number(value: Any) -> bool:

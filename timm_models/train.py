@@ -12,6 +12,8 @@ from pathlib import Path
 from timm.utils import setup_default_logging
 
 import timm_models  # noqa: F401  (registers the networks)
+from genas_plugins._messages import one_line, shown
+from genas_plugins._reading import expand_home, user_path
 from genas_plugins.files import packaged_configs
 from timm_models.runs import CONFIG
 from timm_models.settings import Settings, SettingsError, add_options, from_options, read_config
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     try:
-        options = vars(parser.parse_args(arguments))
+        options = vars(expand_home(parser.parse_args(arguments)))
     except ValueError:  # of timm's ParseKwargs
         parser.error("--model-kwargs and --opt-kwargs take NAME=VALUE")
     debug, config, resume = (options.pop(name) for name in ("debug", "config", "resume"))
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ImportError, OSError, ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
         if debug:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = one_line(error) or type(error).__name__
         print(f"timm_models.train: {message}", file=sys.stderr)
         return 1
     if primary:
@@ -106,11 +108,11 @@ def _settings(options: dict[str, object], config: str | None, resume: str | None
 
 
 def _config_path(name: str) -> Path:
-    if Path(name).is_file():
-        return Path(name)
+    if user_path(name).is_file():
+        return user_path(name)
     known = packaged_configs("timm")
     if name not in known:
-        raise FileNotFoundError(f"There is no configuration {name}; the package has: {', '.join(known)}.")
+        raise FileNotFoundError(f"There is no configuration {shown(name)}; the package has: {', '.join(known)}.")
     return known[name]
 
 

@@ -15,17 +15,18 @@ from typing import Any
 import timm
 import torch
 from timm.data import create_loader, resolve_data_config
-from timm.models import clean_state_dict
 from timm.task import ClassificationEvaluator
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torchvision.transforms import PILToTensor, Resize
 
-from genas_plugins.checkpoints import read_state
+from genas_plugins._messages import one_line
+from genas_plugins._reading import expand_home
 from genas_plugins.files import atomic_path
 from genas_plugins.scoring.accuracy import Accuracy
 from genas_plugins.scoring.batchnorm import evaluation_mode
 from timm_models import shifted
+from timm_models.weights import read_weights
 
 __all__ = ["Evaluation", "evaluate", "load_model", "main"]
 
@@ -102,7 +103,7 @@ def load_model(
             another number of classes.
         RuntimeError: The model has other tensors; or there are no published weights.
     """
-    state = None if checkpoint is None else clean_state_dict(read_state(checkpoint))
+    state = None if checkpoint is None else read_weights(checkpoint)
     model = timm.create_model(name, pretrained=state is None, num_classes=num_classes, **model_kwargs)
     if state is None:
         published = model.pretrained_cfg.get("num_classes")
@@ -125,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Exit status: 0, 1 with a line on standard error if something is wrong, 130 after Ctrl-C."""
     parser = _parser()
     try:
-        options = parser.parse_args(arguments)
+        options = expand_home(parser.parse_args(arguments))
     except ValueError:  # of timm's ParseKwargs
         parser.error("--model-kwargs takes arguments KEY=VALUE")
     try:
@@ -139,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if message.startswith("Caught "):  # by a process that reads images; its traceback comes along
             message = message.splitlines()[-1].partition(": ")[2]
             error.__traceback__ = None  # holds the loader, whose processes would only end after a timeout
-        print(f"timm_models.validate: {' '.join(message.split())}", file=sys.stderr)
+        print(f"timm_models.validate: {one_line(message)}", file=sys.stderr)
         return 1
     for key, value in record.items():
         print(f"{key:<{max(map(len, record))}}  {f'{value:.2f}' if isinstance(value, float) else value}")
@@ -179,7 +180,7 @@ def _validate(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("Give --checkpoint FILE or --pretrained, one of them: random weights are not scored.")
     if options.crop_pct is not None and not 0 < options.crop_pct <= 1:
         raise ValueError(f"--crop-pct must be above 0 and at most 1, got {options.crop_pct}.")
-    if results.suffix not in (".csv", ".json") or not results.parent.is_dir():
+    if results.suffix.lower() not in (".csv", ".json") or not results.parent.is_dir():
         raise ValueError(f"--results must be a .csv or .json file in an existing folder, got {results}.")
     sets = shifted.open_images(options.kind, options.folder, options.in_distribution, options.num_classes)
     classes = sets[0].num_classes if isinstance(sets, tuple) else 1000
@@ -217,7 +218,7 @@ def _validate(options: argparse.Namespace) -> dict[str, Any]:
     record |= _measure_corruptions(sets, score) if isinstance(sets, dict) else _measure(sets, score)
     if options.results is not None:
         with atomic_path(results) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-            if results.suffix == ".json":
+            if results.suffix.lower() == ".json":
                 json.dump(record, file, indent=2)
             else:
                 csv.writer(file).writerows([record.keys(), record.values()])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from genas_plugins._reading import user_path
 from genas_plugins.datasets._builtin import CIFAR_STATISTICS, load_cifar, load_digits
 from genas_plugins.datasets._folder import DiskImages, open_image_folder
 from genas_plugins.datasets._imagenet16 import load_imagenet16
@@ -135,6 +136,7 @@ def load_search_data(
         ValueError: An option is out of range, asks for more images than there are, or does not go with
             ``name``; or the files are not what the data set should be.
     """
+    root = None if root is None else user_path(root)
     _check_options(name, root, download, image_size, storage)
     pool, test = _open(name, root, download, image_size, seed)
     train, validation = _train_and_validation(pool, train_fraction, train_images, validation_images, seed)
