@@ -14,9 +14,10 @@ from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
-from torch.multiprocessing import ProcessRaisedException
 
 from detectron2_backbones.backbone import GeNASBackbone
+from genas_plugins._messages import message_of, shown
+from genas_plugins._reading import expand_home, user_path
 from genas_plugins.files import packaged_configs
 
 __all__ = ["available_device", "check_backbones", "config_path", "register_datasets", "run_launcher", "start_logging"]
@@ -49,7 +50,7 @@ def run_launcher(
     )
     parser.formatter_class = argparse.HelpFormatter
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args(arguments)
+    options = expand_home(parser.parse_args(arguments))
     try:
         options.config_file = str(config_path(options.config_file, suffix))
         gpus = torch.cuda.device_count()
@@ -70,12 +71,7 @@ def run_launcher(
     except Exception as error:
         if options.debug:
             raise
-        message = str(error)
-        if isinstance(error, ProcessRaisedException):
-            # The whole traceback of another process; its last line has the reason.
-            message = message.strip().splitlines()[-1].partition(": ")[2]
-        message = " ".join(message.split()) or type(error).__name__
-        print(f"{name}: {message}", file=sys.stderr)
+        print(f"{name}: {message_of(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -87,10 +83,10 @@ def config_path(name: str, suffix: str) -> Path:
         FileNotFoundError: Neither; the message has the names.
     """
     known = packaged_configs("detectron2", suffix)
-    if Path(name).is_file():
-        return Path(name)
+    if user_path(name).is_file():
+        return user_path(name)
     if name not in known:
-        raise FileNotFoundError(f"There is no configuration {name!r}; the package has: {', '.join(known)}.")
+        raise FileNotFoundError(f"There is no configuration {shown(name)}; the package has: {', '.join(known)}.")
     return known[name]
 
 
@@ -126,4 +122,4 @@ def register_datasets(names: Iterable[str]) -> None:
     if not set(names).isdisjoint(_SYNTHETIC):
         from detectron2_backbones.synthetic import register
 
-        register(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+        register(user_path(os.environ.get("DETECTRON2_DATASETS", "datasets")))

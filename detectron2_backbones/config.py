@@ -2,9 +2,48 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from detectron2.config import CfgNode
 
-__all__ = ["add_genas_config"]
+from genas_plugins._reading import ReadingError, read_yaml
+
+__all__ = ["add_genas_config", "check_yaml"]
+
+_BASE = "_BASE_"
+_MOST_BASES = 100
+
+
+def check_yaml(path: str | Path) -> None:
+    """Read a yacs file and those that it is based on, before Detectron2 does.
+
+    Raises:
+        OSError: One cannot be read.
+        ValueError: One is not YAML of plain data in bounded size, is based on itself, or there are too many.
+    """
+    # Each file beside those that lead to it.
+    left: list[tuple[Path, tuple[Path, ...]]] = [(Path(path), ())]
+    count = 0
+    while left:
+        file, before = left.pop()
+        count += 1
+        if file.resolve() in before or count > _MOST_BASES:
+            raise ValueError(f"{path}: {_BASE} leads from file to file without end, by {file}.")
+        try:
+            content = read_yaml(file)
+        except ReadingError as error:
+            raise ValueError(
+                f"{file} is not a YAML file of plain data: {error}. Tags that compute values, such as "
+                "!!python/object/apply:eval, are not run: write the values out."
+            ) from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{file} must hold keys and values, got {type(content).__name__}.")
+        bases = content.get(_BASE, [])
+        for base in bases if isinstance(bases, list) else [bases]:
+            # As Detectron2 finds them; those at an address it downloads itself.
+            if "://" not in str(base):
+                left.append((file.parent / os.path.expanduser(str(base)), (*before, file.resolve())))
 
 
 def add_genas_config(cfg: CfgNode) -> None:

@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from genas_plugins._messages import message_of
+from genas_plugins._reading import expand_home
 from genas_plugins.checkpoints import convert_network
 from genas_plugins.files import atomic_path
 from genas_plugins.genotype import Genotype
@@ -66,11 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--arch", metavar="NAME", help="name of the zoo, a genotype's JSON file or 28 integers (what fits the file)"
     )
-    options = parser.parse_args(arguments)
+    options = expand_home(parser.parse_args(arguments))
     try:
         count = convert(options.source, options.target, find_genotype(options.arch) if options.arch else None)
     except (OSError, ValueError, RuntimeError) as error:
-        print(f"detectron2_backbones.convert: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"detectron2_backbones.convert: {message_of(error)}", file=sys.stderr)
         return 1
     print(f"{options.target}: {count} tensors.")
     return 0

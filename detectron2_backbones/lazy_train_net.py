@@ -7,8 +7,10 @@ configurations.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import LazyConfig, instantiate
@@ -46,11 +48,18 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     Returns:
         The configuration, on the CPU where there is no CUDA.
+
+    Raises:
+        ValueError: The file is no Python program. In YAML, which one takes for data, a LazyConfig would run as well.
     """
+    if Path(path).suffix != ".py":
+        raise ValueError(f"A LazyConfig is a Python program (.py), which is run, got {path}.")
     cfg = LazyConfig.apply_overrides(LazyConfig.load(path), list(overrides))
     device = available_device(cfg.train.device)
     if device != cfg.train.device:
         cfg.train.device, cfg.train.amp.enabled = device, False
+    for key in ("init_checkpoint", "output_dir"):
+        cfg.train[key] = os.path.expanduser(cfg.train[key])
     return cfg
 
 

@@ -21,7 +21,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from numpy.typing import NDArray
 
+from genas_plugins._messages import message_of
 from genas_plugins._optional import require
+from genas_plugins._reading import expand_home
 
 __all__ = ["CLASSES", "COLORS", "DATASETS", "draw_scene", "main", "register", "write_dataset"]
 
@@ -266,11 +268,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--val", type=int, default=100, metavar="N", help="validation images (%(default)s)")
     parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="height and width (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (%(default)s)")
-    options = parser.parse_args(arguments)
+    options = expand_home(parser.parse_args(arguments))
     try:
         print(write_dataset(options.folder, options.train, options.val, options.size, options.seed))
     except (ImportError, OSError, ValueError) as error:
-        print(f"detectron2_backbones.synthetic: {error}", file=sys.stderr)
+        print(f"detectron2_backbones.synthetic: {message_of(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -6,6 +6,7 @@ The options are those of Detectron2's own ``tools/train_net.py``. A bare name is
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import weakref
 from collections.abc import Sequence
@@ -24,8 +25,9 @@ from detectron2_backbones._launch import (
     run_launcher,
     start_logging,
 )
-from detectron2_backbones.config import add_genas_config
+from detectron2_backbones.config import add_genas_config, check_yaml
 from detectron2_backbones.weights import GenasCheckpointer
+from genas_plugins._reading import user_path
 
 __all__ = ["Trainer", "main", "read_config"]
 
@@ -59,11 +61,18 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
 
     Returns:
         Detectron2's configuration with ``MODEL.GENAS``, on the CPU where there is no CUDA.
+
+    Raises:
+        ValueError: A file is not YAML of plain data, such as one with tags that run code.
     """
     cfg = get_cfg()
     add_genas_config(cfg)
-    cfg.merge_from_file(str(path))
+    path = user_path(path)
+    check_yaml(path)
+    # Detectron2 by default runs what a file's tags say.
+    cfg.merge_from_file(str(path), allow_unsafe=False)
     cfg.merge_from_list(list(overrides))
+    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = (os.path.expanduser(text) for text in (cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR))
     device = available_device(cfg.MODEL.DEVICE)
     if device != cfg.MODEL.DEVICE:
         cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED = device, False

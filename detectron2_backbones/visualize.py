@@ -29,6 +29,8 @@ from torch import nn
 from detectron2_backbones._launch import config_path, register_datasets
 from detectron2_backbones.train_net import read_config
 from detectron2_backbones.weights import GenasCheckpointer
+from genas_plugins._messages import message_of
+from genas_plugins._reading import expand_home
 
 __all__ = ["detect", "draw", "main", "visualize"]
 
@@ -207,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, metavar="N", help="draw only the first N pictures")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="overrides of the configuration")
-    options = parser.parse_args(arguments)
+    options = expand_home(parser.parse_args(arguments))
     try:
         cfg = read_config(config_path(options.config_file, ".yaml"), options.opts)
         choice = {name: getattr(options, name) for name in ("dataset", "images", "threshold", "limit")}
@@ -217,8 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"detectron2_backbones.visualize: {message}", file=sys.stderr)
+        print(f"detectron2_backbones.visualize: {message_of(error)}", file=sys.stderr)
         return 1
     return 0
 

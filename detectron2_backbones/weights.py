@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
-import io
 import pickle
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import numpy as np
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
 from detectron2_backbones.backbone import GeNASBackbone
-from genas_plugins.checkpoints import CheckpointError, read_state, read_torch
+from genas_plugins._messages import one_line, shown
+from genas_plugins._pickles import claims_too_much, load_arrays
+from genas_plugins._reading import user_path
+from genas_plugins.checkpoints import CheckpointError, dense_tensors, read_state, read_torch, tensors_of, unwrapped
 from genas_plugins.files import write_text
+from genas_plugins.states import is_safetensors
 from timm_models.weights import fit_state
 
 __all__ = ["GenasCheckpointer", "find_backbone", "read_pickle"]
-
-_ARRAYS = ("numpy._core.multiarray", "numpy.core.multiarray")
 
 
 class GenasCheckpointer(DetectionCheckpointer):
@@ -30,7 +29,8 @@ class GenasCheckpointer(DetectionCheckpointer):
 
     Files: an official checkpoint (``.pth.tar``), a file of ``genas convert`` (``.safetensors``), a checkpoint of
     ``timm_models.train``, a file of ``detectron2_backbones.convert`` (``.pkl``), or a checkpoint of a whole detector,
-    which Detectron2 wrote. The backbone is found wherever the model has it. Each tensor of an ImageNet file must land
+    which Detectron2 wrote, also of one that was compiled, averaged or trained by several processes. The backbone is
+    found wherever the model has it. Each tensor of an ImageNet file must land
     in it, and each of the backbone must come from the file; classifier and auxiliary head are left out. Elsewhere
     Detectron2's rule holds: what does not fit is logged.
 
@@ -58,7 +58,8 @@ class GenasCheckpointer(DetectionCheckpointer):
         """Load a file; an empty ``path`` loads nothing.
 
         Args:
-            path: The file, or an address that Detectron2 can download.
+            path: The file, or an address that Detectron2 can download; ``?matching_heuristics=True`` behind it asks
+                Detectron2 to match names by their ends.
             checkpointables: Which others to resume; None: all.
 
         Returns:
@@ -67,7 +68,9 @@ class GenasCheckpointer(DetectionCheckpointer):
         Raises:
             FileNotFoundError: There is no such file.
             CheckpointError: It is damaged, could execute code, or does not fit the backbone.
+            ValueError: What stands behind ``?`` is something else.
         """
+        path = path and str(user_path(path))
         if path and "://" not in path and not Path(path.partition("?")[0]).is_file():
             raise FileNotFoundError(
                 f"There is no checkpoint file {path}. ImageNet weights are in the model zoo of "
@@ -85,6 +88,11 @@ class GenasCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint = _read(filename)
+        queries = parse_qs(self._parsed_url_during_load.query) if self._parsed_url_during_load is not None else {}
+        if queries.pop("matching_heuristics", ["False"]) == ["True"]:
+            checkpoint["matching_heuristics"] = True
+        if queries:
+            raise ValueError(f"Behind {filename}? only matching_heuristics=True is known, got {shown(queries)}.")
         backbone = find_backbone(self.model)
         if backbone is not None:
             checkpoint["model"] = self._fit(checkpoint["model"], backbone, filename)
@@ -93,8 +101,12 @@ class GenasCheckpointer(DetectionCheckpointer):
     def _fit(self, state: Mapping[str, Tensor], name: str, filename: str) -> dict[str, Tensor]:
         """The tensors by the names of the model, those of the backbone checked."""
         network = self.model.get_submodule(name)
+        # A model that is compiled itself has the names of torch.compile as well.
+        own_names = {plain: key for key in self.model.state_dict() for plain in unwrapped({key: None})}
+        name = next(iter(unwrapped({name: None})))
+        state = unwrapped(state)
         # In a whole detector's file the backbone has its place, and there are other tensors.
-        whole = any(key in state for key in self.model.state_dict() if not key.startswith(f"{name}."))
+        whole = any(key in state for key in own_names if not key.startswith(f"{name}."))
         own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
         others = {key: value for key, value in state.items() if not key.startswith(f"{name}.")} if whole else {}
         try:
@@ -104,7 +116,8 @@ class GenasCheckpointer(DetectionCheckpointer):
                 f"{filename}: {error} To load what fits: MODEL.GENAS.STRICT_WEIGHTS False (yacs), train.strict=False "
                 "(LazyConfig)."
             ) from None
-        return {**others, **{f"{name}.{key}": value for key, value in fitted.items()}}
+        named = {**others, **{f"{name}.{key}": value for key, value in fitted.items()}}
+        return {own_names.get(key, key): value for key, value in named.items()}
 
 
 def find_backbone(model: nn.Module) -> str | None:
@@ -119,50 +132,46 @@ def find_backbone(model: nn.Module) -> str | None:
     return ".".join(filter(None, (names[0], "network"))) if names else None
 
 
-def _read(path: str) -> dict[str, Any]:
-    if path.endswith(".pkl"):
+def _read(filename: str) -> dict[str, Any]:
+    path = Path(filename)
+    if path.suffix.lower() == ".pkl":
         return read_pickle(path)
-    if path.endswith(".safetensors"):
+    if is_safetensors(path):
         return {"model": read_state(path)}
-    content = read_torch(Path(path))
+    content = read_torch(path)
     if isinstance(content, dict) and isinstance(content.get("model"), Mapping):
-        return {**content, "model": dict(content["model"])}
-    return {"model": read_state(path)}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads plain containers, numbers, strings and NumPy arrays."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module in _ARRAYS and name in ("_reconstruct", "scalar"):
-            return getattr(importlib.import_module(_ARRAYS[np.__version__.startswith("1.")]), name)
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which could execute code")
+        return {**content, "model": dense_tensors(content["model"], path)}
+    return {"model": tensors_of(content, path)}
 
 
 def read_pickle(path: str | Path) -> dict[str, Any]:
-    """Read a file in Detectron2's own format: ``"model"``, arrays by name, and ``"__author__"``.
+    """Read a file in Detectron2's own format: ``"model"``, arrays by name, and ``"__author__"``; or in Caffe2's.
 
     Returns:
-        Its content, with tensors in place of the arrays.
+        Its content, with tensors in place of the arrays; of Caffe2, as Detectron2 returns it.
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: It is damaged or something else, or could execute code when loaded.
+        CheckpointError: It is damaged or something else, could execute code when loaded, or claims more than it has.
     """
-    data = Path(path).read_bytes()
+    data = user_path(path).read_bytes()
     try:
-        content = _Unpickler(io.BytesIO(data), encoding="latin1").load()
-        state = {str(name): torch.from_numpy(np.array(value)) for name, value in content["model"].items()}
+        content = load_arrays(data)
+        caffe2 = "model" not in content
+        # Detectors have their arrays under "blobs", ImageNet's networks at once.
+        arrays = content.get("blobs", content) if caffe2 else content["model"]
+        arrays = {str(name): np.asarray(value) for name, value in arrays.items() if not str(name).endswith("_momentum")}
     except pickle.UnpicklingError as error:
-        reason = str(error) if str(error).startswith("it refers to") else "it is damaged"
+        reason = one_line(error, 300) if str(error).startswith("it ") else "it is damaged"
         raise CheckpointError(f"{path} is not loaded because {reason}.") from None
     # What damaged and foreign pickles raise has no common base.
     except Exception as error:
         raise CheckpointError(
             f"{path} is damaged or holds no arrays under 'model', as detectron2_backbones.convert writes them."
         ) from error
+    if claims_too_much(sum(value.nbytes for value in arrays.values()), len(data)):
+        raise CheckpointError(f"{path} holds arrays that claim more than its {len(data):,} bytes.")
+    state = dense_tensors(arrays, path)
+    if caffe2:
+        return {"model": state, "__author__": "Caffe2", "matching_heuristics": True}
     return {**content, "model": state}

@@ -7,32 +7,43 @@ Files are data: nothing in them is executed, whatever they hold. Tensors have th
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import errno
 import json
-import pickle
 import re
-import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
+from genas_plugins._messages import listed, shown
+from genas_plugins._reading import ReadingError, parse_json, user_path
 from genas_plugins.files import atomic_path
 from genas_plugins.genotype import Genotype
 from genas_plugins.nasbench201 import NasBench201SuperNet
 from genas_plugins.network import CellNetwork
+from genas_plugins.states import (
+    CheckpointError,
+    damaged,
+    dense_tensors,
+    existing,
+    is_hollow,
+    is_safetensors,
+    read_safetensors,
+    read_state,
+    read_torch,
+    tensors_of,
+    unwrapped,
+)
 from genas_plugins.supernet import SuperNet
 from genas_plugins.zoo import ZOO
 
 __all__ = [
     "CheckpointError",
     "convert_network",
+    "dense_tensors",
     "describe_mismatch",
     "load_official_network",
     "load_official_supernet",
@@ -43,45 +54,16 @@ __all__ = [
     "read_torch",
     "save_network",
     "save_supernet",
+    "tensors_of",
+    "unwrapped",
 ]
 
 _SUPERNET, _NETWORK = "genas-supernet", "genas-network"
 _OWN_KEYS = ("format", "arguments", "genotype")
-_PROFILER_BUFFERS = ("total_ops", "total_params")
+_BESIDE = ("total_ops", "total_params", "n_averaged")
+"""What profilers and averaged models keep beside a network's own tensors."""
 _PREFIX = re.compile(r"(?:.*\.)?(?=cells\.0\.(?:preprocess0|edges)\.)")
-# What torch.load raises on damaged or foreign files: found by truncating files and by changing their bytes.
-_DAMAGE = (pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError, TypeError, LookupError)
-_DAMAGE += (ArithmeticError, AssertionError, AttributeError, MemoryError)
 _Model = TypeVar("_Model", SuperNet, NasBench201SuperNet, CellNetwork)
-
-
-class CheckpointError(ValueError):
-    """A file that is not a readable checkpoint, or one that does not fit the network it should fill."""
-
-
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Read the named tensors of a checkpoint, on the CPU.
-
-    Args:
-        path: A ``.safetensors`` file, or one that ``torch.save`` wrote: tensors by name, or a dictionary that
-            holds them as ``"state_dict"`` (the official runs, Lightning, timm) or, which then counts, as
-            ``"state_dict_ema"`` (timm's averaged weights, which it prefers too).
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        CheckpointError: The file is damaged, is not a checkpoint, or could execute code when loaded.
-    """
-    path = _existing(path)
-    content = _read_safetensors(path)[0] if path.suffix == ".safetensors" else read_torch(path)
-    state = content
-    if isinstance(content, Mapping):
-        state = content.get("state_dict_ema") or content.get("state_dict", content)
-    if not isinstance(state, Mapping) or not state:
-        raise CheckpointError(f"{path} holds no tensors by name: save model.state_dict().")
-    bad = [str(name) for name, value in state.items() if not isinstance(value, Tensor) or _is_hollow(value)]
-    if bad:
-        raise CheckpointError(f"{path} holds more than dense tensors ({_some(bad)}): save model.state_dict().")
-    return {str(name): value for name, value in state.items()}
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -94,14 +76,14 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: There is no such file.
         CheckpointError: The file is damaged.
     """
-    path = _existing(path)
-    metadata = _read_safetensors(path, tensors=False)[1] if path.suffix == ".safetensors" else {}
+    path = existing(path)
+    metadata = read_safetensors(path, tensors=False)[1] if is_safetensors(path) else {}
     if metadata.get("format") not in (_SUPERNET, _NETWORK):
         return {}
     try:
-        return {key: value if key == "format" else json.loads(value) for key, value in metadata.items()}
-    except json.JSONDecodeError as error:
-        raise _damaged(path) from error
+        return {key: value if key == "format" else parse_json(value) for key, value in metadata.items()}
+    except ReadingError as error:
+        raise damaged(path) from error
 
 
 def load_official_supernet(path: str | Path) -> SuperNet:
@@ -240,55 +222,11 @@ def _recognized(path: str | Path, auxiliary: bool) -> CellNetwork:
     raise CheckpointError(f"{path} fits none of the published genotypes ({', '.join(ZOO)}): say which it holds.")
 
 
-def _existing(path: str | Path) -> Path:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no checkpoint file {path}.")
-    return Path(path)
-
-
-def _damaged(path: Path) -> CheckpointError:
-    advice = "copy it again, or pass a file that torch.save or safetensors (suffix .safetensors) wrote"
-    return CheckpointError(f"{path} is damaged or is not a checkpoint: {advice}.")
-
-
-def _read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        return load_file(path, device="cpu") if tensors else {}, metadata
-    except SafetensorError as error:
-        raise _damaged(path) from error
-
-
-def read_torch(path: Path) -> Any:
-    """Read a file of ``torch.save`` as data.
-
-    Raises:
-        CheckpointError: It is damaged, or could execute code when loaded.
-    """
-    try:
-        # timm's training script keeps its arguments in a Namespace, which only holds them.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        # What a seek beyond the start of a file that was cut off gives.
-        if error.errno != errno.EINVAL:
-            raise
-        raise _damaged(path) from error
-    except _DAMAGE as error:
-        refused = re.search(r"GLOBAL (\w+(?:\.\w+)+)", str(error))
-        if refused is None:
-            raise _damaged(path) from error
-        reason = f"it refers to {refused[1]}, which could execute code"
-        # Not chained: torch's message goes on to advise weights_only=False, which would execute the file.
-        raise CheckpointError(f"{path} is not loaded because {reason}: save its state_dict alone.") from None
-
-
 def network_state(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
     """The tensors of the one network among ``state``, by their names in the official code.
 
-    A prefix that all names share (``module.``, or that of Lightning and NNI) is dropped, and so are the
-    profiler's ``total_ops`` and ``total_params``.
+    A prefix that all names share (``module.``, or that of Lightning and NNI) is dropped, and so are what wrappers
+    add (:func:`unwrapped`) and the profiler's ``total_ops`` and ``total_params``.
 
     Args:
         state: Tensors by name.
@@ -297,10 +235,10 @@ def network_state(state: Mapping[str, Tensor], source: str | Path) -> dict[str, 
     Raises:
         CheckpointError: There is no network of cells, or there are several.
     """
-    state = {name: value for name, value in state.items() if name.split(".")[-1] not in _PROFILER_BUFFERS}
+    state = {name: value for name, value in unwrapped(state).items() if name.split(".")[-1] not in _BESIDE}
     prefixes = sorted({found.group() for name in state if (found := _PREFIX.match(name))})
     if len(prefixes) != 1:
-        found = f"{len(prefixes)} networks, under {prefixes}" if prefixes else f"no cells ({_some(state)})"
+        found = f"{len(prefixes)} networks, under {shown(prefixes)}" if prefixes else f"no cells ({listed(state)})"
         raise CheckpointError(f"{source} holds {found}, expected one: save the network's state_dict alone.")
     prefix = prefixes[0]
     # Tensors outside of the prefix get names that fit nowhere: theirs may be those of the network without it.
@@ -319,7 +257,7 @@ def describe_mismatch(expected: Mapping[str, Tensor], state: Mapping[str, Tensor
             if _kind(state[name]) != _kind(expected[name])
         ],
     }
-    return "; ".join(f"{len(names)} {what} ({_some(names)})" for what, names in problems.items() if names)
+    return "; ".join(f"{len(names)} {what} ({listed(names)})" for what, names in problems.items() if names)
 
 
 def _arguments(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
@@ -386,16 +324,16 @@ def _filled(build: Callable[[], _Model], state: Mapping[str, Tensor], path: str 
 
 
 def _save(model: _Model, expected: tuple[type, ...], path: str | Path, kind: str, metadata: Mapping[str, Any]) -> Path:
-    path = Path(path)
+    path = user_path(path)
     if not isinstance(model, expected):
         names = " or ".join(kind.__name__ for kind in expected)
         raise TypeError(f"Expected a {names}, got {type(model).__name__}; unwrap it first.")
-    if path.suffix != ".safetensors":
+    if not is_safetensors(path):
         raise ValueError(f"Networks are saved as .safetensors, got the file name {path.name!r}.")
     if taken := [name for name in metadata if name in _OWN_KEYS]:
         raise ValueError(f"The format itself uses the metadata names {', '.join(taken)}; choose others.")
     state = model.state_dict()
-    if any(_is_hollow(value) for value in state.values()):
+    if any(is_hollow(value) for value in state.values()):
         raise ValueError("The network is on the meta device and has no values to save.")
     arguments = dict(model.arguments) if isinstance(model, NasBench201SuperNet) else _arguments(state, path)
     entries = {"arguments": arguments, **metadata}
@@ -409,10 +347,6 @@ def _save(model: _Model, expected: tuple[type, ...], path: str | Path, kind: str
     return path
 
 
-def _is_hollow(tensor: Tensor) -> bool:
-    return tensor.is_meta or tensor.layout is not torch.strided
-
-
 def _kind(tensor: Tensor) -> str:
     # Not the dtype: a checkpoint in half precision fits, an integer weight does not.
     return f"{tuple(tensor.shape)} {'float' if tensor.is_floating_point() else 'integer'}"
@@ -421,8 +355,3 @@ def _kind(tensor: Tensor) -> str:
 def _plain(tensor: Tensor) -> Tensor:
     # A copy with memory of its own: safetensors refuses views and channels-last, training refuses some views.
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-
-
-def _some(names: Iterable[str], limit: int = 4) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from genas_plugins._messages import message_of
+from genas_plugins._reading import expand_home
 from genas_plugins._version import __version__
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 with one line on standard error if something is wrong, 130 after Ctrl-C, 141 when nobody
         reads the output any more.
     """
-    options = _parser().parse_args(arguments)
+    options = expand_home(_parser().parse_args(arguments))
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         status = command(options)
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ImportError, OSError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         if options.debug:
             raise
-        print(f"genas: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"genas: {message_of(error)}", file=sys.stderr)
         return 1
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
+import math
 from functools import lru_cache
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from genas_plugins._messages import shown
 from genas_plugins.genotype import Genotype
-from genas_plugins.network import CellNetwork
+from genas_plugins.network import MAX_CHANNELS, CellNetwork
 from genas_plugins.scoring.batchnorm import evaluation_mode
 
 __all__ = ["count_macs", "count_parameters", "fit_channels"]
+
+_LARGEST_IMAGE = 2**16
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -46,8 +49,14 @@ def fit_channels(genotype: Genotype, macs: float = 600e6, image_size: int = 224,
         num_cells: Cells in the stack.
 
     Raises:
-        ValueError: Even the narrowest network needs more; the message says how much.
+        ValueError: Even the narrowest network needs more; the message says how much. Or ``macs`` is not a finite
+            number, or more than the widest network of :func:`~genas_plugins.network.cell_shapes` needs; or
+            ``image_size`` is not from 1 to 65,536.
     """
+    if not math.isfinite(macs):
+        raise ValueError(f"A budget of multiply-adds must be a finite number, got {macs}.")
+    if not 1 <= image_size <= _LARGEST_IMAGE:
+        raise ValueError(f"image_size must be from 1 to {_LARGEST_IMAGE:,} pixels, got {shown(image_size)}.")
     narrow, wide = (_count(genotype, channels, image_size, num_cells) for channels in (2, 4))
     if narrow > macs:
         raise ValueError(
@@ -55,10 +64,15 @@ def fit_channels(genotype: Genotype, macs: float = 600e6, image_size: int = 224,
             f"{narrow / 1e6:.1f} M at {image_size} pixels."
         )
     # Every layer has C channels, or a multiple, on one side or on both: a C^2 + b C, exactly.
-    a, b = Fraction(wide - 2 * narrow, 8), Fraction(4 * narrow - wide, 4)
-    channels = 2
-    while a * (channels + 2) ** 2 + b * (channels + 2) <= macs:
-        channels += 2
+    # With C = 2 k that is a k^2 + b k of other, whole a and b, whose larger root is rounded down in integers.
+    a, b = (wide - 2 * narrow) // 2, (4 * narrow - wide) // 2
+    channels = 2 * ((math.isqrt(b * b + 4 * a * math.floor(macs)) - b) // (2 * a))
+    if channels > MAX_CHANNELS:
+        most = a * (MAX_CHANNELS // 2) ** 2 + b * (MAX_CHANNELS // 2)
+        raise ValueError(
+            f"A budget of {macs / 1e6:g} M multiply-adds is beyond the widest network that is built: with "
+            f"{MAX_CHANNELS:,} channels it needs {most / 1e6:.4g} M at {image_size} pixels."
+        )
     return channels
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from genas_plugins._messages import shown
+from genas_plugins._reading import ReadingError, read_json
 from genas_plugins.files import write_text
 
 __all__ = [
@@ -128,7 +130,7 @@ class Genotype:
         if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
             raise ValueError(
-                f'Expected a genotype with "format": "{_FORMAT}", got {found!r}; '
+                f'Expected a genotype with "format": "{_FORMAT}", got {shown(found)}; '
                 "genas search writes such a file as genotype.json."
             )
         for key in ("normal", "reduce"):
@@ -140,7 +142,8 @@ class Genotype:
             raise ValueError(str(error)) from error
         if "code" in data and list(genotype.code) != data["code"]:
             raise ValueError(
-                f"The genotype's code {data['code']} does not describe its cells, whose code is {list(genotype.code)}."
+                f"The genotype's code {shown(data['code'])} does not describe its cells, whose code is "
+                f"{list(genotype.code)}."
             )
         return genotype
 
@@ -163,8 +166,8 @@ class Genotype:
             ValueError: The file is not JSON or not a genotype; the message names the file.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            data = read_json(path)
+        except ReadingError as error:
             raise ValueError(f"{path} is not a JSON file: {error}.") from error
         try:
             return cls.from_dict(data)
@@ -192,19 +195,19 @@ def _checked_cell(cell: Any, name: str) -> CellGene:
     if len(pairs) != 2 * len(NODES) or any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
         raise TypeError(
             f"The {name} cell must be {2 * len(NODES)} pairs (operation, input), two for each of the nodes "
-            f"{NODES}; got {cell!r}."
+            f"{NODES}; got {shown(cell)}."
         )
     for position, node in enumerate(NODES):
         inputs = pairs[2 * position : 2 * position + 2]
         for operation, source in inputs:
             if operation not in OPERATIONS[1:]:
                 raise ValueError(
-                    f"Unknown operation {operation!r} in the {name} cell; "
+                    f"Unknown operation {shown(operation)} in the {name} cell; "
                     f"valid operations: {', '.join(OPERATIONS[1:])}."
                 )
             if _integer(source) not in range(node):
                 raise ValueError(
-                    f"Node {node} of the {name} cell cannot take input {source!r}; valid inputs: 0 to {node - 1}."
+                    f"Node {node} of the {name} cell cannot take input {shown(source)}; valid inputs: 0 to {node - 1}."
                 )
         if inputs[0][1] == inputs[1][1]:
             raise ValueError(
@@ -221,7 +224,9 @@ def _checked_code(code: Iterable[int]) -> tuple[int, ...]:
         )
     for number in numbers:
         if _integer(number) not in range(len(OPERATIONS)):
-            raise ValueError(f"An operation number must be an integer from 0 to {len(OPERATIONS) - 1}, got {number!r}.")
+            raise ValueError(
+                f"An operation number must be an integer from 0 to {len(OPERATIONS) - 1}, got {shown(number)}."
+            )
     return tuple(int(number) for number in numbers)
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from genas_plugins._messages import shown
+from genas_plugins.network import MAX_CELLS, MAX_CHANNELS, MAX_CLASSES
 from genas_plugins.spaces.nasbench201 import EDGES, NODES, OPERATIONS, NasBench201Architecture
 from genas_plugins.supernet import share_parameters
 
@@ -22,6 +24,7 @@ __all__ = [
     "NasBench201SubNet",
     "NasBench201SuperNet",
     "SuperCell",
+    "check_sizes",
     "nasbench201_costs",
     "reaching_edges",
 ]
@@ -196,6 +199,24 @@ class SuperCell(nn.Module):
         return _run_reaching(x, layers, reaching_edges(architecture)) if self.training else _run_cell(x, layers)
 
 
+def check_sizes(init_channels: int, cells_per_stage: int, num_classes: int = 1) -> None:
+    """Refuse sizes of which no network of the space can be.
+
+    Raises:
+        ValueError: One is below 1, or beyond the limits of :mod:`genas_plugins.network`.
+    """
+    limits = {
+        "init_channels": (init_channels, MAX_CHANNELS),
+        "cells_per_stage": (cells_per_stage, MAX_CELLS),
+        "num_classes": (num_classes, MAX_CLASSES),
+    }
+    for name, (size, most) in limits.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}.")
+        if size > most:
+            raise ValueError(f"{name} must be at most {most:,}, got {shown(size)}.")
+
+
 class _Stack(nn.Module):
     """What the networks share: stem, residual blocks, head; ``cells`` holds the blocks where the stages meet."""
 
@@ -203,10 +224,7 @@ class _Stack(nn.Module):
         self, init_channels: int, cells_per_stage: int, num_classes: int, build_cell: Callable[[int], nn.Module]
     ) -> None:
         super().__init__()
-        sizes = {"init_channels": init_channels, "cells_per_stage": cells_per_stage, "num_classes": num_classes}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}.")
+        check_sizes(init_channels, cells_per_stage, num_classes)
         self.init_channels = init_channels
         self.cells_per_stage = cells_per_stage
         self.num_classes = num_classes

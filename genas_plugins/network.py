@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genas_plugins._messages import shown
 from genas_plugins.genotype import NODES, CellGene, Genotype, cell_edges
 from genas_plugins.operations import FactorizedReduce, Identity, Layers, ReLUConvBN, build_operation, drop_path
 
@@ -30,6 +31,8 @@ __all__ = [
 
 Stem = Literal["imagenet", "cifar"]
 STEMS: tuple[Stem, ...] = ("imagenet", "cifar")
+MAX_CELLS, MAX_CHANNELS, MAX_CLASSES = 256, 2**16, 2**24
+"""Far beyond any network that can be trained; a number from a file or an option must not build for hours."""
 _STEM_STRIDES: dict[Stem, int] = {"imagenet": 8, "cifar": 1}
 _DEFAULT = Layers()
 CELL_OUTPUTS = len(NODES)
@@ -84,8 +87,8 @@ def cell_shapes(
             reduction cell, or both, keep the resolution.
 
     Raises:
-        ValueError: ``init_channels`` is not a positive even number, ``num_cells`` is below 2, ``stem`` is
-            neither ``"imagenet"`` nor ``"cifar"``, or no such stack has the ``output_stride``.
+        ValueError: ``init_channels`` is not a positive even number up to 65,536, ``num_cells`` is not from 2 to 256,
+            ``stem`` is neither ``"imagenet"`` nor ``"cifar"``, or no such stack has the ``output_stride``.
     """
     if stem not in STEMS:
         raise ValueError(f"Unknown stem {stem!r}; valid stems: {', '.join(STEMS)}.")
@@ -93,6 +96,11 @@ def cell_shapes(
         raise ValueError(f"init_channels must be a positive even number, got {init_channels}.")
     if num_cells < 2:
         raise ValueError(f"num_cells must be at least 2 (two reduction cells), got {num_cells}.")
+    if init_channels > MAX_CHANNELS or num_cells > MAX_CELLS:
+        raise ValueError(
+            f"A stack has at most {MAX_CHANNELS:,} init_channels and {MAX_CELLS} cells, got {shown(init_channels)} and "
+            f"{shown(num_cells)}."
+        )
     stride = _STEM_STRIDES[stem]
     strides = (stride, 2 * stride, 4 * stride)
     output_stride = strides[-1] if output_stride is None else output_stride
@@ -225,6 +233,8 @@ class CellStack(nn.Module):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}.")
+        if num_classes > MAX_CLASSES:
+            raise ValueError(f"num_classes must be at most {MAX_CLASSES:,}, got {shown(num_classes)}.")
         self.num_classes = num_classes
         self.shapes = shapes
         self.stem_kind = stem

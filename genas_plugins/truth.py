@@ -7,13 +7,21 @@ validation images that the authors call the test set.
 
 from __future__ import annotations
 
+import bz2
 import csv
+import io
 import os
+import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from genas_plugins._messages import listed, one_line, shown
 from genas_plugins._optional import require
+from genas_plugins._pickles import load_known
+from genas_plugins._reading import ReadingError, read_text, user_path
 from genas_plugins.spaces.nasbench201 import EDGES, OPERATIONS, NasBench201Architecture
 
 __all__ = ["DATASETS", "lookup", "read_truth"]
@@ -26,6 +34,15 @@ _NATS_DATASETS = dict(zip(DATASETS, ("cifar10", "cifar100", "ImageNet16-120"), s
 # NNI writes conv_3x3 where the benchmark writes nor_conv_3x3.
 _NNI_OPERATIONS = {operation.removeprefix("nor_"): operation for operation in OPERATIONS}
 
+_CSV_LIMIT = 2**29
+"""Bytes of a CSV: the benchmark's table of one accuracy has two million, one of every epoch a hundred million."""
+
+_LEAST_UNPACKED, _MOST_PACKED = 2**26, 100
+"""An archive may unpack to so many bytes, or to so many times its size."""
+
+# What damaged and foreign archives raise, beside what NATS-Bench says itself.
+_DAMAGE = (pickle.UnpicklingError, AttributeError, EOFError, IndexError, TypeError)
+
 # Where a row came from, the architecture, its accuracy as it was read.
 _Row = tuple[str, str, Any]
 
@@ -36,8 +53,8 @@ def read_truth(source: str | os.PathLike[str], dataset: str = "cifar10") -> dict
     Args:
         source: ``"nni"`` for NNI's database (downloaded before with ``nni.nas.benchmark.download_benchmark``), the
             path of a NATS-Bench archive (its folder, or its ``.pickle.pbz2`` file), or that of a CSV file with a
-            header, a column ``arch`` and one for the data set. NATS-Bench reads its archive with pickle, which can
-            run any code: give it the authors' archive only.
+            header, a column ``arch`` and one for the data set. NATS-Bench keeps its archive as pickles; what they name
+            besides containers and NumPy arrays is left out, and nothing is run.
         dataset: One of :data:`DATASETS`.
 
     Returns:
@@ -51,10 +68,10 @@ def read_truth(source: str | os.PathLike[str], dataset: str = "cifar10") -> dict
     """
     if dataset not in DATASETS:
         raise ValueError(f"Unknown data set {dataset!r} of NAS-Bench-201; expected one of {', '.join(DATASETS)}.")
-    path = Path(source)
+    path = user_path(source)
     if source == "nni":
         return _collect(_nni_rows(_NNI_DATASETS[dataset]), "NNI's database")
-    if path.is_dir() or path.suffix == ".pbz2":
+    if path.is_dir() or path.suffix.lower() == ".pbz2":
         return _collect(_nats_rows(path, _NATS_DATASETS[dataset]), str(path))
     return _collect(_csv_rows(path, dataset), str(path))
 
@@ -70,7 +87,7 @@ def lookup(truth: Mapping[str, float], architectures: Iterable[str]) -> list[flo
     if missing:
         raise ValueError(
             f"The ground truth has no accuracy for {len(missing)} of {len(wanted)} architectures: "
-            f"{', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}."
+            f"{listed(missing[:3])}{' and more' if len(missing) > 3 else ''}."
         )
     return [truth[architecture] for architecture in wanted]
 
@@ -82,7 +99,7 @@ def _collect(rows: Iterable[_Row], source: str) -> dict[str, float]:
             architecture = str(NasBench201Architecture.from_string(text))
             accuracy = float(given)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{place}: {error}") from error
+            raise ValueError(f"{place}: {one_line(error, 300)}") from error
         # NaN is not in the range either.
         if not 0 <= accuracy <= 100:
             raise ValueError(f"{place}: the accuracy of {architecture} is {accuracy}; expected percent, from 0 to 100.")
@@ -97,30 +114,30 @@ def _collect(rows: Iterable[_Row], source: str) -> dict[str, float]:
 
 
 def _csv_rows(path: Path, dataset: str) -> Iterator[_Row]:
-    # utf-8-sig: spreadsheets put a byte order mark in front.
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            header = next(reader, [])
-            columns = [_column(header, name, path) for name in ("arch", dataset)]
-            for row in reader:
-                if not row:
-                    continue
-                place = f"{path}, line {reader.line_num}"
-                if len(row) != len(header):
-                    raise ValueError(f"{place}: {len(row)} values, but the header names {len(header)} columns.")
-                architecture, accuracy = (row[column] for column in columns)
-                yield place, architecture, accuracy
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not a CSV file in UTF-8: {error}.") from error
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: not CSV: {error}.") from error
+    try:
+        text = read_text(path, limit=_CSV_LIMIT)
+    except ReadingError as error:
+        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}.") from error
+    reader = csv.reader(io.StringIO(text), strict=True)
+    try:
+        header = next(reader, [])
+        columns = [_column(header, name, path) for name in ("arch", dataset)]
+        for row in reader:
+            if not row:
+                continue
+            place = f"{path}, line {reader.line_num}"
+            if len(row) != len(header):
+                raise ValueError(f"{place}: {len(row)} values, but the header names {len(header)} columns.")
+            architecture, accuracy = (row[column] for column in columns)
+            yield place, architecture, accuracy
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not CSV: {error}.") from error
 
 
 def _column(header: Sequence[str], name: str, path: Path) -> int:
     if header.count(name) != 1:
         raise ValueError(
-            f"{path} needs one column {name!r} in its first line; it has {', '.join(map(repr, header)) or 'nothing'}."
+            f"{path} needs one column {name!r} in its first line; it has {listed(map(repr, header), 20) or 'nothing'}."
         )
     return header.index(name)
 
@@ -150,14 +167,36 @@ def _nni_rows(dataset: str) -> Iterator[_Row]:
 
 def _nats_rows(path: Path, dataset: str) -> Iterator[_Row]:
     nats_bench = require("nats_bench", extra="nasbench201", purpose="a NATS-Bench archive")
-    # A folder holds one file for each architecture, read when it is asked for.
-    api = nats_bench.create(str(path), "tss", fast_mode=path.is_dir(), verbose=False)
-    for index in range(len(api)):
-        place = f"{path}, architecture {index}"
+    with _pickles_as_data(require("nats_bench.api_utils", extra="nasbench201", purpose="a NATS-Bench archive")):
+        # A folder holds one file for each architecture, read when it is asked for.
         try:
-            found = api.get_more_info(index, dataset, iepoch=None, hp=str(_EPOCHS), is_random=False)
-            accuracy = found["test-accuracy"]
-        # How the API says that a file, a training length, a data set or a test set is not there.
-        except (AssertionError, KeyError, ValueError) as error:
-            raise ValueError(f"{place}: no test accuracy on {dataset} after {_EPOCHS} epochs ({error!r}).") from error
-        yield place, api.arch(index), accuracy
+            api = nats_bench.create(str(path), "tss", fast_mode=path.is_dir(), verbose=False)
+        except _DAMAGE as error:
+            raise ValueError(f"{path} is no archive of NATS-Bench, or is damaged: {one_line(error, 300)}.") from error
+        for index in range(len(api)):
+            place = f"{path}, architecture {index}"
+            try:
+                found = api.get_more_info(index, dataset, iepoch=None, hp=str(_EPOCHS), is_random=False)
+                accuracy = found["test-accuracy"]
+            # How the API says that a file, a training length, a data set or a test set is not there.
+            except (AssertionError, KeyError, ValueError, *_DAMAGE) as error:
+                reason = shown(error)
+                raise ValueError(
+                    f"{place}: no test accuracy on {dataset} after {_EPOCHS} epochs ({reason})."
+                ) from error
+            yield place, api.arch(index), accuracy
+
+
+@contextmanager
+def _pickles_as_data(api_utils: ModuleType) -> Iterator[None]:
+    """Let NATS-Bench read its pickles without running what they name."""
+    own = api_utils.pickle
+    api_utils.pickle = SimpleNamespace(load=_load_archive)
+    try:
+        yield
+    finally:
+        api_utils.pickle = own
+
+
+def _load_archive(file: bz2.BZ2File) -> Any:
+    return load_known(file, max(_LEAST_UNPACKED, _MOST_PACKED * os.fstat(file.fileno()).st_size))

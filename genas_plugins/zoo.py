@@ -15,6 +15,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 
+from genas_plugins._messages import shown
+from genas_plugins._reading import user_path
 from genas_plugins.genotype import Genotype
 from genas_plugins.network import CellNetwork
 
@@ -77,12 +79,12 @@ def find_genotype(text: str | os.PathLike[str]) -> Genotype:
     numbers = re.findall(r"[^\s,]+", text.strip().strip("[]()"))
     if numbers and all(re.fullmatch(r"-?\d+", number) for number in numbers):
         return Genotype.from_code(int(number) for number in numbers)
-    if os.path.isfile(text):
+    if os.path.isfile(user_path(text)):
         return Genotype.load(text)
-    close = get_close_matches(text.lower().replace("-", "_"), ZOO, n=1)
+    close = get_close_matches(text[:100].lower().replace("-", "_"), ZOO, n=1)
     suggestion = f"; did you mean {close[0]}?" if close else "."
     raise ValueError(
-        f"{text!r} is neither a published genotype, nor a genotype's JSON file, nor 28 operation numbers"
+        f"{shown(text)} is neither a published genotype, nor a genotype's JSON file, nor 28 operation numbers"
         f"{suggestion} Published genotypes: {', '.join(ZOO)}."
     )
 

@@ -12,8 +12,8 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from genas_plugins.checkpoints import read_state
 from genas_plugins.zoo import ZOO
+from mmseg_backbones.weights import is_pretrained, read_pretrained
 from timm_models import GenasNet
 
 __all__ = ["GeNASBackbone"]
@@ -38,7 +38,8 @@ class GeNASBackbone(BaseModule):
         drop_path_rate: Probability to drop an operation for an image in training.
         with_cp: Recompute activations: less memory, more time.
         init_cfg: ``dict(type="Pretrained", checkpoint=FILE)`` for an official ImageNet checkpoint, a file of
-            ``genas convert`` or a checkpoint of timm's training; or any other of mmengine's.
+            ``genas convert`` or a checkpoint of timm's training, also by an address; with ``prefix="backbone."`` for
+            the backbone of a whole segmentor. Or any other of mmengine's.
 
     Raises:
         ValueError: An unknown ``arch``, an ``output_stride``, ``out_indices`` or ``frozen_stages`` that cannot be.
@@ -114,14 +115,14 @@ class GeNASBackbone(BaseModule):
             ValueError: It cannot be read.
             RuntimeError: It does not fit.
         """
-        configs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
-        pretrained = [config for config in configs if config and config["type"] == "Pretrained"]
+        configs = self.init_cfg if isinstance(self.init_cfg, list | tuple) else [self.init_cfg]
+        pretrained = [config for config in configs if config and is_pretrained(config)]
         if not pretrained:
             super().init_weights()
             return
-        checkpoint = pretrained[-1]["checkpoint"]
-        self.network.load_state_dict(read_state(checkpoint))
-        print_log(f"The backbone's weights are from {checkpoint}.", logger="current")
+        for config in pretrained:
+            self.network.load_state_dict(read_pretrained(config))
+            print_log(f"The backbone's weights are from {config['checkpoint']}.", logger="current")
         self._is_init = True
 
     def train(self, mode: bool = True) -> GeNASBackbone:

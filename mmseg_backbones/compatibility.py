@@ -16,9 +16,12 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
+
+from genas_plugins._pickles import numpy_globals
+from mmseg_backbones.weights import load_from_local
 
 __all__ = ["allow_checkpoints", "stand_in_for_mmcv_ops"]
 
@@ -56,19 +59,15 @@ def stand_in_for_mmcv_ops() -> bool:
 
 
 def allow_checkpoints() -> None:
-    """Let ``torch.load`` read mmengine's checkpoints as data.
+    """Let mmengine and ``torch.load`` read mmengine's checkpoints as data.
 
     They hold the history of what was logged, as mmengine's ``HistoryBuffer`` of NumPy arrays. PyTorch refuses
     such classes unless they are named; these only hold numbers. A ``HistoryBuffer`` refers to its own methods by
     ``getattr``, in whose place stands a function that gives these and nothing else.
     """
-    multiarray = importlib.import_module(
-        "numpy.core.multiarray" if np.__version__.startswith("1.") else "numpy._core.multiarray"
-    )
-    allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar]
-    allowed += [(_statistic, "builtins.getattr")]
-    allowed += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
-    torch.serialization.add_safe_globals(allowed)
+    torch.serialization.add_safe_globals([HistoryBuffer, (_statistic, "builtins.getattr"), *numpy_globals()])
+    # mmengine's own way to say how files are read.
+    CheckpointLoader.register_scheme(prefixes="", loader=load_from_local, force=True)
 
 
 def _statistic(owner: Any, name: str) -> Any:

@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from genas_plugins._messages import message_of
 from genas_plugins._optional import require
+from genas_plugins._reading import expand_home
 
 __all__ = ["CLASSES", "PALETTE", "draw_scene", "main", "write_scenes"]
 
@@ -106,11 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--val", type=int, default=40, metavar="N", help="validation scenes (%(default)s)")
     parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="height and width (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (%(default)s)")
-    options = parser.parse_args(arguments)
+    options = expand_home(parser.parse_args(arguments))
     try:
         print(write_scenes(options.folder, options.train, options.val, options.size, options.seed))
     except (ImportError, OSError, ValueError) as error:
-        print(f"mmseg_backbones.synthetic: {error}", file=sys.stderr)
+        print(f"mmseg_backbones.synthetic: {message_of(error)}", file=sys.stderr)
         return 1
     return 0
 

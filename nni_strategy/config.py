@@ -13,7 +13,10 @@ from typing import Any, Literal, Union
 
 import yaml
 
+from genas_plugins._messages import listed, one_line, shown
+from genas_plugins._reading import ReadingError, parse_yaml, read_yaml, user_path
 from genas_plugins.files import packaged_configs
+from genas_plugins.nasbench201 import check_sizes
 from genas_plugins.network import cell_shapes
 from genas_plugins.scoring import CombinedScore
 from genas_plugins.search import Evolution, InFlight
@@ -45,11 +48,8 @@ class Space:
     def check(self) -> None:
         if self.name == "darts":
             cell_shapes(self.init_channels, self.num_cells, self.stem)
-        elif self.init_channels < 1 or self.cells_per_stage < 1:
-            raise ValueError(
-                f"init_channels and cells_per_stage must be at least 1, got {self.init_channels} and "
-                f"{self.cells_per_stage}."
-            )
+        else:
+            check_sizes(self.init_channels, self.cells_per_stage)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,14 +185,14 @@ def find_config(name_or_path: str | Path) -> Path:
     Raises:
         ConfigError: There is neither.
     """
-    path = Path(name_or_path)
+    path = user_path(name_or_path)
     if path.is_file():
         return path
     known = config_names()
     if str(name_or_path) in known:
         return known[str(name_or_path)]
     raise ConfigError(
-        f"There is no experiment file {str(name_or_path)!r}{_suggestion(str(name_or_path), known)}; "
+        f"There is no experiment file {shown(str(name_or_path))}{_suggestion(str(name_or_path), known)}; "
         f"those that come with the package: {', '.join(known)}."
     )
 
@@ -205,9 +205,9 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """
     path = find_config(name_or_path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not a YAML file: {' '.join(str(error).split())}.") from error
+        data = read_yaml(path) or {}
+    except ReadingError as error:
+        raise ConfigError(f"{path} is not a YAML file: {error}.") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold keys and values, got {type(data).__name__}.")
     for override in overrides:
@@ -240,16 +240,16 @@ def plain(experiment: Experiment) -> dict[str, Any]:
 def _apply(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set takes section.key=value, for instance search.generations=5; got {override!r}.")
+        raise ConfigError(f"--set takes section.key=value, for instance search.generations=5; got {shown(override)}.")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}.") from error
+        value = parse_yaml(text)
+    except ReadingError as error:
+        raise ConfigError(f"--set {shown(override)}: the value is not YAML: {error}.") from error
     *sections, last = key.split(".")
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
-            raise ConfigError(f"--set {override!r}: {section} is not a section.")
+            raise ConfigError(f"--set {shown(override)}: {one_line(section, 100)} is not a section.")
     data[last] = value
 
 
@@ -262,13 +262,13 @@ def build(kind: type, data: Any, where: str = "") -> Any:
     fields = {item.name: item for item in dataclasses.fields(kind)}
     section = where.rstrip(".") or "the experiment"
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{section} must hold keys and values, got {data!r}.")
+        raise ConfigError(f"{section} must hold keys and values, got {shown(data)}.")
     types_of = typing.get_type_hints(kind)
     values = {}
     for key, value in data.items():
         if key not in fields:
             raise ConfigError(
-                f"unknown key {where}{key}{_suggestion(str(key), fields)}; "
+                f"unknown key {where}{listed([key])}{_suggestion(str(key), fields)}; "
                 f"valid keys of {section}: {', '.join(fields)}."
             )
         wanted = types_of[key]
@@ -300,7 +300,7 @@ def _convert(wanted: Any, value: Any, name: str) -> Any:
             return float(value)
         if isinstance(option, type) and isinstance(value, option) and (number or option not in (int, float)):
             return value
-    raise ConfigError(f"{name} must be {' or '.join(map(_describe, options))}, got {value!r}.")
+    raise ConfigError(f"{name} must be {' or '.join(map(_describe, options))}, got {shown(value)}.")
 
 
 def _is_number(text: str) -> bool:
@@ -321,7 +321,7 @@ def _describe(option: Any) -> str:
 
 
 def _suggestion(name: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
+    close = difflib.get_close_matches(name[:100], list(known), 1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 

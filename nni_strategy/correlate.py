@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 
+from genas_plugins._messages import listed, shown
+from genas_plugins._reading import ReadingError, read_text, read_yaml, user_path
 from genas_plugins.correlation import Setting, columns, measure_raw
 from genas_plugins.files import packaged_configs, write_text
 from genas_plugins.nasbench201 import NasBench201Network
@@ -51,7 +52,7 @@ def load_settings(*names_or_paths: str | Path) -> tuple[list[Setting], list[Rank
     for name in names_or_paths:
         for item in _read(name):
             if items.setdefault(item.name, item) != item:
-                raise config.ConfigError(f"{name} says {item.name!r} otherwise than the files before it.")
+                raise config.ConfigError(f"{name} says {shown(item.name)} otherwise than the files before it.")
     if taken := sorted(_RESERVED.intersection(items)):
         raise config.ConfigError(f"The table itself has columns of the name {', '.join(taken)}.")
     settings = [item for item in items.values() if isinstance(item, Setting)]
@@ -62,19 +63,21 @@ def load_settings(*names_or_paths: str | Path) -> tuple[list[Setting], list[Rank
 
 def _read(name_or_path: str | Path) -> list[Setting | RankSum]:
     known = packaged_configs("correlate")
-    path = Path(name_or_path) if Path(name_or_path).is_file() else known.get(str(name_or_path))
+    path = user_path(name_or_path) if user_path(name_or_path).is_file() else known.get(str(name_or_path))
     if path is None:
-        raise config.ConfigError(f"There are no settings {str(name_or_path)!r}; the package has: {', '.join(known)}.")
+        raise config.ConfigError(
+            f"There are no settings {shown(str(name_or_path))}; the package has: {', '.join(known)}."
+        )
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise config.ConfigError(f"{path} is not a YAML file: {' '.join(str(error).split())}.") from error
+        data = read_yaml(path)
+    except ReadingError as error:
+        raise config.ConfigError(f"{path} is not a YAML file: {error}.") from error
     if not isinstance(data, list) or not data:
         raise config.ConfigError(f"{path.name} must hold a list of settings, got {type(data).__name__}.")
     items = [_setting(item, f"{path.name}, number {number}") for number, item in enumerate(data, 1)]
     names = [item.name for item in items]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise config.ConfigError(f"{path.name} has several settings of the name {', '.join(sorted(twice))}.")
+        raise config.ConfigError(f"{path.name} has several settings of the name {listed(sorted(twice))}.")
     return items
 
 
@@ -87,12 +90,14 @@ def check_sums(sums: Sequence[RankSum], settings: Sequence[Setting], training_fr
     there = [*references([]), *columns(settings, []), *((*TRAINING_FREE, *ON_SUPERNET) if training_free else ())]
     for one in sums:
         if missing := [name for name in one.of if name not in there]:
-            raise config.ConfigError(f"{one.name}: there is no column {missing[0]!r}; there are: {', '.join(there)}.")
+            raise config.ConfigError(
+                f"{one.name}: there is no column {shown(missing[0])}; there are: {', '.join(there)}."
+            )
 
 
 def _setting(data: Any, where: str) -> Setting | RankSum:
     if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
-        raise config.ConfigError(f"{where}: a setting holds keys and values, among them a name; got {data!r}.")
+        raise config.ConfigError(f"{where}: a setting holds keys and values, among them a name; got {shown(data)}.")
     for kind in ("rank_sum", "log_rank_sum"):
         if kind not in data:
             continue
@@ -104,7 +109,7 @@ def _setting(data: Any, where: str) -> Setting | RankSum:
     rest = {key: value for key, value in data.items() if key not in ("name", "images", "recalibration_images")}
     try:
         if any(type(count) is not int for count in own.values()):
-            raise ValueError(f"images and recalibration_images must be integers, got {own}.")
+            raise ValueError(f"images and recalibration_images must be integers, got {shown(own)}.")
         return Setting(name=data["name"], score=config.build(CombinedScore, rest), **own)
     except ValueError as error:
         raise config.ConfigError(f"{where}: {error}") from error
@@ -184,7 +189,7 @@ def measure_all(
             raise config.ConfigError(
                 f"{folder} already holds measurements: go on with --resume, or name another folder."
             )
-        if (folder / SETTINGS_FILE).read_text(encoding="utf-8") != told:
+        if read_text(folder / SETTINGS_FILE) != told:
             raise config.ConfigError(f"{folder} holds measurements of other settings or architectures: name another.")
     else:
         write_text(folder / SETTINGS_FILE, told)

@@ -12,7 +12,15 @@ import torch
 from nni.nas.nn.pytorch import ModelSpace
 from torch import Tensor
 
-from genas_plugins.checkpoints import CheckpointError, load_supernet, read_metadata, read_state, save_supernet
+from genas_plugins._messages import listed
+from genas_plugins.checkpoints import (
+    CheckpointError,
+    load_supernet,
+    read_metadata,
+    read_state,
+    save_supernet,
+    unwrapped,
+)
 from genas_plugins.datasets import ImageTensors, SearchData, load_search_data
 from genas_plugins.nasbench201 import NasBench201SuperNet
 from genas_plugins.scoring import Accuracy, CombinedScore, Measurement, accuracy, recalibrate_batchnorm
@@ -281,12 +289,16 @@ def load_space_weights(space: ModelSpace, path: str | Path) -> None:
     state = read_state(path)
     wanted = space.state_dict()
     first = next(iter(wanted))
-    prefix = next((name.removesuffix(first) for name in state if name.endswith(first)), "")
-    named = {name.removeprefix(prefix): value for name, value in state.items()}
+    # As it is, for a space that has such names itself; and without what wrappers add.
+    for tensors in (state, unwrapped(state)):
+        prefix = next((name.removesuffix(first) for name in tensors if name.endswith(first)), "")
+        named = {name.removeprefix(prefix): value for name, value in tensors.items()}
+        if named.keys() == wanted.keys():
+            break
     missing, left_over = sorted(wanted.keys() - named.keys()), sorted(named.keys() - wanted.keys())
     if missing or left_over:
         raise CheckpointError(
             f"{path} does not fit {type(space).__name__}: {len(missing)} tensors are missing "
-            f"({', '.join(missing[:3])}), {len(left_over)} left over ({', '.join(left_over[:3])})."
+            f"({listed(missing, 3)}), {len(left_over)} left over ({listed(left_over, 3)})."
         )
     space.load_state_dict(named)

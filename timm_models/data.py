@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
-from timm.data.readers.class_map import load_class_map
 from timm.utils import natural_key
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
+from genas_plugins._messages import listed, message_of
+from genas_plugins._pickles import load_arrays
+from genas_plugins._reading import read_text
 from genas_plugins.datasets._images import bounded_aspect, check_headers, converted, open_image
 from genas_plugins.datasets._listing import class_folders, list_images
 from timm_models.settings import Settings
@@ -35,7 +37,6 @@ __all__ = [
     "image_config",
     "image_mode",
     "load_datasets",
-    "message_of",
     "training_loader",
 ]
 
@@ -43,6 +44,8 @@ _FOLDERS = ("", "folder", "image_folder")
 _TRAINING, _VALIDATION = ("train", "training"), ("val", "valid", "validation", "eval", "evaluation")
 _MODES = {1: "L", 3: "RGB"}
 _SOURCES = ("torch", "hfds")
+_LONGEST_MAP = 2**26
+"""Bytes of a class map: a million names."""
 
 
 class Lighting:
@@ -142,10 +145,10 @@ def load_datasets(settings: Settings, primary: bool = True) -> tuple[Dataset, Da
         only = sorted(set(first) ^ set(second))
         raise ValueError(
             f"The classes of {settings.train_split} ({len(first)}) and {settings.val_split} ({len(second)}) differ "
-            f"({', '.join(only[:5])}{', ...' if len(only) > 5 else ''}), so their numbers would too."
+            f"({listed(only)}), so their numbers would too."
         )
     if len(first) == 1:
-        raise ValueError(f"{settings.dataset} has a single class ({', '.join(first)}): every loss would be 0.")
+        raise ValueError(f"{settings.dataset} has a single class ({listed(first)}): every loss would be 0.")
     return sets[0], sets[1]
 
 
@@ -157,7 +160,7 @@ def _open_folder(settings: Settings, split: str, primary: bool) -> ImageFiles:
     if root.resolve() == base.resolve():
         raise ValueError(
             f"{settings.data_dir} has no folder {split!r}; it has: "
-            f"{', '.join(sorted(entry.name for entry in base.iterdir())[:10]) or 'nothing'}."
+            f"{listed(sorted(entry.name for entry in base.iterdir()), 10) or 'nothing'}."
         )
     folders = class_folders(root)
     if not folders:
@@ -185,14 +188,18 @@ def _read_class_map(settings: Settings) -> dict[str, int]:
     )
     try:
         if path.suffix.lower() == ".txt":
-            names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+            names = [line.strip() for line in read_text(path, limit=_LONGEST_MAP).splitlines()]
             classes = {name: number for number, name in enumerate(names) if name}
             if len(classes) < sum(map(bool, names)):
                 raise ValueError("a name is there twice")
+        elif path.suffix.lower() == ".pkl":
+            with path.open("rb") as file:
+                classes = dict(load_arrays(file.read(_LONGEST_MAP)))
         else:
-            classes = load_class_map(str(path))
-    except (AssertionError, ValueError, EOFError, LookupError, AttributeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"The class map {path} cannot be read: {error or type(error).__name__}.") from error
+            raise ValueError("expected a file .txt, a name a line, or .pkl")
+    # What a damaged pickle raises depends on where the damage is.
+    except (pickle.UnpicklingError, ValueError, TypeError, EOFError, LookupError, AttributeError, MemoryError) as error:
+        raise ValueError(f"The class map {path} cannot be read: {message_of(error)}.") from error
     numbers = list(classes.values())
     if not all(type(number) is int and 0 <= number < len(numbers) for number in numbers):
         raise ValueError(f"The class map {path} must number its {len(numbers)} classes from 0 to {len(numbers) - 1}.")
@@ -257,19 +264,6 @@ def image_config(
 def image_mode(config: Mapping[str, Any]) -> str:
     """Pillow's mode of the images of a configuration."""
     return _MODES[config["input_size"][0]]
-
-
-def message_of(error: Exception) -> str:
-    """An error in one line, also that of a process that reads images, whose traceback comes along."""
-    message = str(error).strip() or type(error).__name__
-    if message.startswith("Caught ") and " in DataLoader worker process " in message:
-        # The last line of the traceback that is not indented begins the error's own text.
-        lines = message.splitlines()
-        start = max(number for number, line in enumerate(lines) if line and line[0] != " " and ": " in line)
-        message = " ".join(lines[start:]).partition(": ")[2]
-        # It holds the loader, whose processes would only end after a timeout.
-        error.__traceback__ = None
-    return " ".join(message.split())
 
 
 def training_loader(dataset: Dataset, settings: Settings, data_config: dict[str, Any], device: torch.device) -> Any:

@@ -16,6 +16,7 @@ from timm.models import safe_model_name
 from timm.task import TrainingTask
 from torch.optim import Optimizer
 
+from genas_plugins._messages import one_line
 from genas_plugins._optional import require
 from genas_plugins.datasets import check_identity, write_identity
 from genas_plugins.files import write_text
@@ -228,7 +229,7 @@ def find_checkpoint(place: str | Path) -> Path | None:
             torch.load(candidate, map_location="cpu", weights_only=True)
         # What torch.load raises depends on where the damage is: IndexError and struct.error among others.
         except Exception as error:
-            _logger.warning("%s is damaged: %s", candidate, " ".join(str(error).split())[:200])
+            _logger.warning("%s is damaged: %s", candidate, one_line(error, 200))
             continue
         return candidate
     earlier = [] if place.is_file() else sorted(place.glob("*.pth.tar"))

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import difflib
 import math
-import reprlib
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ from typing import Any
 import yaml
 from timm.utils import ParseKwargs
 
+from genas_plugins._messages import shown
+from genas_plugins._reading import ReadingError, read_yaml, user_path
+
 __all__ = ["Settings", "SettingsError", "add_options", "from_options", "read_config", "write_config"]
 
-_LARGEST_FILE, _MOST_ARGUMENTS = 2**20, 10_000
-_BRIEF = reprlib.Repr()
-_BRIEF.maxlevel, _BRIEF.maxdict = 2, 6
-_BRIEF.maxother = _BRIEF.maxstring = _BRIEF.maxlong = 60
+_MOST_ARGUMENTS = 10_000
 
 SECTION = "genas"
 """Section of a configuration with what timm's own script does not know."""
@@ -125,6 +125,8 @@ class Settings:
     tensorboard: bool = _setting(True, "write TensorBoard's files")
 
     def __post_init__(self) -> None:
+        for name in _PATHS:
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         for name, bounds in _RANGES.items():
             value = getattr(self, name)
             if value is not None:
@@ -141,7 +143,7 @@ class Settings:
                 len(values) not in (1, 3) or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0)
             ):
                 raise SettingsError(
-                    f"{name} must be one finite number or three{', above 0' * (name == 'std')}, got {_brief(values)}."
+                    f"{name} must be one finite number or three{', above 0' * (name == 'std')}, got {shown(values)}."
                 )
         for name in ("model_kwargs", "opt_kwargs"):
             _check_arguments(name, getattr(self, name))
@@ -149,8 +151,8 @@ class Settings:
             raise SettingsError(f"min_lr, the last learning rate, must be at most lr ({self.lr}), got {self.min_lr}.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                shown = ", ".join(choice or "empty" for choice in choices)
-                raise SettingsError(f"{name} must be one of {shown}, got {_brief(getattr(self, name))}.")
+                known = ", ".join(choice or "empty" for choice in choices)
+                raise SettingsError(f"{name} must be one of {known}, got {shown(getattr(self, name))}.")
         if self.drop_path and self.torchcompile:
             raise SettingsError(
                 "drop_path changes in every epoch, and torchcompile would compile anew each time: leave one out."
@@ -194,8 +196,10 @@ class _Range:
             return
         start = f"{'above' if self.above else 'at least'} {self.least}"
         end = "finite" if self.most == math.inf else f"{'below' if self.below else 'at most'} {self.most}"
-        raise SettingsError(f"{name} must be {start} and {end}, got {_brief(value)}.")
+        raise SettingsError(f"{name} must be {start} and {end}, got {shown(value)}.")
 
+
+_PATHS = ("data_dir", "class_map", "initial_checkpoint", "output")
 
 # The upper ends of what takes memory or time are far beyond what is trained, and below what a machine dies of.
 _RANGES: dict[str, _Range] = {
@@ -270,16 +274,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: There is no such file.
         SettingsError: It is not a mapping of known settings; the message names the file.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no configuration {path}.")
-    if path.stat().st_size > _LARGEST_FILE:
-        raise SettingsError(f"{path} has {path.stat().st_size} bytes, expected at most {_LARGEST_FILE} of settings.")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    # A number of too many digits is a ValueError, and what is nested too deeply a RecursionError.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())[:500]}.") from error
+        data = read_yaml(path)
+    except ReadingError as error:
+        raise SettingsError(f"{path} is not YAML: {error}.") from error
     if not isinstance(data, dict):
         raise SettingsError(f"{path} must hold settings by name, got {type(data).__name__}.")
     section = data.pop(SECTION, None) or {}
@@ -316,7 +317,7 @@ def _checked(name: Any, value: Any) -> Any:
     if name not in _FIELDS:
         close = difflib.get_close_matches(str(name)[:100], _FIELDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else "; python -m timm_models.train --help lists them all."
-        raise SettingsError(f"There is no setting {_brief(name)}{hint}")
+        raise SettingsError(f"There is no setting {shown(name)}{hint}")
     kind = _plain_type(name)
     if value is None and isinstance(_TYPES[name], types.UnionType):
         return None
@@ -331,15 +332,7 @@ def _checked(name: Any, value: Any) -> Any:
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return dict(value) if kind is dict else value
     expected = {tuple: "numbers (two for a range)", dict: "names with values", str: "text"}.get(kind, kind.__name__)
-    raise SettingsError(f"{name} must be {expected}, got {_brief(value)}.")
-
-
-def _brief(value: Any) -> str:
-    """A value for a message, of a length that does not depend on what a file holds."""
-    try:
-        return _BRIEF.repr(value)
-    except ValueError:  # of a number of thousands of digits
-        return f"a {type(value).__name__} of many digits"
+    raise SettingsError(f"{name} must be {expected}, got {shown(value)}.")
 
 
 def _check_arguments(name: str, values: Mapping[str, Any]) -> None:
@@ -355,7 +348,7 @@ def _check_arguments(name: str, values: Mapping[str, Any]) -> None:
         elif isinstance(value, list | tuple):
             rest.extend(value)
         elif isinstance(value, float) and not math.isfinite(value):
-            raise SettingsError(f"{name} must hold finite numbers, got {value}: {_brief(values)}.")
+            raise SettingsError(f"{name} must hold finite numbers, got {value}: {shown(values)}.")
 
 
 def _is_number(value: Any) -> bool:

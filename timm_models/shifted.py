@@ -22,6 +22,7 @@ from timm.utils import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from genas_plugins._messages import listed
 from genas_plugins._optional import require
 from genas_plugins.datasets._images import bounded_aspect, open_image
 from genas_plugins.datasets._listing import Listing, list_images
@@ -189,7 +190,7 @@ def open_imagenet_o(root: str | Path, in_distribution: str | Path) -> tuple[Imag
         unknown = [name for name in folders if name not in synsets]
         raise ValueError(
             f"{root} is not ImageNet-O: expected 200 folders named by synsets of ImageNet, found {len(folders)}, of "
-            f"which {len(unknown)} have other names{f' ({_some(unknown)})' if unknown else ''}.{_advice(folders)}"
+            f"which {len(unknown)} have other names{f' ({listed(unknown)})' if unknown else ''}.{_advice(folders)}"
         )
     names = [name for name in synsets if name in folders]
     if set(known) != set(names):
@@ -208,11 +209,11 @@ def find_corruptions(root: str | Path) -> dict[str, tuple[Path, ...]]:
     folders = _subfolders(root)
     if unknown := [name for name in folders if name not in _ALL_CORRUPTIONS]:
         raise ValueError(
-            f"{root} is not ImageNet-C: expected folders named by its corruptions ({_some(CORRUPTIONS)}), found "
-            f"{len(unknown)} others ({_some(unknown)}).{_advice(folders)}"
+            f"{root} is not ImageNet-C: expected folders named by its corruptions ({listed(CORRUPTIONS)}), found "
+            f"{len(unknown)} others ({listed(unknown)}).{_advice(folders)}"
         )
     found = {name: _subfolders(folders[name]) for name in _ALL_CORRUPTIONS if name in folders}
-    if wrong := [f"{name} has {_some(each, 9)}" for name, each in found.items() if set(each) != set(_SEVERITIES)]:
+    if wrong := [f"{name} has {listed(each, 9)}" for name, each in found.items() if set(each) != set(_SEVERITIES)]:
         raise ValueError(f"{root}: each corruption needs the severities, folders 1 to 5, but {'; '.join(wrong)}.")
     for folder in (folder for severities in found.values() for folder in severities.values()):
         classes = _subfolders(folder)
@@ -228,7 +229,7 @@ def _subfolders(root: str | Path) -> dict[str, Path]:
     entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
     folders = {entry.name: entry for entry in entries if entry.is_dir()}
     if not folders:
-        found = f"{len(entries)} files ({_some(entry.name for entry in entries)})" if entries else "nothing"
+        found = f"{len(entries)} files ({listed(entry.name for entry in entries)})" if entries else "nothing"
         raise ValueError(f"{root} holds {found}, expected folders, one a class: sort the images into them.")
     return folders
 
@@ -253,9 +254,9 @@ def _check_names(
         "unknown": sorted(set(folders) - set(expected)),
         "files": [name for name in expected if name not in folders and Path(root, name).exists()],
     }
-    if problems := [f"{len(names)} {problem} ({_some(names)})" for problem, names in differences.items() if names]:
+    if problems := [f"{len(names)} {problem} ({listed(names)})" for problem, names in differences.items() if names]:
         raise ValueError(
-            f"{root} is not {what}: expected {len(expected)} class folders ({_some(expected)}), found {len(folders)}; "
+            f"{root} is not {what}: expected {len(expected)} class folders ({listed(expected)}), found {len(folders)}; "
             f"{', '.join(problems)}.{_advice(folders)}{advice}"
         )
 
@@ -283,11 +284,6 @@ def _inner_advice(folders: Mapping[str, Path]) -> str:
         if _kind(inside) or (inside and name in _SPLITS):
             return f" Did you mean {folders[name]}?"
     return ""
-
-
-def _some(names: Iterable[str], limit: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 def anomaly_aupr(anomalous: Tensor, known: Tensor) -> float:

@@ -15,9 +15,10 @@ from pathlib import Path
 from timm.utils import setup_default_logging
 
 import timm_models  # noqa: F401  (registers the networks)
+from genas_plugins._messages import message_of, shown
+from genas_plugins._reading import expand_home, user_path
 from genas_plugins.files import packaged_configs
 from genas_plugins.interrupts import interruptible, pending_signal
-from timm_models.data import message_of
 from timm_models.runs import CONFIG
 from timm_models.settings import Settings, SettingsError, add_options, from_options, read_config
 from timm_models.training import train
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     try:
-        options = vars(parser.parse_args(arguments))
+        options = vars(expand_home(parser.parse_args(arguments)))
     except ValueError:  # of timm's ParseKwargs
         parser.error("--model-kwargs and --opt-kwargs take NAME=VALUE")
     debug, config, resume = (options.pop(name) for name in ("debug", "config", "resume"))
@@ -133,11 +134,11 @@ def _how_to_go_on(folder: Path | None) -> str:
 
 
 def _config_path(name: str) -> Path:
-    if Path(name).is_file():
-        return Path(name)
+    if user_path(name).is_file():
+        return user_path(name)
     known = packaged_configs("timm")
     if name not in known:
-        raise FileNotFoundError(f"There is no configuration {name}; the package has: {', '.join(known)}.")
+        raise FileNotFoundError(f"There is no configuration {shown(name)}; the package has: {', '.join(known)}.")
     return known[name]
 
 

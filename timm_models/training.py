@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,7 +27,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from torch import Tensor, nn
 
-from genas_plugins.checkpoints import describe_mismatch, read_torch
+from genas_plugins.checkpoints import CheckpointError, describe_mismatch, read_torch
 from genas_plugins.datasets import data_identity
 from genas_plugins.interrupts import pending_signal, raise_pending
 from timm_models.data import (
@@ -44,6 +43,7 @@ from timm_models.runs import RunFolder
 from timm_models.schedule import LinearTailLRScheduler
 from timm_models.settings import Settings, SettingsError
 from timm_models.task import AuxiliaryClassificationTask
+from timm_models.weights import read_weights
 
 __all__ = ["Trainer", "TrainingInterrupted", "processes", "train"]
 
@@ -186,17 +186,21 @@ class Trainer:
         arguments: dict[str, Any] = {"drop_rate": settings.drop, **settings.model_kwargs}
         if settings.auxiliary_weight > 0:
             arguments["auxiliary"] = True
+        numpy_archive = settings.initial_checkpoint.lower().endswith((".npz", ".npy"))
         try:
             model = timm.create_model(
                 settings.model,
                 num_classes=settings.num_classes or classes,
-                checkpoint_path=settings.initial_checkpoint or None,
+                # NumPy's archives are for networks that read them themselves.
+                checkpoint_path=settings.initial_checkpoint if numpy_archive else None,
                 **arguments,
             )
-        except (EOFError, LookupError, pickle.UnpicklingError, RuntimeError) as error:
+            if settings.initial_checkpoint and not numpy_archive:
+                model.load_state_dict(read_weights(settings.initial_checkpoint))
+        except (CheckpointError, EOFError, LookupError, RuntimeError) as error:
             if not settings.initial_checkpoint:
                 raise
-            raise SettingsError(f"{settings.initial_checkpoint} cannot be loaded: {error or 'it is empty'}") from error
+            raise SettingsError(f"{settings.initial_checkpoint} cannot be loaded: {error}") from error
         except TypeError as error:
             advice = " (it has no auxiliary head: auxiliary_weight must be 0)" if "auxiliary" in str(error) else ""
             raise SettingsError(f"{settings.model} refuses its arguments{advice}: {error}") from error

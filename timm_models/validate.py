@@ -15,19 +15,20 @@ from typing import Any
 import timm
 import torch
 from timm.data import create_loader
-from timm.models import clean_state_dict
 from timm.task import ClassificationEvaluator
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torchvision.transforms import PILToTensor, Resize
 
-from genas_plugins.checkpoints import read_state
+from genas_plugins._messages import message_of
+from genas_plugins._reading import expand_home
 from genas_plugins.datasets._images import check_headers
 from genas_plugins.files import atomic_path
 from genas_plugins.scoring.accuracy import Accuracy
 from genas_plugins.scoring.batchnorm import evaluation_mode
 from timm_models import shifted
-from timm_models.data import image_config, image_mode, message_of
+from timm_models.data import image_config, image_mode
+from timm_models.weights import read_weights
 
 __all__ = ["Evaluation", "evaluate", "load_model", "main"]
 
@@ -104,7 +105,7 @@ def load_model(
             another number of classes.
         RuntimeError: The model has other tensors; or there are no published weights.
     """
-    state = None if checkpoint is None else clean_state_dict(read_state(checkpoint))
+    state = None if checkpoint is None else read_weights(checkpoint)
     model = timm.create_model(name, pretrained=state is None, num_classes=num_classes, **model_kwargs)
     if state is None:
         published = model.pretrained_cfg.get("num_classes")
@@ -127,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Exit status: 0, 1 with a line on standard error if something is wrong, 130 after Ctrl-C."""
     parser = _parser()
     try:
-        options = parser.parse_args(arguments)
+        options = expand_home(parser.parse_args(arguments))
     except ValueError:  # of timm's ParseKwargs
         parser.error("--model-kwargs takes arguments KEY=VALUE")
     try:
@@ -182,7 +183,7 @@ def _validate(options: argparse.Namespace) -> dict[str, Any]:
         value = getattr(options, name)
         if value is not None and not least <= value <= most:
             raise ValueError(f"--{name.replace('_', '-')} must be from {least} to {most}, got {value}.")
-    if results.suffix not in (".csv", ".json") or not results.parent.is_dir():
+    if results.suffix.lower() not in (".csv", ".json") or not results.parent.is_dir():
         raise ValueError(f"--results must be a .csv or .json file in an existing folder, got {results}.")
     sets = shifted.open_images(options.kind, options.folder, options.in_distribution, options.num_classes)
     if isinstance(sets, tuple):
@@ -227,7 +228,7 @@ def _validate(options: argparse.Namespace) -> dict[str, Any]:
         print(*(images.report for images in sets), sep="\n", file=sys.stderr)
     if options.results is not None:
         with atomic_path(results) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-            if results.suffix == ".json":
+            if results.suffix.lower() == ".json":
                 json.dump(record, file, indent=2)
             else:
                 csv.writer(file).writerows([record.keys(), record.values()])

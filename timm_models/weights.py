@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timm.models import adapt_input_conv
+from timm.models import adapt_input_conv, clean_state_dict
 from torch import Tensor
 
-from genas_plugins.checkpoints import CheckpointError, describe_mismatch, network_state
+from genas_plugins.checkpoints import CheckpointError, describe_mismatch, network_state, read_state, unwrapped
 
 if TYPE_CHECKING:
     from timm_models.genas import GenasNet
 
-__all__ = ["check_pretrained", "fit_state"]
+__all__ = ["check_pretrained", "fit_state", "read_weights"]
 
 _logger = logging.getLogger(__name__)
 
 _FIRST_CONV = "stem0.0.weight"
 _HEADS = ("classifier.", "auxiliary_head.classifier.")
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a checkpoint of any network of timm as data, by the names that timm itself would give it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: See :func:`genas_plugins.checkpoints.read_state`.
+    """
+    return clean_state_dict(unwrapped(read_state(path)))
 
 
 def fit_state(state: Mapping[str, Any], model: GenasNet, strict: bool) -> tuple[Mapping[str, Any], bool]:

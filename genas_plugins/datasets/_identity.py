@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from genas_plugins._messages import listed, shown
+from genas_plugins._reading import read_json
 from genas_plugins.datasets._tensors import ImageTensors
 from genas_plugins.files import write_text
 
@@ -32,6 +34,8 @@ _SAMPLED_PIXELS = 64
 _SAMPLED_ITEMS = 256
 _THREADS = 16
 _SHOWN = 5
+_LONGEST = 2**28
+"""Bytes of an identity: some millions of classes."""
 
 
 class DataChangedError(ValueError):
@@ -88,7 +92,7 @@ def describe_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     found = []
     for name in (*before, *(name for name in now if name not in before)):
         if name not in before or name not in now:
-            found.append(f"the part {name!r} is {'new' if name in now else 'gone'}")
+            found.append(f"the part {shown(name)} is {'new' if name in now else 'gone'}")
         elif before[name] != now[name]:
             found.append(f"{name}: {_describe_part(before[name], now[name])}")
     return "; ".join(found)
@@ -119,7 +123,7 @@ def check_identity(folder: str | Path, identity: Mapping[str, Any], parts: Colle
     if not path.is_file():
         return False
     try:
-        before = json.loads(path.read_text(encoding="utf-8-sig"))
+        before = read_json(path, limit=_LONGEST)
         if not isinstance(before, dict) or not before:
             raise TypeError("no parts")
         now = json.loads(json.dumps(identity))
@@ -211,7 +215,11 @@ def _describe_part(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     old, new = list(before["classes"]), list(now["classes"])
     if old != new:
         gone, added = [name for name in old if name not in new], [name for name in new if name not in old]
-        changes = [f"{len(names)} {what} ({_some(names)})" for what, names in (("new", added), ("gone", gone)) if names]
+        changes = [
+            f"{len(names)} {what} ({listed(names, _SHOWN)})"
+            for what, names in (("new", added), ("gone", gone))
+            if names
+        ]
         return f"{len(new)} classes instead of {len(old)}, {' and '.join(changes) or 'in another order'}"
     if before.get("length") != now.get("length"):
         return f"{now.get('length')} images instead of {before.get('length')}"
@@ -222,16 +230,11 @@ def _describe_part(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         if first == second:
             continue
         if first[0] != second[0]:
-            found.append(f"{name!r} has {second[0]} images instead of {first[0]}")
+            found.append(f"{shown(name)} has {second[0]} images instead of {first[0]}")
             continue
         aspects = ("names", "sizes", "contents") if len(second) == 4 else ("size", "contents")
         differing = [what for what, a, b in zip(aspects, first[1:], second[1:], strict=False) if a != b]
-        found.append(f"the images of {name!r} differ in their {' and '.join(differing) or 'kind'}")
+        found.append(f"the images of {shown(name)} differ in their {' and '.join(differing) or 'kind'}")
     if not found:
         return "the images are in another order"
     return ", ".join(found[:_SHOWN]) + (f", and {len(found) - _SHOWN} classes more" if len(found) > _SHOWN else "")
-
-
-def _some(names: Sequence[str]) -> str:
-    # Without the quotes, and control characters escaped.
-    return ", ".join(repr(name)[1:-1] for name in names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

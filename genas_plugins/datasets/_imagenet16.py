@@ -6,7 +6,6 @@ that knows nothing but NumPy arrays.
 
 from __future__ import annotations
 
-import _codecs
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from genas_plugins._messages import one_line
+from genas_plugins._pickles import load_arrays
 from genas_plugins.datasets._tensors import ImageTensors
 
 __all__ = ["NUM_CLASSES", "load_array_pickle", "load_imagenet16"]
@@ -22,43 +23,6 @@ NUM_CLASSES = 120
 _TRAIN_FILES = tuple(f"train_data_batch_{number}" for number in range(1, 11))
 _TEST_FILES = ("val_data",)
 _SIZE = 16
-
-
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    """Stand in for ``_codecs.encode``, which could be made to import any codec module."""
-    if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"it asks for the codec {encoding!r}; NumPy arrays use 'latin1' only")
-    return _codecs.encode(text, "latin1")
-
-
-def _admitted_globals() -> dict[tuple[str, str], Any]:
-    # Asking the arrays themselves avoids importing NumPy's private modules, which moved in NumPy 2.
-    array = np.empty(0)
-    admitted: dict[tuple[str, str], Any] = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): _encode_latin1,
-    }
-    for core in ("numpy.core", "numpy._core"):
-        admitted[f"{core}.multiarray", "_reconstruct"] = array.__reduce__()[0]
-        admitted[f"{core}.multiarray", "scalar"] = np.float64(0).__reduce__()[0]
-        # How protocol 5, the default of Python 3.14, stores an array.
-        admitted[f"{core}.numeric", "_frombuffer"] = array.__reduce_ex__(5)[0]
-    return admitted
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds Python containers, strings, numbers and NumPy arrays; refuses any other global."""
-
-    _admitted = _admitted_globals()
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._admitted[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(
-                f"it refers to {module}.{name}, which no NumPy array needs and which was not run"
-            ) from None
 
 
 def load_array_pickle(path: str | Path) -> Any:
@@ -70,21 +34,22 @@ def load_array_pickle(path: str | Path) -> Any:
         OSError: The file cannot be read.
         ValueError: The file is not such a pickle; a refused global is named.
     """
-    with open(path, "rb") as file:
-        try:
-            return _ArrayUnpickler(file, encoding="latin1").load()
-        # A damaged pickle fails in any of these ways, depending on where the damage is.
-        except (
-            pickle.UnpicklingError,
-            EOFError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            IndexError,
-            KeyError,
-            OverflowError,
-        ) as error:
-            raise ValueError(f"{path} was refused as a data file: {error}. Download it anew.") from error
+    data = Path(path).read_bytes()
+    try:
+        return load_arrays(data)
+    # A damaged pickle fails in any of these ways, depending on where the damage is.
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        OverflowError,
+        MemoryError,
+    ) as error:
+        raise ValueError(f"{path} was refused as a data file: {one_line(error, 300)}. Download it anew.") from error
 
 
 def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:

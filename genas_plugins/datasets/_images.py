@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from genas_plugins._messages import one_line
 from genas_plugins._optional import require
 
 __all__ = ["ImageReader", "bounded_aspect", "check_headers", "converted", "open_image"]
@@ -111,7 +112,7 @@ def _problem(path: str) -> str:
 
 
 def _reason(name: str, error: BaseException) -> str:
-    return f"{name} ({' '.join(str(error).split())[:200] or type(error).__name__})"
+    return f"{one_line(name, 200)} ({one_line(error, 200) or type(error).__name__})"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from genas_plugins._messages import escaped, listed
+
 __all__ = ["IMAGE_EXTENSIONS", "Listing", "class_folders", "image_files", "list_images"]
 
 _logger = logging.getLogger(__name__)
@@ -25,7 +27,6 @@ _REASONS = {
     "loose": "images beside the class folders",
     "unlisted": "images of classes that are not asked for",
 }
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Listing:
         """How many files were found, used and left out, of which kinds, with the first names."""
         surplus = sum(map(len, self.left_out.values()))
         text = (
-            f"{_printable(self.root)}: {len(self.samples) + surplus} files, {len(self.samples)} used as images of "
+            f"{escaped(self.root)}: {len(self.samples) + surplus} files, {len(self.samples)} used as images of "
             f"{len(self.class_names)} classes ({_kinds(path for path, _ in self.samples)})"
         )
         if not surplus:
@@ -92,8 +93,8 @@ def list_images(
     """
     if len(names) < 2:
         raise ValueError(
-            f"{_printable(root)} has {len(names)} class folder{'s' * (len(names) != 1)} ({_some(names)}), expected at "
-            f"least two, {_printable(root)}/<class>/<image>: every loss of a single class is 0. Is it one level too "
+            f"{escaped(root)} has {len(names)} class folder{'s' * (len(names) != 1)} ({listed(names)}), expected at "
+            f"least two, {escaped(root)}/<class>/<image>: every loss of a single class is 0. Is it one level too "
             f"high or too low?{advice}"
         )
     left_out: dict[str, list[str]] = {reason: [] for reason in _REASONS}
@@ -101,10 +102,10 @@ def list_images(
     for label, name in enumerate(names):
         found, rest = _scan(folders[name])
         if not found:
-            inside = _describe_rest(folders[name], rest) or _some(sorted(os.listdir(folders[name]))) or "nothing"
+            inside = _describe_rest(folders[name], rest) or listed(sorted(os.listdir(folders[name]))) or "nothing"
             raise ValueError(
-                f"The class folder {_printable(folders[name])} holds {inside}, expected images "
-                f"({', '.join(IMAGE_EXTENSIONS)}): with no images as {_printable(root)}/<class>/<image> it is no "
+                f"The class folder {escaped(folders[name])} holds {inside}, expected images "
+                f"({', '.join(IMAGE_EXTENSIONS)}): with no images as {escaped(root)}/<class>/<image> it is no "
                 f"class. Put them there, or remove the folder.{advice}"
             )
         samples.extend((path, label) for path in sorted(found, key=key))
@@ -149,22 +150,11 @@ def _describe_rest(root: str | Path, rest: Mapping[str, Sequence[str]]) -> str:
     for reason, paths in rest.items():
         if paths:
             kinds = f" ({_kinds(paths)})" if reason == "other" else ""
-            shown = _some(_printable(os.path.relpath(path, root)) for path in sorted(paths))
+            shown = listed(os.path.relpath(path, root) for path in sorted(paths))
             parts.append(f"{len(paths)} {_REASONS[reason]}{kinds}: {shown}")
     return "; ".join(parts)
 
 
 def _kinds(paths: Iterable[str]) -> str:
     counts = Counter(os.path.splitext(path)[1].lower() or "no suffix" for path in paths)
-    return _some((f"{_printable(kind)} {count}" for kind, count in counts.most_common()), 8)
-
-
-def _some(names: Iterable[str], limit: int = _SHOWN) -> str:
-    names = [_printable(name) for name in names]
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
-
-
-def _printable(name: object, limit: int = 200) -> str:
-    """A name without control characters and not longer than a line or two."""
-    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(name))
-    return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 2 :]}"
+    return listed((f"{kind} {count}" for kind, count in counts.most_common()), 8)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from genas_plugins._reading import user_path
 from genas_plugins.datasets._builtin import CIFAR_STATISTICS, load_cifar, load_digits
 from genas_plugins.datasets._folder import DiskImages, open_image_folder
 from genas_plugins.datasets._identity import data_identity
@@ -136,6 +137,7 @@ def load_search_data(
         ValueError: An option is out of range, asks for more images than there are, or does not go with
             ``name``; or the files are not what the data set should be.
     """
+    root = None if root is None else user_path(root)
     _check_options(name, root, download, image_size, storage)
     pool, test = _open(name, root, download, image_size, seed)
     # Of the files as they are: what they are decoded to may depend on the version of the decoder.

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from genas_plugins._messages import one_line
+
 __all__ = ["History", "HistoryError"]
 
 
@@ -73,8 +75,8 @@ class History:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 record = json.loads(line)
-            except ValueError as error:
-                raise HistoryError(f"Line {number} of {self.path} is not JSON: {error}.") from error
+            except (ValueError, RecursionError) as error:
+                raise HistoryError(f"Line {number} of {self.path} is not JSON: {one_line(error, 300)}.") from error
             if not isinstance(record, dict):
                 raise HistoryError(f"Line {number} of {self.path} is not a JSON object.")
             self.records.append(record)

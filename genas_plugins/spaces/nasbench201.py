@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from genas_plugins._messages import shown
+
 __all__ = ["EDGES", "NODES", "OPERATIONS", "NasBench201Architecture", "NasBench201SearchSpace"]
 
 OPERATIONS: tuple[str, ...] = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
@@ -42,12 +44,13 @@ class NasBench201Architecture:
         operations = tuple(self.operations)
         if len(operations) != len(EDGES):
             raise ValueError(
-                f"An architecture has {len(EDGES)} operations, one for each edge; got {len(operations)}: {operations}."
+                f"An architecture has {len(EDGES)} operations, one for each edge; got {len(operations)}: "
+                f"{shown(operations)}."
             )
         for operation, (source, node) in zip(operations, EDGES, strict=True):
             if operation not in OPERATIONS:
                 raise ValueError(
-                    f"Unknown operation {operation!r} on the edge from node {source} to node {node}; "
+                    f"Unknown operation {shown(operation)} on the edge from node {source} to node {node}; "
                     f"valid operations: {', '.join(OPERATIONS)}."
                 )
         object.__setattr__(self, "operations", operations)
@@ -61,28 +64,30 @@ class NasBench201Architecture:
             TypeError: ``text`` is not a string.
         """
         if not isinstance(text, str):
-            raise TypeError(f"An architecture string like {_FORM} is needed, got {type(text).__name__}: {text!r}.")
+            raise TypeError(f"An architecture string like {_FORM} is needed, got {type(text).__name__}: {shown(text)}.")
         parts = text.split("+")
         if len(parts) != len(NODES):
-            raise ValueError(f"{text!r} has {len(parts)} nodes, expected {len(NODES)}: {_FORM}.")
+            raise ValueError(f"{shown(text)} has {len(parts)} nodes, expected {len(NODES)}: {_FORM}.")
         operations: list[str] = []
         for node, part in zip(NODES, parts, strict=True):
             inputs = part[1:-1].split("|")
             if len(inputs) != node or part[:1] + part[-1:] != "||":
                 raise ValueError(
-                    f"Node {node} in {text!r} is {part!r}, expected {node} inputs, each between bars: {_FORM}."
+                    f"Node {node} in {shown(text)} is {shown(part)}, expected {node} inputs, each between "
+                    f"bars: {_FORM}."
                 )
             for source, given in enumerate(inputs):
                 operation, _, number = given.partition("~")
                 if number != str(source):
                     raise ValueError(
-                        f"Input {source} of node {node} in {text!r} is {given!r}, expected an operation and ~{source}."
+                        f"Input {source} of node {node} in {shown(text)} is {shown(given)}, expected an operation and "
+                        f"~{source}."
                     )
                 operations.append(operation)
         try:
             return cls(tuple(operations))
         except ValueError as error:
-            raise ValueError(f"{text!r}: {error}") from error
+            raise ValueError(f"{shown(text)}: {error}") from error
 
     @classmethod
     def from_index(cls, index: int) -> NasBench201Architecture:
@@ -93,7 +98,7 @@ class NasBench201Architecture:
         """
         count = len(OPERATIONS) ** len(EDGES)
         if index not in range(count):
-            raise ValueError(f"An index must be an integer from 0 to {count - 1}, got {index!r}.")
+            raise ValueError(f"An index must be an integer from 0 to {count - 1}, got {shown(index)}.")
         digits = [int(index) // len(OPERATIONS) ** place % len(OPERATIONS) for place in reversed(range(len(EDGES)))]
         return cls(tuple(OPERATIONS[digit] for digit in digits))
 

@@ -510,7 +510,6 @@ def test_truncated_files(tmp_path, kind):
     [
         [torch.zeros(1)],
         {},
-        {"epoch": 3, "model": {"a": torch.zeros(1)}},
         {"state_dict": [1]},
         {"a": torch.empty(2, device="meta")},
         {"a": torch.eye(2).to_sparse()},

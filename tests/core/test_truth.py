@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import subprocess
 import sys
@@ -202,6 +203,8 @@ def nats_bench(monkeypatch):
     module = types.ModuleType("nats_bench")
     module.create = create
     monkeypatch.setitem(sys.modules, "nats_bench", module)
+    monkeypatch.setitem(sys.modules, "nats_bench.api_utils", types.ModuleType("nats_bench.api_utils"))
+    sys.modules["nats_bench.api_utils"].pickle = pickle
     return calls
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import yaml
 import genas_plugins
 from genas_plugins.scoring import CombinedScore
 from nni_strategy.config import ConfigError, Experiment, config_names, dump, find_config, load, parse
+from nni_strategy.correlate import load_settings
+from nni_strategy.trained import load_data
 
 SHIPPED = (
     "darts_cifar100_angle_flatness",
@@ -278,3 +281,66 @@ def test_an_unknown_name_lists_the_names() -> None:
     assert "did you mean darts_cifar10_flatness?" in str(raised.value)
     for name in SHIPPED:
         assert name in str(raised.value)
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"{LAUGHS}seed: *i\n", "aliases stand for more than"),
+        (LAUGHS[:200], "is not a YAML file|unknown key"),
+        ("seed: &a [*a]\n", "refers to itself"),
+        ("seed: !!python/object/apply:os.mkdir [executed]\n", "could not determine a constructor"),
+        ("space: {num_cells: 1000000000}\n", "at most 65,536 init_channels and 256 cells, got 16 and 1000000000"),
+        ("space: {init_channels: 1000000000}\n", "at most 65,536 init_channels"),
+        ("space: {name: nasbench201, cells_per_stage: 1000000000}\n", "cells_per_stage must be at most 256"),
+        (f"seed: {'x' * 500_000}\n", r"seed must be a whole number, got 'xx.*xx'"),
+        (f"? {'x' * 500_000}\n: 1\n", "unknown key x"),
+        ('"\\e[31m": 1\n', r"unknown key \\x1b\[31m"),
+    ],
+    ids=["laughs", "cut", "itself", "code", "cells", "channels", "stages", "text", "key", "control"],
+)
+def test_a_hostile_file_is_refused_in_a_short_sentence(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("evil.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load("evil.yaml")
+    assert len(str(caught.value)) < 1000 and str(caught.value).isprintable()
+    assert not Path("executed").exists()
+
+
+def test_plain_data_that_multiplies_is_not_written_out() -> None:
+    value: Any = "x"
+    for _ in range(60):
+        value = [value] * 10
+    for data in ({"seed": value}, {"space": value}, {"score": {"sigmas": value}}):
+        with pytest.raises(ConfigError) as caught:
+            parse(data)
+        assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("mark", "encoding"), [(codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (b"", "utf-8")]
+)
+def test_files_of_windows_are_read(mark: bytes, encoding: str, tmp_path: Path) -> None:
+    text = dump(load("quickstart_digits")).replace("\n", "\r\n")
+    (tmp_path / "config.yaml").write_bytes(mark + text.encode(encoding))
+    assert load(tmp_path / "config.yaml") == load("quickstart_digits")
+    (tmp_path / "settings.yaml").write_bytes(mark + "- name: flat\r\n  metric: flatness\r\n".encode(encoding))
+    assert [setting.name for setting in load_settings(tmp_path / "settings.yaml")[0]] == ["flat"]
+
+
+def test_home_is_found_in_files_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.yaml").write_text("data: {name: image_folder, root: ~/none, image_size: 32}\n")
+    (tmp_path / "settings.yaml").write_text("- {name: flat, metric: flatness}\n")
+    assert load_settings("~/settings.yaml")[0][0].name == "flat"
+    for experiment in (load("~/config.yaml"), load("quickstart_digits", ["data.name=cifar10", "data.root=~/none"])):
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path}/none"):
+            load_data(experiment)

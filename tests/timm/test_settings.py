@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
 import os
@@ -360,15 +361,17 @@ def test_no_name_of_a_configuration_is_none(capsys: pytest.CaptureFixture[str]) 
     ("text", "expected"),
     [
         # Nine aliases of nine aliases of ...: a thousand million values in a few lines.
-        ("model_kwargs:\n  a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n", "model_kwargs must have at most"),
-        ("lr: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\nmodel_kwargs:\n", "lr must be float"),
+        ("model_kwargs:\n  a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n", "its aliases stand for more than"),
+        ("lr: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\nmodel_kwargs:\n", "its aliases stand for more than"),
+        (f"model_kwargs:\n  a: &a {[1] * 3000}\n  b: [*a, *a, *a, *a]\n", "model_kwargs must have at most"),
+        (f"model_kwargs:\n  a: &a {[1] * 3000}\nlr: [*a, *a, *a, *a]\n", "lr must be float"),
         ("lr: " + "[" * 5000, "is not YAML"),
         ("seed: 1" + "0" * 5000, "is not YAML"),
         ("lr: " + "x" * 100_000, "lr must be float"),
         ("x" * 500 + ": 1", "There is no setting"),
-        ("# " + "x" * 2**20, "expected at most 1048576"),
+        ("# " + "x" * 2**20, "more than 1,048,576 bytes"),
     ],
-    ids=["aliases", "aliases-of-a-number", "nested", "digits", "text", "name", "size"],
+    ids=["aliases", "aliases-of-a-number", "arguments", "list-of-lists", "nested", "digits", "text", "name", "size"],
 )
 def test_what_a_file_holds_does_not_make_a_message_long(text: str, expected: str, tmp_path: Path) -> None:
     if "&a0" in text:
@@ -450,3 +453,45 @@ def test_a_wrong_configuration_is_one_line(tmp_path: Path, capsys: pytest.Captur
     assert "genas_flatness_c100_imagenet" in capsys.readouterr().err
     with pytest.raises(SettingsError):
         main(["--config", str(path), "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("mark", "encoding"), [(codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (b"", "utf-8")]
+)
+def test_a_file_of_windows_is_read(mark: bytes, encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "args.yaml").write_bytes(mark + "epochs: 7\r\nmodel: resnet18\r\n".encode(encoding))
+    assert read_config(tmp_path / "args.yaml") == {"epochs": 7, "model": "resnet18"}
+
+
+def test_home_is_found_in_each_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "args.yaml").write_text("data_dir: ~/images\noutput: ~/runs\n")
+    settings = from_options({"initial_checkpoint": "~/w.pth", "class_map": "~/c.txt"}, read_config("~/args.yaml"))
+    found = (settings.data_dir, settings.output, settings.initial_checkpoint, settings.class_map)
+    assert found == tuple(f"{tmp_path}/{name}" for name in ("images", "runs", "w.pth", "c.txt"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "a: &a [x, x]\n"
+            + "".join(f"a{i}: &a{i} [*a{i - 1 if i else ''}, *a{i - 1 if i else ''}]\n" for i in range(40)),
+            "aliases",
+        ),
+        ("epochs: !!python/object/apply:os.mkdir [executed]\n", "could not determine a constructor"),
+        (f"epochs: {'x' * 500_000}\n", "epochs must be int, got 'xx"),
+        (f"? {'x' * 500_000}\n: 1\n", "There is no setting 'xx"),
+        ('"\\e[31m": 1\n', r"There is no setting '\\x1b\[31m'"),
+    ],
+    ids=["laughs", "code", "text", "key", "control"],
+)
+def test_a_hostile_file_is_refused_in_a_short_sentence(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("evil.yaml").write_text(text)
+    with pytest.raises(SettingsError, match=message) as caught:
+        read_config("evil.yaml")
+    assert len(str(caught.value)) < 1000 and str(caught.value).isprintable()
+    assert not Path("executed").exists()

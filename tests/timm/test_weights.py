@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import timm.optim
@@ -16,10 +17,12 @@ import torch
 from safetensors.torch import save_file
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from genas_plugins.checkpoints import convert_network, load_official_network, read_state
 from genas_plugins.network import CellNetwork
 from genas_plugins.zoo import ZOO
+from timm_models.validate import load_model
 
 NAME = "genas_flatness_c100"
 # Normal cells around two reductions; the published networks have 14, to the same effect.
@@ -326,3 +329,24 @@ def test_code_in_a_file_is_not_executed(tmp_path, state, load):
     with pytest.raises(RuntimeError, match="weights_only=True blocked"):
         load(path)
     assert not witness.exists()
+
+
+@pytest.mark.parametrize("name", ["IN.PTH", "IN.SAFETENSORS", "in.bin"])
+@pytest.mark.parametrize("wrapper", ["averaged", "compiled", "both", "plain"])
+def test_weights_of_any_network_of_timm_are_unwrapped(wrapper: str, name: str, tmp_path: Path) -> None:
+    source = timm.create_model("test_resnet", num_classes=4)
+    wrap: dict[str, Callable[[], State]] = {
+        "averaged": lambda: AveragedModel(source).state_dict(),
+        "compiled": lambda: torch.compile(source).state_dict(),
+        "both": lambda: nn.DataParallel(torch.compile(source)).state_dict(),
+        "plain": source.state_dict,
+    }
+    state = wrap[wrapper]()
+    if name.endswith("SAFETENSORS"):
+        save_file(state, tmp_path / name)
+    else:
+        torch.save({"model": state, "best": np.float64(0.5)}, tmp_path / name)
+    loaded = load_model("test_resnet", tmp_path / name, 4, {}).state_dict()
+    expected = source.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in expected.items())

@@ -1,0 +1,83 @@
+"""What users hand over, as a part of messages: bounded in length, on one line, with control characters escaped."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ["escaped", "listed", "message_of", "one_line", "shown"]
+
+_LONGEST_VALUE = 200
+_LONGEST_LINE = 2000
+_OF_ANOTHER_PROCESS = re.compile(
+    r"Caught \w+ in DataLoader worker process |-- Process \d+ terminated with the following error:"
+)
+
+
+class _Bounded(reprlib.Repr):
+    """``repr`` that looks at no more than a message can show: lists may hold one another many times over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 30
+        self.maxstring = self.maxother = _LONGEST_VALUE
+
+    def repr1(self, x: Any, level: int) -> str:
+        # Classes derived from these would be written out whole.
+        for kind, write in ((dict, self.repr_dict), (list, self.repr_list), (tuple, self.repr_tuple)):
+            if isinstance(x, kind):
+                return write(x, level)
+        return super().repr1(x, level)
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python itself refuses to write out some thousands of digits.
+        return repr(x) if x.bit_length() < 512 else f"an integer of {x.bit_length()} bits"
+
+
+def shown(value: Any, limit: int = _LONGEST_VALUE) -> str:
+    """``repr(value)`` in at most ``limit`` characters, made in bounded time whatever the value holds."""
+    return _cut(_Bounded().repr(value), limit)
+
+
+def one_line(text: object, limit: int = _LONGEST_LINE) -> str:
+    """A text, or an error's, as one line of at most ``limit`` characters; what cannot be printed is escaped."""
+    return escaped(" ".join(str(text).split()), limit)
+
+
+def message_of(error: BaseException) -> str:
+    """An error as one line; of one that another process passes on with its traceback, what that process met."""
+    text = str(error).strip()
+    if _OF_ANOTHER_PROCESS.match(text):
+        lines = text.splitlines()
+        # Behind the traceback, the first line without indent is the error.
+        last = max((number for number, line in enumerate(lines) if line.startswith("  File ")), default=0)
+        start = next((number for number in range(last + 1, len(lines)) if lines[number][:1].strip()), len(lines) - 1)
+        name, _, text = "\n".join(lines[start:]).partition(": ")
+        text = text or name
+        # It holds a loader, whose processes would only end after a timeout.
+        error.__traceback__ = None
+    return one_line(text) or type(error).__name__
+
+
+def listed(names: Iterable[object], limit: int = 4) -> str:
+    """The first names, separated by commas, each bounded and escaped."""
+    names = list(names)
+    return ", ".join(escaped(name) for name in names[:limit]) + ", ..." * (len(names) > limit)
+
+
+def escaped(name: object, limit: int = _LONGEST_VALUE) -> str:
+    """A name or a path as it is, in at most ``limit`` characters; what cannot be printed is escaped."""
+    # Cut before and after: an escaped character is longer.
+    text = _cut(str(name), limit)
+    return _cut("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), limit)
+
+
+def _cut(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    # What to do about an error stands at its end.
+    end = limit // 3
+    return f"{text[: limit - end - 5]} ... {text[len(text) - end :]}"

@@ -1,0 +1,159 @@
+"""Readers of text that users hand over: each has a bound, takes a byte order mark, and runs nothing."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from genas_plugins._messages import one_line
+from genas_plugins._optional import require
+
+__all__ = [
+    "ReadingError",
+    "expand_home",
+    "parse_json",
+    "parse_yaml",
+    "read_json",
+    "read_text",
+    "read_yaml",
+    "user_path",
+]
+
+TEXT_LIMIT = 2**20
+"""Bytes of a configuration, a genotype or settings: more than a hundred times what any of ours has."""
+
+_YAML_LIMIT = 4 * TEXT_LIMIT
+"""Characters of a YAML document whose aliases are written out."""
+
+_NUMBER_LIMIT = 100
+"""Characters of a number in YAML: PyYAML's time grows with their square."""
+
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    # Before UTF-16, whose mark is the beginning of that of UTF-32.
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+class ReadingError(ValueError):
+    """A text cannot be read; the message is the reason, without the file's name."""
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """The path, with ``~`` at its beginning as the user's home."""
+    return Path(os.path.expanduser(path))
+
+
+def expand_home(options: argparse.Namespace) -> argparse.Namespace:
+    """Read ``~`` in options as the shell does at the beginning of a word; ``--output=~/runs`` it leaves alone."""
+    for name, value in vars(options).items():
+        if isinstance(value, str):
+            setattr(options, name, os.path.expanduser(value))
+        elif isinstance(value, list):
+            setattr(options, name, [os.path.expanduser(item) if isinstance(item, str) else item for item in value])
+    return options
+
+
+def read_text(path: str | os.PathLike[str], *, limit: int = TEXT_LIMIT) -> str:
+    """Read UTF-8, with or without a byte order mark, or UTF-16 and UTF-32 with one; lines end with ``\\n``.
+
+    Args:
+        path: The file; ``~`` is the user's home.
+        limit: Most bytes.
+
+    Raises:
+        OSError: The file cannot be read.
+        ReadingError: It is longer, or is not such text.
+    """
+    with user_path(path).open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ReadingError(f"it has more than {limit:,} bytes")
+    encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8")
+    try:
+        return io.StringIO(data.decode(encoding), newline=None).read()
+    except UnicodeDecodeError as error:
+        raise ReadingError(f"it is not text in UTF-8 ({error})") from error
+
+
+def read_json(path: str | os.PathLike[str], *, limit: int = TEXT_LIMIT) -> Any:
+    """Read a JSON file; arguments and errors are those of :func:`read_text` and :func:`parse_json`."""
+    return parse_json(read_text(path, limit=limit))
+
+
+def parse_json(text: str) -> Any:
+    """Read JSON.
+
+    Raises:
+        ReadingError: It is not JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ReadingError(one_line(error, 300)) from error
+    except RecursionError:
+        raise ReadingError("it is nested too deeply") from None
+
+
+def read_yaml(path: str | os.PathLike[str], *, limit: int = TEXT_LIMIT) -> Any:
+    """Read a YAML file; arguments and errors are those of :func:`read_text` and :func:`parse_yaml`."""
+    return parse_yaml(read_text(path, limit=limit))
+
+
+def parse_yaml(text: str) -> Any:
+    """Read one YAML document of plain data.
+
+    Raises:
+        ReadingError: It is not YAML, asks for other than plain data, is nested too deeply, or is too large when its
+            aliases are written out.
+        ImportError: PyYAML is not installed.
+    """
+    yaml = require("yaml", extra="nni", purpose="reading YAML")
+    loader = None
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        # Before anything is built: a merge key copies what its aliases stand for.
+        if _written_out(node, {}) > _YAML_LIMIT:
+            raise ReadingError(f"its aliases stand for more than {_YAML_LIMIT:,} characters")
+        return loader.construct_document(node)
+    except ReadingError:
+        raise
+    # ValueError: dates and numbers that look like one and are none.
+    except (yaml.YAMLError, ValueError) as error:
+        raise ReadingError(one_line(error, 300)) from error
+    except RecursionError:
+        raise ReadingError("it is nested too deeply") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _written_out(node: Any, known: dict[int, int | None]) -> int:
+    """Characters of a node, of which an alias has as many as what it stands for."""
+    if id(node) in known:
+        size = known[id(node)]
+        if size is None:
+            raise ReadingError("one of its aliases refers to itself")
+        return size
+    known[id(node)] = None
+    if isinstance(node.value, str):
+        if node.tag.endswith((":int", ":float")) and len(node.value) > _NUMBER_LIMIT:
+            raise ReadingError(f"it has a number of {len(node.value):,} characters")
+        size = 1 + len(node.value)
+    else:
+        # A mapping's entries are pairs of nodes.
+        children = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
+        size = 1 + sum(_written_out(child, known) for child in children)
+    known[id(node)] = size
+    return size
