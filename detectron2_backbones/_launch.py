@@ -7,7 +7,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.engine import default_argument_parser, launch
@@ -18,8 +20,17 @@ from torch.multiprocessing import ProcessRaisedException
 
 from detectron2_backbones.backbone import GeNASBackbone
 from genas_plugins.files import packaged_configs
+from genas_plugins.locking import lock_folder
 
-__all__ = ["available_device", "check_backbones", "config_path", "register_datasets", "run_launcher", "start_logging"]
+__all__ = [
+    "available_device",
+    "check_backbones",
+    "config_path",
+    "only_writer",
+    "register_datasets",
+    "run_launcher",
+    "start_logging",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -97,6 +108,18 @@ def config_path(name: str, suffix: str) -> Path:
 def start_logging() -> None:
     """Log this package's messages as Detectron2 logs its own."""
     setup_logger(distributed_rank=comm.get_rank(), name="detectron2_backbones", abbrev_name="genas")
+
+
+def only_writer(folder: str, options: argparse.Namespace) -> AbstractContextManager[Any]:
+    """Refuse a second training in the same folder; an evaluation beside a training may write its results there.
+
+    Raises:
+        FolderInUseError: On entering; another process trains there.
+    """
+    # Detectron2 also writes to what only its own handlers can reach.
+    if options.eval_only or not comm.is_main_process() or "://" in folder:
+        return nullcontext()
+    return lock_folder(folder)
 
 
 def available_device(device: str) -> str:

@@ -325,6 +325,7 @@ def _correlate(options: argparse.Namespace) -> int:
 
     require("matplotlib", extra="plots", purpose="the pictures")
     import nni_strategy  # noqa: F401
+    from genas_plugins.locking import lock_folder
     from genas_plugins.truth import read_truth
     from nni_strategy import config, correlate, report
     from nni_strategy.progress import Bar
@@ -343,26 +344,29 @@ def _correlate(options: argparse.Namespace) -> int:
     folder = Path(options.output)
     progress = None if options.quiet else Bar
     run = Path(options.run) if options.run else folder / "search"
+    experiment = None
     if options.config is not None:
         _quiet_hosts()
         experiment = config.load(options.config, options.overrides)
         if experiment.space.name != "nasbench201":
             raise ValueError(f"{options.config} searches the space {experiment.space.name}, expected nasbench201.")
-        run_experiment(experiment, run, resume=options.resume and (run / "config.yaml").exists(), progress=progress)
-    trained = TrainedSupernet.from_run(run, device=options.device, data_root=options.data_root)
-    raws = correlate.measure_all(
-        trained,
-        architectures,
-        settings,
-        folder,
-        images=options.images,
-        training_free=options.training_free,
-        resume=options.resume,
-        progress=progress,
-    )
-    rows, left_out = report.write_report(
-        folder, raws, settings, truth, sums=sums, seed=options.seed, resamples=options.resamples
-    )
+    with lock_folder(folder):
+        if experiment is not None:
+            run_experiment(experiment, run, resume=options.resume and (run / "config.yaml").exists(), progress=progress)
+        trained = TrainedSupernet.from_run(run, device=options.device, data_root=options.data_root)
+        raws = correlate.measure_all(
+            trained,
+            architectures,
+            settings,
+            folder,
+            images=options.images,
+            training_free=options.training_free,
+            resume=options.resume,
+            progress=progress,
+        )
+        rows, left_out = report.write_report(
+            folder, raws, settings, truth, sums=sums, seed=options.seed, resamples=options.resamples
+        )
     print("\n".join(_table(report.table_of(rows))), *report.remarks(rows, left_out), sep="\n")
     print(f"correlations.csv, scores.csv, taus.csv and scatter.png are in {folder}.")
     return 0

@@ -17,6 +17,7 @@ from torch import nn
 
 from genas_plugins.correlation import Setting, columns, measure_raw
 from genas_plugins.files import packaged_configs, write_text
+from genas_plugins.locking import lock_folder
 from genas_plugins.nasbench201 import NasBench201Network
 from genas_plugins.scoring import CombinedScore, CommonNoise
 from genas_plugins.scoring.training_free import naswot, synflow, zico
@@ -159,13 +160,26 @@ def measure_all(
         TypeError: The supernet is of another space.
         ValueError: There are fewer images than a setting asks for.
         ConfigError: The folder holds measurements and ``resume`` is not set, or those of other settings.
+        FolderInUseError: Another process writes to the folder.
         OSError: The folder cannot be written to.
     """
     if not isinstance(trained.space, NasBench201Space):
         raise TypeError(f"The supernet is one of {type(trained.space).__name__}, expected NasBench201Space.")
+    with lock_folder(folder):
+        return _measure_all(trained, architectures, settings, Path(folder), images, training_free, resume, progress)
+
+
+def _measure_all(
+    trained: TrainedSupernet,
+    architectures: Sequence[NasBench201Architecture],
+    settings: Sequence[Setting],
+    folder: Path,
+    images: int | None,
+    training_free: bool,
+    resume: bool,
+    progress: Callable[[str, int, int], Any] | None,
+) -> list[dict[str, Any]]:
     validation = trained.validation if images is None else trained.validation.limit(images)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     told = json.dumps(
         {
             "settings": [_plain(setting) for setting in settings],

@@ -27,6 +27,7 @@ from genas_plugins.checkpoints import CheckpointError, load_supernet, read_state
 from genas_plugins.datasets import SearchData
 from genas_plugins.files import atomic_path, write_text
 from genas_plugins.genotype import Genotype
+from genas_plugins.locking import lock_folder
 from genas_plugins.plotting import LossCurve, plot_cells, plot_loss_curves, plot_search
 from genas_plugins.profiling import SearchProfile
 from genas_plugins.scoring import mean_loss, recalibrate_batchnorm
@@ -122,6 +123,7 @@ def run_experiment(
         ValueError: They are not what it expects, or ``profile`` is below 1, or given with racing or with several
             candidates in flight.
         CheckpointError: The folder's supernet cannot be read.
+        FolderInUseError: Another process writes to the folder.
         OSError: The folder cannot be written to; what is in it stays readable, and can be resumed.
         KeyboardInterrupt: The user interrupted; the folder can be resumed.
         SearchFailedError: No candidate had a finite score.
@@ -129,6 +131,21 @@ def run_experiment(
     folder = Path(folder)
     # Lightning starts the other processes of a distributed run as copies of this one.
     primary = rank_zero_only.rank == 0
+    if not primary:
+        return _run(experiment, folder, primary, resume, progress, profile)
+    _check_folder(folder, experiment, resume)
+    with lock_folder(folder):
+        return _run(experiment, folder, primary, resume, progress, profile)
+
+
+def _run(
+    experiment: config.Experiment,
+    folder: Path,
+    primary: bool,
+    resume: bool,
+    progress: Callable[[str, int, int], Any] | None,
+    profile: int | None,
+) -> Outcome:
     if profile is not None and (experiment.search.racing is not None or experiment.search.in_flight > 1):
         raise ValueError(
             "A profile traces candidates one by one, as neither a race nor several in flight are measured: leave out "
@@ -136,6 +153,7 @@ def run_experiment(
         )
     profiler = SearchProfile(folder, profile) if profile is not None and primary else None
     if primary:
+        # Once more, now that nobody else can write to it.
         _check_folder(folder, experiment, resume)
     torch.manual_seed(experiment.seed)
     data = load_data(experiment)
@@ -169,7 +187,6 @@ def run_experiment(
     )
     # Only now: a run that cannot start leaves nothing behind that would have to be resumed or removed.
     if primary and not resume:
-        folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / CONFIG_FILE, config.dump(experiment))
     _initial_weights(space, folder / INITIAL_FILE, primary)
     start = time.time()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 
 from genas_plugins._optional import require
 from genas_plugins.files import write_text
+from genas_plugins.locking import lock_folder
 from timm_models.settings import Settings, SettingsError, write_config
 
 __all__ = ["RunFolder"]
@@ -46,8 +48,9 @@ class RunFolder:
         self._board: Any = None
 
     @classmethod
-    def open(cls, settings: Settings, primary: bool, size: int, resume: str | Path | None) -> RunFolder:
-        """Create a run's folder, or find that of the run to continue.
+    @contextmanager
+    def open(cls, settings: Settings, primary: bool, size: int, resume: str | Path | None) -> Iterator[RunFolder]:
+        """Create a run's folder, or find that of the run to continue, and be the only one who writes to it.
 
         Args:
             settings: Those of the run.
@@ -58,23 +61,26 @@ class RunFolder:
         Raises:
             FileNotFoundError: There is nothing to resume.
             FileExistsError: The folder holds a run already.
+            FolderInUseError: Another process writes to it.
         """
         if resume is not None:
-            checkpoint = find_checkpoint(resume)
-            path = Path(resume) if checkpoint is None else checkpoint.parent
-            if primary:
-                write_text(path / CONFIG, write_config(settings))
-            return cls(path, settings, primary, checkpoint)
+            path = Path(resume) if Path(resume).is_dir() else Path(resume).parent
+            with lock_folder(path) if primary and path.is_dir() else nullcontext():
+                checkpoint = find_checkpoint(resume)
+                if primary:
+                    write_text(path / CONFIG, write_config(settings))
+                yield cls(path, settings, primary, checkpoint)
+            return
         name = settings.experiment or "-".join(
             (datetime.now().strftime("%Y%m%d-%H%M%S"), safe_model_name(settings.model), str(size))
         )
         path = Path(settings.output) / name
-        if primary:
-            if (path / CONFIG).exists():
-                raise FileExistsError(f"{path} holds a run: continue it with --resume {path}, or name another.")
-            path.mkdir(parents=True, exist_ok=True)
-            write_text(path / CONFIG, write_config(settings))
-        return cls(path, settings, primary, None)
+        with lock_folder(path) if primary else nullcontext():
+            if primary:
+                if (path / CONFIG).exists():
+                    raise FileExistsError(f"{path} holds a run: continue it with --resume {path}, or name another.")
+                write_text(path / CONFIG, write_config(settings))
+            yield cls(path, settings, primary, None)
 
     def saver(
         self, task: TrainingTask, optimizer: Optimizer, scaler: utils.NativeScaler | None
