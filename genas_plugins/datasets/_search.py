@@ -10,6 +10,7 @@ import numpy as np
 
 from genas_plugins.datasets._builtin import CIFAR_STATISTICS, load_cifar, load_digits
 from genas_plugins.datasets._folder import DiskImages, open_image_folder
+from genas_plugins.datasets._identity import data_identity
 from genas_plugins.datasets._imagenet16 import load_imagenet16
 from genas_plugins.datasets._splits import check_count, halves, pick_test_images
 from genas_plugins.datasets._tensors import ImageTensors, SearchData, Triple, channel_statistics, resized
@@ -137,6 +138,8 @@ def load_search_data(
     """
     _check_options(name, root, download, image_size, storage)
     pool, test = _open(name, root, download, image_size, seed)
+    # Of the files as they are: what they are decoded to may depend on the version of the decoder.
+    identity = data_identity({"images": pool} if test is None else {"images": pool, "test": test})
     train, validation = _train_and_validation(pool, train_fraction, train_images, validation_images, seed)
     test = _test_part(test, test_images, seed)
     count = _recalibration_count(recalibration_images, len(train))
@@ -153,4 +156,5 @@ def load_search_data(
         num_classes=len(pool.class_names),
         name=name,
         image_size=recalibration.images.shape[-1],
+        identity=identity,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,6 +103,8 @@ class SearchData:
         num_classes: Number of classes.
         name: Name of the data set, one of ``DATASETS``.
         image_size: Height and width of every image, in pixels.
+        identity: What tells the images that were split, and those to test on, from others, as
+            :func:`~genas_plugins.datasets.data_identity` has it; None where nobody asked.
     """
 
     train: ImageTensors | Dataset[tuple[Tensor, int]]
@@ -113,6 +116,7 @@ class SearchData:
     num_classes: int
     name: str
     image_size: int
+    identity: Mapping[str, Any] | None = None
 
 
 def channel_statistics(images: Tensor) -> tuple[Triple, Triple]:
