@@ -447,7 +447,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _plot(options: argparse.Namespace) -> int:
     from genas_plugins.plotting import LossCurve, plot_cells, plot_loss_curves, plot_search
-    from genas_plugins.search import History
+    from genas_plugins.search import History, check_records
     from genas_plugins.zoo import find_genotype
 
     if options.what == "cells":
@@ -458,7 +458,9 @@ def _plot(options: argparse.Namespace) -> int:
     path = Path(options.source) / "history.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{options.source} is not the folder of a search: no history.jsonl.")
-    records = History(path, read_only=True).records
+    history = History(path, read_only=True)
+    check_records(history)
+    records = history.records
     if options.what == "search":
         print(plot_search(records, options.output))
         return 0
