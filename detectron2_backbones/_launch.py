@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +22,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 from detectron2_backbones.backbone import GeNASBackbone
 from genas_plugins.files import packaged_configs
+from genas_plugins.interrupts import interruptible, pending_signal
 from genas_plugins.locking import lock_folder
 
 __all__ = [
@@ -34,7 +37,7 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-_INTERRUPTED = 130
+_SIGNALLED = 128
 _SYNTHETIC = ("genas_synthetic_train", "genas_synthetic_val")
 
 
@@ -50,7 +53,7 @@ def run_launcher(
         arguments: Command line without the program's name; None: the process's own.
 
     Returns:
-        Exit status: 0, 1 with one line on standard error if something is wrong, 130 after Ctrl-C.
+        Exit status: 0, 1 with one line on standard error if something is wrong, 130 after Ctrl-C, 143 after SIGTERM.
     """
     parser = default_argument_parser()
     parser.prog = f"python -m {name}"
@@ -66,17 +69,21 @@ def run_launcher(
         gpus = torch.cuda.device_count()
         if not 1 <= options.num_gpus <= max(gpus, 1):
             raise ValueError(f"--num-gpus {options.num_gpus} does not fit this machine, which has {gpus}.")
-        launch(
-            work,
-            options.num_gpus,
-            num_machines=options.num_machines,
-            machine_rank=options.machine_rank,
-            dist_url=options.dist_url,
-            args=(options,),
-        )
+        # Several processes are ended by their group's signals.
+        with interruptible() if options.num_gpus == 1 else nullcontext():
+            launch(
+                work,
+                options.num_gpus,
+                num_machines=options.num_machines,
+                machine_rank=options.machine_rank,
+                dist_url=options.dist_url,
+                args=(options,),
+            )
     except KeyboardInterrupt:
-        print("Interrupted. Continue with --resume.", file=sys.stderr)
-        return _INTERRUPTED
+        line = list(sys.argv[1:] if arguments is None else arguments)
+        again = shlex.join(["python", "-m", name, *["--resume"] * (not options.resume), *line])
+        print(f"Interrupted. Continue with: {again}", file=sys.stderr)
+        return _SIGNALLED + (pending_signal() or signal.SIGINT)
     # Detectron2 and its configurations raise whatever a wrong setting leads to.
     except Exception as error:
         if options.debug:

@@ -6,23 +6,26 @@ The one place in the core that knows the hosts; each is imported only when its s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genas_plugins._version import __version__
+from genas_plugins.interrupts import interruptible, pending_signal
 
 if TYPE_CHECKING:
     from nni_strategy.run import Outcome
 
 __all__ = ["main"]
 
-_INTERRUPTED, _UNREAD = 130, 141
+_SIGNALLED, _UNREAD = 128, 141
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -33,18 +36,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program's name; ``None`` for the process's own.
 
     Returns:
-        Exit status: 0, 1 with one line on standard error if something is wrong, 130 after Ctrl-C, 141 when nobody
-        reads the output any more.
+        Exit status: 0, 1 with one line on standard error if something is wrong, 130 after Ctrl-C, 143 after
+        SIGTERM, 141 when nobody reads the output any more.
     """
     options = _parser().parse_args(arguments)
+    options.line = list(sys.argv[1:] if arguments is None else arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
-        status = command(options)
-        sys.stdout.flush()
+        with interruptible():
+            status = command(options)
+            sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return _INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        # Lightning starts the other processes of a distributed run as copies of this one: the first speaks.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(str(interrupt) or "Interrupted.", file=sys.stderr)
+        return _SIGNALLED + (pending_signal() or signal.SIGINT)
     except BrokenPipeError:
         # As head does, which has read enough. What is still to be written would be an error once more at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,8 +59,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ImportError, OSError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         if options.debug:
             raise
-        print(f"genas: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"genas: {_message(error)}", file=sys.stderr)
         return 1
+
+
+def _message(error: BaseException) -> str:
+    """An error in one line; of one that a data loader's worker passes on, what the worker met."""
+    lines = str(error).strip().splitlines()
+    if lines and " in DataLoader worker process " in lines[0]:
+        # PyTorch gives the worker's traceback as the message. Behind it, the first line without indent is the error.
+        start = max((number for number, line in enumerate(lines) if line.startswith("  File ")), default=0)
+        behind = [number for number, line in enumerate(lines) if number > start and not line.startswith(" ")]
+        lines = lines[behind[0] :] if behind else lines[-1:]
+        lines[0] = lines[0].partition(": ")[2] or lines[0]
+    return " ".join(" ".join(lines).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def _told_how_to_go_on(folder: Path, begun: Callable[[], bool], again: str) -> Iterator[None]:
+    """Give an interrupt, and the error of a full disk, the command with which to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, RuntimeError) as error:
+        # Ctrl-C ends a loader's workers as well, whose end may be what is met first.
+        if isinstance(error, RuntimeError) and pending_signal() is None:
+            raise
+        told = f"Continue with: {again}" if begun() else "Nothing was begun: start it again."
+        raise KeyboardInterrupt(f"\nInterrupted. {told}") from error
+    except OSError as error:
+        if error.errno not in _FULL or not begun():
+            raise
+        raise OSError(f"{folder} cannot be written to: {error.strerror}. Make room. Continue with: {again}") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -222,8 +258,8 @@ def _search(options: argparse.Namespace) -> int:
             f"--config is missing; experiments that come with the package: {', '.join(config.config_names())}."
         )
     _quiet_hosts()
-    again = f"Continue with: genas search --output {shlex.quote(str(folder))} --resume"
-    try:
+    again = f"genas search --output {shlex.quote(str(folder))} --resume"
+    with _told_how_to_go_on(folder, (folder / "config.yaml").exists, again):
         outcome = run_experiment(
             experiment,
             folder,
@@ -231,13 +267,6 @@ def _search(options: argparse.Namespace) -> int:
             progress=None if options.quiet else Bar,
             profile=options.profile,
         )
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. {again}", file=sys.stderr)
-        return _INTERRUPTED
-    except OSError as error:
-        if error.errno not in _FULL or not (folder / "config.yaml").exists():
-            raise
-        raise OSError(f"{folder} cannot be written to: {error.strerror}. Make room. {again}") from error
     if outcome.best:
         print("\n".join(_report(outcome)))
         if options.profile is not None:
@@ -350,7 +379,9 @@ def _correlate(options: argparse.Namespace) -> int:
         experiment = config.load(options.config, options.overrides)
         if experiment.space.name != "nasbench201":
             raise ValueError(f"{options.config} searches the space {experiment.space.name}, expected nasbench201.")
-    with lock_folder(folder):
+    # The same command: --resume goes on where there is something, and begins where there is not.
+    again = f"genas {shlex.join([*options.line, *['--resume'] * (not options.resume)])}"
+    with _told_how_to_go_on(folder, lambda: True, again), lock_folder(folder):
         if experiment is not None:
             run_experiment(experiment, run, resume=options.resume and (run / "config.yaml").exists(), progress=progress)
         trained = TrainedSupernet.from_run(run, device=options.device, data_root=options.data_root)

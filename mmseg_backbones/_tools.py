@@ -6,10 +6,13 @@ import argparse
 import contextlib
 import os
 import runpy
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from genas_plugins.interrupts import interruptible, pending_signal
 from genas_plugins.locking import FolderInUseError, lock_folder
 
 __all__ = ["find_tool", "run_tool", "work_folder"]
@@ -37,18 +40,25 @@ def run_tool(name: str, *, trains: bool = False) -> None:
     Args:
         name: Of the script.
         trains: It writes checkpoints; where another process writes to the same folder, it ends with one line on
-            standard error.
+            standard error, as it does after Ctrl-C and SIGTERM.
     """
     path = find_tool(name)
-    folder = work_folder(sys.argv[1:]) if trains else None
+    arguments = sys.argv[1:]
+    folder = work_folder(arguments) if trains else None
     sys.argv[0] = str(path)
     # A script's own folder comes first, as when Python runs it.
     sys.path.insert(0, str(path.parent))
     try:
-        with contextlib.nullcontext() if folder is None else lock_folder(folder):
+        with interruptible(), contextlib.nullcontext() if folder is None else lock_folder(folder):
             runpy.run_path(str(path), run_name="__main__")
     except FolderInUseError as error:
         sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        if folder is not None:
+            resume = ["--resume"] * ("--resume" not in arguments)
+            again = shlex.join(["python", "-m", "mmseg_backbones.train", *arguments, *resume])
+            print(f"Interrupted. Continue with: {again}", file=sys.stderr)
+        sys.exit(128 + (pending_signal() or signal.SIGINT))
 
 
 def work_folder(arguments: Sequence[str]) -> Path | None:

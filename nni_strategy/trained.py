@@ -12,10 +12,11 @@ from nni.nas.nn.pytorch import ModelSpace
 from torch import Tensor
 
 from genas_plugins.checkpoints import CheckpointError, load_supernet, read_state
-from genas_plugins.datasets import ImageTensors, SearchData, load_search_data
+from genas_plugins.datasets import ImageTensors, SearchData, check_identity, load_search_data
 from genas_plugins.scoring import Accuracy, CombinedScore, Measurement, accuracy, recalibrate_batchnorm
 from genas_plugins.scoring.data import TensorBatches
 from nni_strategy import config
+from nni_strategy.resuming import check_began
 from nni_strategy.samples import SupernetPaths
 from nni_strategy.space import space_around
 from nni_strategy.strategy import measure_candidate
@@ -118,7 +119,8 @@ class TrainedSupernet:
 
         Raises:
             FileNotFoundError: The folder holds no finished supernet, or the images are not where they were.
-            ConfigError: Its ``config.yaml`` cannot be read.
+            ConfigError: Its ``config.yaml`` cannot be read, or was changed since.
+            DataChangedError: The images are others than those that it was trained and is to be scored on.
             CheckpointError: Its supernet cannot be read.
         """
         folder = Path(folder)
@@ -127,6 +129,8 @@ class TrainedSupernet:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} is not the folder of a search with a trained supernet: no {name}.")
         experiment = config.load(folder / CONFIG_FILE)
+        # What decides which images have trained the supernet, and which network it is.
+        check_began(folder, experiment, ("seed", "space", "data", "training"))
         if data_root is not None:
             located = dataclasses.replace(experiment.data, root=str(data_root))
             experiment = dataclasses.replace(experiment, data=located)
@@ -137,6 +141,8 @@ class TrainedSupernet:
                 f"{error} {folder / CONFIG_FILE} has data.root {experiment.data.root!r}, seen from {Path.cwd()}; if "
                 "the images are elsewhere now, say where with --data-root (data_root= in Python)."
             ) from error
+        if data.identity is not None:
+            check_identity(folder, data.identity, ("images",))
         space = space_around(load_supernet(folder / SUPERNET_FILE))
         initial = None
         if (folder / INITIAL_FILE).is_file():

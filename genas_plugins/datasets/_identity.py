@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,8 +89,13 @@ def write_identity(folder: str | Path, identity: Mapping[str, Any]) -> Path:
     return write_text(Path(folder) / DATA_FILE, json.dumps(identity) + "\n")
 
 
-def check_identity(folder: str | Path, identity: Mapping[str, Any]) -> bool:
+def check_identity(folder: str | Path, identity: Mapping[str, Any], parts: Collection[str] | None = None) -> bool:
     """Compare data with what a run began with; False where the run, of an earlier version, has not stored it.
+
+    Args:
+        folder: Of the run.
+        identity: Of the data now.
+        parts: Compare only these; ``None`` for all.
 
     Raises:
         DataChangedError: It is other data; the message says what differs.
@@ -103,7 +108,11 @@ def check_identity(folder: str | Path, identity: Mapping[str, Any]) -> bool:
         before = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(before, dict) or not before:
             raise TypeError("no parts")
-        change = describe_change(before, json.loads(json.dumps(identity)))
+        now = json.loads(json.dumps(identity))
+        chosen = parts or {*before, *now}
+        change = describe_change(
+            *({name: each[name] for name in each if name in chosen} for each in (before, now)),
+        )
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged, so that it is not known what data this run began with: restore the file, or remove it "
