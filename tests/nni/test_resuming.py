@@ -188,9 +188,9 @@ def test_where_and_on_what_is_computed_may_change(
 @pytest.mark.parametrize(
     "change",
     [
-        *("seed=3", "deterministic=true", "space.name=darts", "space.init_channels=8", "space.num_cells=5"),
+        *("seed=3", "deterministic=true", "space.name=darts", "space.init_channels=8", "space.num_cells=6"),
         *("space.stem=imagenet", "space.affine=false", "data.name=cifar10", "data.image_size=16", "data.storage=disk"),
-        *("data.train_images=4", "data.flip=false", "training.epochs=2", "training.batch_size=3", "score.metric=angle"),
+        *("data.train_images=4", "data.flip=true", "training.epochs=2", "training.batch_size=3", "score.metric=angle"),
         *("training.precision=bf16-mixed", "training.devices=2", "score.draws=3", "score.common=true"),
         *("score.batch_size=7", "search.parents=3", "search.racing=0.9", "search.mutation_probability=0.5"),
     ],
