@@ -75,10 +75,12 @@ class RunFolder:
             (datetime.now().strftime("%Y%m%d-%H%M%S"), safe_model_name(settings.model), str(size))
         )
         path = Path(settings.output) / name
+        if primary:
+            _refuse_a_run(path)
         with lock_folder(path) if primary else nullcontext():
             if primary:
-                if (path / CONFIG).exists():
-                    raise FileExistsError(f"{path} holds a run: continue it with --resume {path}, or name another.")
+                # Once more, now that nobody else can begin one.
+                _refuse_a_run(path)
                 write_text(path / CONFIG, write_config(settings))
             yield cls(path, settings, primary, None)
 
@@ -157,6 +159,11 @@ class RunFolder:
             math.nan if best is None else best,
             (best_epoch or 0) + 1,
         )
+
+
+def _refuse_a_run(path: Path) -> None:
+    if (path / CONFIG).exists():
+        raise FileExistsError(f"{path} holds a run: continue it with --resume {path}, or name another.")
 
 
 def find_checkpoint(place: str | Path) -> Path | None:

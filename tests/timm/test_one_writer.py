@@ -34,7 +34,16 @@ def command(tmp_path: Path) -> list[str]:
         "--batch-size",
         "4",
     ]
-    line += ["--model-kwargs", "init_channels=4", "num_cells=3", "genotype=genas_flatness_c10", "--img-size", "32"]
+    line += [
+        "--model-kwargs",
+        "init_channels=4",
+        "num_cells=3",
+        "genotype=genas_flatness_c10",
+        "--img-size",
+        "32",
+        "--workers",
+        "0",
+    ]
     return [
         *line,
         "--batch-size",
