@@ -36,6 +36,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from genas_plugins.files import atomic_path, write_text
+from genas_plugins.locking import lock_folder
 from genas_plugins.ranking import Estimate, compare, rank_correlation
 
 __all__ = ["PAPER", "Scores", "main", "read_scores", "report"]
@@ -68,6 +69,9 @@ def unpack(source: Path, folder: Path) -> None:
         ValueError: An archive is missing or is none.
     """
     for split in SPLITS:
+        # Of a process that was killed meanwhile.
+        for leftover in folder.glob(f".{split}-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         if (folder / split).is_dir():
             continue
         archive = source / f"cifar10_{split}.zip"
@@ -268,8 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment and return the exit code."""
     args = parse(arguments)
     try:
-        run(args)
-        print(report({seed: args.output / f"seed{seed}" for seed in args.seeds}, args.output, resamples=args.resamples))
+        with lock_folder(args.output):
+            run(args)
+            folders = {seed: args.output / f"seed{seed}" for seed in args.seeds}
+            print(report(folders, args.output, resamples=args.resamples))
     except (ValueError, OSError) as error:
         print(f"nasbench201: {error}", file=sys.stderr)
         return 1

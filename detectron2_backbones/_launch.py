@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.engine import default_argument_parser, launch
@@ -19,12 +22,21 @@ from detectron2_backbones.backbone import GeNASBackbone
 from genas_plugins._messages import message_of, shown
 from genas_plugins._reading import expand_home, user_path
 from genas_plugins.files import packaged_configs
+from genas_plugins.interrupts import exit_status, interruptible
+from genas_plugins.locking import lock_folder
 
-__all__ = ["available_device", "check_backbones", "config_path", "register_datasets", "run_launcher", "start_logging"]
+__all__ = [
+    "available_device",
+    "check_backbones",
+    "config_path",
+    "only_writer",
+    "register_datasets",
+    "run_launcher",
+    "start_logging",
+]
 
 _logger = logging.getLogger(__name__)
 
-_INTERRUPTED = 130
 _SYNTHETIC = ("genas_synthetic_train", "genas_synthetic_val")
 
 
@@ -40,7 +52,7 @@ def run_launcher(
         arguments: Command line without the program's name; None: the process's own.
 
     Returns:
-        Exit status: 0, 1 with one line on standard error if something is wrong, 130 after Ctrl-C.
+        Exit status: 0, 1 with one line on standard error if something is wrong, 130 after Ctrl-C, 143 after SIGTERM.
     """
     parser = default_argument_parser()
     parser.prog = f"python -m {name}"
@@ -56,17 +68,21 @@ def run_launcher(
         gpus = torch.cuda.device_count()
         if not 1 <= options.num_gpus <= max(gpus, 1):
             raise ValueError(f"--num-gpus {options.num_gpus} does not fit this machine, which has {gpus}.")
-        launch(
-            work,
-            options.num_gpus,
-            num_machines=options.num_machines,
-            machine_rank=options.machine_rank,
-            dist_url=options.dist_url,
-            args=(options,),
-        )
+        # Several processes are ended by their group's signals.
+        with interruptible() if options.num_gpus == 1 else nullcontext():
+            launch(
+                work,
+                options.num_gpus,
+                num_machines=options.num_machines,
+                machine_rank=options.machine_rank,
+                dist_url=options.dist_url,
+                args=(options,),
+            )
     except KeyboardInterrupt:
-        print("Interrupted. Continue with --resume.", file=sys.stderr)
-        return _INTERRUPTED
+        line = list(sys.argv[1:] if arguments is None else arguments)
+        again = shlex.join(["python", "-m", name, *["--resume"] * (not options.resume), *line])
+        print(f"Interrupted. Continue with: {again}", file=sys.stderr)
+        return exit_status()
     # Detectron2 and its configurations raise whatever a wrong setting leads to.
     except Exception as error:
         if options.debug:
@@ -93,6 +109,18 @@ def config_path(name: str, suffix: str) -> Path:
 def start_logging() -> None:
     """Log this package's messages as Detectron2 logs its own."""
     setup_logger(distributed_rank=comm.get_rank(), name="detectron2_backbones", abbrev_name="genas")
+
+
+def only_writer(folder: str, options: argparse.Namespace) -> AbstractContextManager[Any]:
+    """Refuse a second training in the same folder; an evaluation beside a training may write its results there.
+
+    Raises:
+        FolderInUseError: On entering; another process trains there.
+    """
+    # Detectron2 also writes to what only its own handlers can reach.
+    if options.eval_only or not comm.is_main_process() or "://" in folder:
+        return nullcontext()
+    return lock_folder(folder)
 
 
 def available_device(device: str) -> str:

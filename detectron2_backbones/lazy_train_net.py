@@ -30,6 +30,7 @@ from torch import nn
 from detectron2_backbones._launch import (
     available_device,
     check_backbones,
+    only_writer,
     register_datasets,
     run_launcher,
     start_logging,
@@ -101,6 +102,11 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
 def _work(options: argparse.Namespace) -> None:
     start_logging()
     cfg = read_config(options.config_file, options.opts)
+    with only_writer(cfg.train.output_dir, options):
+        _run(cfg, options)
+
+
+def _run(cfg: DictConfig, options: argparse.Namespace) -> None:
     default_setup(cfg, options)
     for part in ("train", "test"):
         names = OmegaConf.select(cfg, f"dataloader.{part}.dataset.names", default=())

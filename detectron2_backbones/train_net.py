@@ -21,6 +21,7 @@ from detectron2.utils import comm
 from detectron2_backbones._launch import (
     available_device,
     check_backbones,
+    only_writer,
     register_datasets,
     run_launcher,
     start_logging,
@@ -83,6 +84,11 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
 def _work(options: argparse.Namespace) -> dict[str, Any]:
     start_logging()
     cfg = read_config(options.config_file, options.opts)
+    with only_writer(cfg.OUTPUT_DIR, options):
+        return _run(cfg, options)
+
+
+def _run(cfg: CfgNode, options: argparse.Namespace) -> dict[str, Any]:
     default_setup(cfg, options)
     register_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     if options.eval_only:

@@ -6,26 +6,27 @@ The one place in the core that knows the hosts; each is imported only when its s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import errno
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genas_plugins._messages import message_of
 from genas_plugins._reading import expand_home
 from genas_plugins._version import __version__
+from genas_plugins.files import disk_is_full
+from genas_plugins.interrupts import exit_status, interruptible, pending_signal
 
 if TYPE_CHECKING:
     from nni_strategy.run import Outcome
 
 __all__ = ["main"]
 
-_INTERRUPTED, _UNREAD = 130, 141
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNREAD = 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,18 +36,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program's name; ``None`` for the process's own.
 
     Returns:
-        Exit status: 0, 1 with one line on standard error if something is wrong, 130 after Ctrl-C, 141 when nobody
-        reads the output any more.
+        Exit status: 0, 1 with one line on standard error if something is wrong, 130 after Ctrl-C, 143 after
+        SIGTERM, 141 when nobody reads the output any more.
     """
     options = expand_home(_parser().parse_args(arguments))
+    options.line = list(sys.argv[1:] if arguments is None else arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
-        status = command(options)
-        sys.stdout.flush()
+        with interruptible():
+            status = command(options)
+            sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return _INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        # Lightning starts the other processes of a distributed run as copies of this one: the first speaks.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(str(interrupt) or "Interrupted.", file=sys.stderr)
+        return exit_status()
     except BrokenPipeError:
         # As head does, which has read enough. What is still to be written would be an error once more at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -56,6 +61,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"genas: {message_of(error)}", file=sys.stderr)
         return 1
+
+
+@contextlib.contextmanager
+def _told_how_to_go_on(folder: Path, begun: Callable[[], bool], again: str) -> Iterator[None]:
+    """Give an interrupt, and the error of a full disk, the command with which to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, RuntimeError) as error:
+        # Ctrl-C ends a loader's workers as well, whose end may be what is met first.
+        if isinstance(error, RuntimeError) and pending_signal() is None:
+            raise
+        told = f"Continue with: {again}" if begun() else "Nothing was begun: start it again."
+        raise KeyboardInterrupt(f"\nInterrupted. {told}") from error
+    except OSError as error:
+        if not disk_is_full(error) or not begun():
+            raise
+        raise OSError(f"{folder} cannot be written to: {error.strerror}. Make room. Continue with: {again}") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -232,8 +254,9 @@ def _search(options: argparse.Namespace) -> int:
             f"--config is missing; experiments that come with the package: {', '.join(config.config_names())}."
         )
     _quiet_hosts()
-    again = f"Continue with: genas search --output {shlex.quote(str(folder))} --resume"
-    try:
+    again = f"genas search --output {shlex.quote(str(folder))} --resume"
+    interrupted = again + " --train-only" * options.train_only
+    with _told_how_to_go_on(folder, (folder / "config.yaml").exists, interrupted):
         outcome = run_experiment(
             experiment,
             folder,
@@ -242,18 +265,8 @@ def _search(options: argparse.Namespace) -> int:
             profile=options.profile,
             train_only=options.train_only,
         )
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. {again}", file=sys.stderr)
-        return _INTERRUPTED
-    except OSError as error:
-        if error.errno not in _FULL or not (folder / "config.yaml").exists():
-            raise
-        raise OSError(f"{folder} cannot be written to: {error.strerror}. Make room. {again}") from error
     if options.train_only:
-        print(
-            f"The trained supernet is in {folder}; search it with: genas search --output {shlex.quote(str(folder))} "
-            "--resume"
-        )
+        print(f"The trained supernet is in {folder}; search it with: {again}")
     if outcome.best:
         print("\n".join(_report(outcome)))
         if options.profile is not None:
@@ -341,6 +354,7 @@ def _correlate(options: argparse.Namespace) -> int:
 
     require("matplotlib", extra="plots", purpose="the pictures")
     import nni_strategy  # noqa: F401
+    from genas_plugins.locking import lock_folder
     from genas_plugins.truth import read_truth
     from nni_strategy import config, correlate, report
     from nni_strategy.progress import Bar
@@ -361,29 +375,34 @@ def _correlate(options: argparse.Namespace) -> int:
     folder = Path(options.output)
     progress = None if options.quiet else Bar
     run = Path(options.run) if options.run else folder / "search"
+    experiment = None
     if options.config is not None:
         _quiet_hosts()
         experiment = config.load(options.config, options.overrides)
         if experiment.space.name != "nasbench201":
             raise ValueError(f"{options.config} searches the space {experiment.space.name}, expected nasbench201.")
-        run_experiment(experiment, run, resume=options.resume and (run / "config.yaml").exists(), progress=progress)
-    trained = TrainedSupernet.from_run(run, device=options.device, data_root=options.data_root)
-    raws = correlate.measure_all(
-        trained,
-        architectures,
-        settings,
-        folder,
-        images=options.images,
-        training_free=options.training_free,
-        resume=options.resume,
-        seconds=None if options.minutes is None else 60 * options.minutes,
-        progress=progress,
-    )
-    if len(raws) < 3:
-        raise ValueError(f"{len(raws)} architectures are measured, a correlation takes 3: go on with --resume.")
-    rows, left_out = report.write_report(
-        folder, raws, settings, truth, sums=sums, seed=options.seed, resamples=options.resamples
-    )
+    # The same command: --resume goes on where there is something, and begins where there is not.
+    again = f"genas {shlex.join([*options.line, *['--resume'] * (not options.resume)])}"
+    with _told_how_to_go_on(folder, lambda: True, again), lock_folder(folder):
+        if experiment is not None:
+            run_experiment(experiment, run, resume=options.resume and (run / "config.yaml").exists(), progress=progress)
+        trained = TrainedSupernet.from_run(run, device=options.device, data_root=options.data_root)
+        raws = correlate.measure_all(
+            trained,
+            architectures,
+            settings,
+            folder,
+            images=options.images,
+            training_free=options.training_free,
+            resume=options.resume,
+            seconds=None if options.minutes is None else 60 * options.minutes,
+            progress=progress,
+        )
+        if len(raws) < 3:
+            raise ValueError(f"{len(raws)} architectures are measured, a correlation takes 3: go on with --resume.")
+        rows, left_out = report.write_report(
+            folder, raws, settings, truth, sums=sums, seed=options.seed, resamples=options.resamples
+        )
     print("\n".join(_table(report.table_of(rows))), *report.remarks(rows, left_out), sep="\n")
     print(f"correlations.csv, scores.csv, taus.csv and scatter.png are in {folder}.")
     return 0
@@ -464,7 +483,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _plot(options: argparse.Namespace) -> int:
     from genas_plugins.plotting import LossCurve, plot_cells, plot_loss_curves, plot_search
-    from genas_plugins.search import History
+    from genas_plugins.search import History, check_records
     from genas_plugins.zoo import find_genotype
 
     if options.what == "cells":
@@ -475,7 +494,9 @@ def _plot(options: argparse.Namespace) -> int:
     path = Path(options.source) / "history.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{options.source} is not the folder of a search: no history.jsonl.")
-    records = History(path, read_only=True).records
+    history = History(path, read_only=True)
+    check_records(history)
+    records = history.records
     if options.what == "search":
         print(plot_search(records, options.output))
         return 0

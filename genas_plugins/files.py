@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +13,19 @@ from pathlib import Path
 
 import genas_plugins
 
-__all__ = ["atomic_path", "packaged_configs", "write_text"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["atomic_path", "disk_is_full", "packaged_configs", "remove_leftovers", "write_text"]
+
+_LEFTOVER = re.compile(r"\..+-[a-z0-9_]{8}\.partial(\.[^.]*)?")
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error says that there is no room: of the disk, of the user's share, or for a file of that size."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -23,10 +38,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         OSError: The file cannot be written. The temporary file is removed and ``path`` is left as it was.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=f".partial{path.suffix}", dir=path.parent)
     temporary = Path(name)
     try:
+        _mark(handle)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -37,6 +52,36 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove the temporary files of writers that were killed; those that are being written are left alone.
+
+    Where the file system or the platform has no ``flock``, nothing tells the two apart, and all are left.
+    """
+    for path in Path(folder).iterdir():
+        if _LEFTOVER.fullmatch(path.name) is None or not path.is_file():
+            continue
+        # Somebody else's file, or no longer there.
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDWR)
+            try:
+                if _mark(handle):
+                    path.unlink()
+            finally:
+                os.close(handle)
+
+
+def _mark(handle: int) -> bool:
+    """Hold a file as long as this process lives; False where another does, or nobody can."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["interruptible", "pending_signal", "raise_pending"]
+__all__ = ["exit_status", "interruptible", "pending_signal", "raise_pending"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _pending: list[int] = []
@@ -61,3 +61,8 @@ def raise_pending() -> None:
     """Raise the KeyboardInterrupt of a signal whose exception was swallowed."""
     if _pending:
         raise KeyboardInterrupt
+
+
+def exit_status() -> int:
+    """The exit status of a command that a signal ended, as a shell has it: 130 after Ctrl-C, 143 after SIGTERM."""
+    return 128 + (pending_signal() or signal.SIGINT)

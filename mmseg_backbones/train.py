@@ -5,4 +5,4 @@ from mmseg_backbones._tools import run_tool
 __all__: list[str] = []
 
 if __name__ == "__main__":
-    run_tool("train.py")
+    run_tool("train.py", trains=True)

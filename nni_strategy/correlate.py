@@ -15,18 +15,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from genas_plugins._messages import listed, shown
-from genas_plugins._reading import ReadingError, read_text, read_yaml, user_path
+from genas_plugins._messages import listed, one_line, shown
+from genas_plugins._reading import ReadingError, read_json, read_text, read_yaml, user_path
 from genas_plugins.correlation import Setting, columns, measure_raw
+from genas_plugins.datasets import DATA_FILE, check_identity, write_identity
 from genas_plugins.files import packaged_configs, write_text
+from genas_plugins.interrupts import raise_pending
+from genas_plugins.locking import lock_folder
 from genas_plugins.nasbench201 import NasBench201Network
 from genas_plugins.scoring import CombinedScore, CommonNoise
 from genas_plugins.scoring.training_free import naswot, synflow, zico
-from genas_plugins.search import History, HistoryError, candidate_seed
+from genas_plugins.search import History, candidate_seed
 from genas_plugins.spaces.nasbench201 import NasBench201Architecture, NasBench201SearchSpace
 from genas_plugins.truth import lookup
 from nni_strategy import config
 from nni_strategy.report import ON_SUPERNET, TRAINING_FREE, RankSum, references
+from nni_strategy.resuming import state_digest
 from nni_strategy.space import NasBench201Space
 from nni_strategy.trained import TrainedSupernet
 
@@ -34,6 +38,8 @@ __all__ = ["check_sums", "choose", "load_settings", "measure_all"]
 
 SETTINGS_FILE = "settings.json"
 MEASUREMENTS_FILE = "measurements.jsonl"
+_LONGEST_SETTINGS = 2**24
+"""Bytes: ten times what all architectures of the benchmark and a hundred settings take."""
 
 _RESERVED = {"architecture", "truth", "parameters", "live FLOPs", *TRAINING_FREE, *ON_SUPERNET}
 
@@ -166,38 +172,36 @@ def measure_all(
     Raises:
         TypeError: The supernet is of another space.
         ValueError: There are fewer images than a setting asks for.
-        ConfigError: The folder holds measurements and ``resume`` is not set, or those of other settings.
+        ConfigError: The folder holds measurements and ``resume`` is not set, or those of other settings or another
+            supernet.
+        DataChangedError: It holds measurements on other images.
+        HistoryError: Its measurements are damaged, or of other architectures.
+        FolderInUseError: Another process writes to the folder.
         OSError: The folder cannot be written to.
     """
     if not isinstance(trained.space, NasBench201Space):
         raise TypeError(f"The supernet is one of {type(trained.space).__name__}, expected NasBench201Space.")
+    with lock_folder(folder):
+        return _measure_all(
+            trained, architectures, settings, Path(folder), images, training_free, resume, seconds, progress
+        )
+
+
+def _measure_all(
+    trained: TrainedSupernet,
+    architectures: Sequence[NasBench201Architecture],
+    settings: Sequence[Setting],
+    folder: Path,
+    images: int | None,
+    training_free: bool,
+    resume: bool,
+    seconds: float | None,
+    progress: Callable[[str, int, int], Any] | None,
+) -> list[dict[str, Any]]:
     validation = trained.validation if images is None else trained.validation.limit(images)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    told = json.dumps(
-        {
-            "settings": [_plain(setting) for setting in settings],
-            "images": validation.num_images,
-            "seed": trained.seed,
-            "training_free": training_free,
-            "architectures": list(map(str, architectures)),
-        },
-        indent=1,
-    )
-    if (folder / SETTINGS_FILE).exists():
-        if not resume:
-            raise config.ConfigError(
-                f"{folder} already holds measurements: go on with --resume, or name another folder."
-            )
-        if read_text(folder / SETTINGS_FILE) != told:
-            raise config.ConfigError(f"{folder} holds measurements of other settings or architectures: name another.")
-    else:
-        write_text(folder / SETTINGS_FILE, told)
-    history = History(folder / MEASUREMENTS_FILE)
-    done = [record.get("architecture") for record in history.records]
-    if done != [str(architecture) for architecture in architectures[: len(done)]]:
-        raise HistoryError(f"{history.path} holds other architectures than these: name another folder.")
-    display = None if progress is None else progress("measuring", len(architectures), len(done))
+    history = _open(trained, architectures, settings, folder, validation.num_images, training_free, resume)
+    done = len(history.records)
+    display = None if progress is None else progress("measuring", len(architectures), done)
     example, _ = next(iter(validation))
     common = CommonNoise(trained.space, trained.seed)
     recalibration, own = (
@@ -207,7 +211,8 @@ def measure_all(
     if wanted := [s.recalibration_images for s in settings if s.recalibration_images is not None]:
         recalibration = trained.recalibration_on(max(*wanted, own or 0))
     end = math.inf if seconds is None else time.monotonic() + seconds
-    for architecture in architectures[len(done) :]:
+    for architecture in architectures[done:]:
+        raise_pending()
         if time.monotonic() >= end:
             break
         with trained.paths.open(architecture, example) as (model, names):
@@ -230,6 +235,88 @@ def measure_all(
     if display is not None:
         display.close()
     return history.records
+
+
+def _open(
+    trained: TrainedSupernet,
+    architectures: Sequence[NasBench201Architecture],
+    settings: Sequence[Setting],
+    folder: Path,
+    images: int,
+    training_free: bool,
+    resume: bool,
+) -> History:
+    """The measurements that the folder holds; refused, before anything is written, where they are others than these."""
+    told = {
+        "settings": [_plain(setting) for setting in settings],
+        "images": images,
+        "seed": trained.seed,
+        "training_free": training_free,
+        "architectures": list(map(str, architectures)),
+        **_told_of(trained),
+    }
+    begun = (folder / SETTINGS_FILE).exists()
+    if begun:
+        if not resume:
+            raise config.ConfigError(
+                f"{folder} already holds measurements: go on with --resume, or name another folder."
+            )
+        _check_told(folder / SETTINGS_FILE, told)
+    if trained.data.identity is not None:
+        check_identity(folder, trained.data.identity, ("images",))
+    history = History(folder / MEASUREMENTS_FILE)
+    done = [record.get("architecture") for record in history.records]
+    for number, architecture in enumerate(done):
+        if number >= len(architectures) or architecture != str(architectures[number]):
+            raise history.error(number, "is not of the architecture that comes there")
+    _check_measured(history, settings, training_free)
+    text = json.dumps(told, indent=1)
+    if not begun or read_text(folder / SETTINGS_FILE, limit=_LONGEST_SETTINGS) != text:
+        write_text(folder / SETTINGS_FILE, text)
+    if trained.data.identity is not None and not (folder / DATA_FILE).exists():
+        write_identity(folder, trained.data.identity)
+    return history
+
+
+def _told_of(trained: TrainedSupernet) -> dict[str, Any]:
+    """What decides a measurement, of the supernet and of how it is measured."""
+    told: dict[str, Any] = {"supernet": state_digest(trained.space.state_dict()), "recalibration": None}
+    if trained.paths.initial is not None:
+        told["initial"] = state_digest(trained.paths.initial)
+    if trained.recalibration is not None:
+        told["recalibration"] = [len(trained.data.recalibration), trained.recalibration.batch_size]
+    return told
+
+
+def _check_told(path: Path, told: Mapping[str, Any]) -> None:
+    """Refuse to go on with other than was measured; what an older version did not store is taken as it is."""
+    try:
+        before = read_json(path, limit=_LONGEST_SETTINGS)
+        changed = [key for key, value in told.items() if key in before and before[key] != value]
+    except (ValueError, TypeError) as error:
+        raise config.ConfigError(
+            f"{path} is damaged ({one_line(error, 300)}), so that it is not known what was measured: name another "
+            "folder."
+        ) from error
+    if changed:
+        key, is_long = changed[0], isinstance(told[changed[0]], list | str)
+        difference = f"other {key}" if is_long else f"{key} is {shown(before[key])}, not {told[key]}"
+        raise config.ConfigError(
+            f"{path.parent} holds measurements of other settings or architectures ({difference}): name another folder."
+        )
+
+
+def _check_measured(history: History, settings: Sequence[Setting], training_free: bool) -> None:
+    """Refuse records from which the columns cannot be made."""
+    for number, record in enumerate(history.records):
+        try:
+            columns(settings, [record])
+            if training_free:
+                {name: record["training_free"][name] for name in (*TRAINING_FREE, *ON_SUPERNET)}
+        except KeyError as error:
+            raise history.error(number, f"lacks {error}") from error
+        except (TypeError, AttributeError, ValueError, IndexError) as error:
+            raise history.error(number, f"is not as a measurement is ({one_line(error, 300)})") from error
 
 
 def _training_free(

@@ -24,17 +24,20 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 import genas_plugins
 from genas_plugins.checkpoints import CheckpointError, load_supernet, read_state, save_supernet
-from genas_plugins.datasets import SearchData
+from genas_plugins.datasets import SearchData, check_identity
 from genas_plugins.files import atomic_path, write_text
 from genas_plugins.genotype import Genotype
+from genas_plugins.interrupts import raise_pending
+from genas_plugins.locking import lock_folder
 from genas_plugins.plotting import LossCurve, plot_cells, plot_loss_curves, plot_search
 from genas_plugins.profiling import SearchProfile
 from genas_plugins.scoring import mean_loss, recalibrate_batchnorm
-from genas_plugins.search import History
+from genas_plugins.search import check_records
 from genas_plugins.search.racing import spared_images
 from genas_plugins.spaces.nasbench201 import NasBench201Architecture
 from nni_strategy import config
 from nni_strategy.progress import SearchProgress, TrainingProgress
+from nni_strategy.resuming import RunHistory, begin, check_began, check_weights, difference
 from nni_strategy.space import DartsSpace, NasBench201Space, SupernetSpace
 from nni_strategy.strategy import GeNAS
 from nni_strategy.trained import (
@@ -102,7 +105,8 @@ def run_experiment(
 ) -> Outcome:
     """Train, search and write the run folder.
 
-    The folder holds ``config.yaml`` (every setting), ``initial.safetensors``, ``supernet.ckpt``,
+    The folder holds ``config.yaml`` (every setting), ``run.json`` and ``data.json`` (what a resumed run must have in
+    common with it, see :mod:`nni_strategy.resuming`), ``initial.safetensors``, ``supernet.ckpt``,
     ``history.jsonl``, ``genotype.json``, ``cells.svg``, ``cells.png``, ``search.png`` and
     ``loss_curves.png``; Lightning's figures lie under ``training``. In the NAS-Bench-201 space the best is in
     ``architecture.json``, as the benchmark's string, and not drawn. A killed run continues with ``resume`` and
@@ -119,12 +123,16 @@ def run_experiment(
             resumed run without it goes on with the search. The outcome has no architectures.
 
     Raises:
-        ConfigError: The folder holds a run and ``resume`` is not set, holds another experiment or other files, or
-            holds nothing to resume; or Lightning cannot train with these settings on this machine.
+        ConfigError: The folder holds a run and ``resume`` is not set, holds another experiment or other files,
+            holds nothing to resume, or its settings or weights were changed since; or Lightning cannot train with
+            these settings on this machine.
         FileNotFoundError: The images are not where the experiment says.
         ValueError: They are not what it expects, or ``profile`` is below 1, or given with racing or with several
             candidates in flight.
         CheckpointError: The folder's supernet cannot be read.
+        DataChangedError: The images are not those that the run began with.
+        HistoryError: The folder's history is damaged, or was measured otherwise.
+        FolderInUseError: Another process writes to the folder.
         OSError: The folder cannot be written to; what is in it stays readable, and can be resumed.
         KeyboardInterrupt: The user interrupted; the folder can be resumed.
         SearchFailedError: No candidate had a finite score.
@@ -132,6 +140,22 @@ def run_experiment(
     folder = Path(folder)
     # Lightning starts the other processes of a distributed run as copies of this one.
     primary = rank_zero_only.rank == 0
+    if not primary:
+        return _run(experiment, folder, primary, resume, progress, profile, train_only)
+    _check_folder(folder, experiment, resume)
+    with lock_folder(folder):
+        return _run(experiment, folder, primary, resume, progress, profile, train_only)
+
+
+def _run(
+    experiment: config.Experiment,
+    folder: Path,
+    primary: bool,
+    resume: bool,
+    progress: Callable[[str, int, int], Any] | None,
+    profile: int | None,
+    train_only: bool,
+) -> Outcome:
     if profile is not None and (experiment.search.racing is not None or experiment.search.in_flight > 1):
         raise ValueError(
             "A profile traces candidates one by one, as neither a race nor several in flight are measured: leave out "
@@ -139,11 +163,14 @@ def run_experiment(
         )
     profiler = SearchProfile(folder, profile) if profile is not None and primary else None
     if primary:
+        # Once more, now that nobody else can write to it.
         _check_folder(folder, experiment, resume)
     torch.manual_seed(experiment.seed)
     data = load_data(experiment)
     space = _space(experiment.space, data.num_classes)
-    history = History(folder / HISTORY_FILE, read_only=not primary)
+    history = RunHistory(folder / HISTORY_FILE, (SUPERNET_FILE, INITIAL_FILE), read_only=not primary)
+    if primary:
+        _check_scored(folder, data, history)
     shown = progress if primary else None
     evaluator = _evaluator(experiment, data, folder, shown, profiler)
     device = evaluator.trainer.strategy.root_device
@@ -171,9 +198,8 @@ def run_experiment(
         device=device,
     )
     # Only now: a run that cannot start leaves nothing behind that would have to be resumed or removed.
-    if primary and not resume:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / CONFIG_FILE, config.dump(experiment))
+    if primary:
+        begin(folder, experiment, data.identity)
     _initial_weights(space, folder / INITIAL_FILE, primary)
     start = time.time()
     with profiler or contextlib.nullcontext():
@@ -184,6 +210,15 @@ def run_experiment(
     if train_only or not primary:
         return Outcome(folder, (), 0, 0)
     return _hand_over(folder, experiment, strategy, scorer, time.time() - start)
+
+
+def _check_scored(folder: Path, data: SearchData, history: RunHistory) -> None:
+    """Refuse to go on with other images or weights than those of the run, before anything is written."""
+    if data.identity is not None:
+        check_identity(folder, data.identity)
+    check_records(history)
+    if history.records:
+        check_weights(folder, (SUPERNET_FILE, INITIAL_FILE), scored=True)
 
 
 def _space(settings: config.Space, num_classes: int) -> SupernetSpace:
@@ -249,30 +284,18 @@ def _check_folder(folder: Path, experiment: config.Experiment, resume: bool) -> 
             raise config.ConfigError(
                 f"{folder} already holds a run: continue it with --resume, or choose another --output."
             )
-        before = config.load(written)
-        if before != experiment:
+        if told := difference(config.load(written), experiment):
             raise config.ConfigError(
-                f"{folder} holds a run of another experiment ({_difference(before, experiment)}): resume it without "
-                "--config and --set, or choose another --output."
+                f"{folder} holds a run of another experiment ({told}): resume it without --config and --set, or choose "
+                "another --output."
             )
+        check_began(folder, experiment)
         return
     if resume:
         raise config.ConfigError(f"{folder} holds no run to resume (no {CONFIG_FILE}); start it without --resume.")
     # A kill while the first file is written leaves a hidden one.
     if folder.exists() and (not folder.is_dir() or any(not item.name.startswith(".") for item in folder.iterdir())):
         raise config.ConfigError(f"{folder} is not an empty folder: choose another --output.")
-
-
-def _difference(before: config.Experiment, now: config.Experiment) -> str:
-    for section, old in vars(before).items():
-        new = getattr(now, section)
-        if old == new:
-            continue
-        if not hasattr(old, "__dict__"):
-            return f"{section} is {old}, not {new}"
-        key = next(key for key in vars(old) if getattr(old, key) != getattr(new, key))
-        return f"{section}.{key} is {getattr(old, key)}, not {getattr(new, key)}"
-    return "in its settings"
 
 
 def _initial_weights(space: SupernetSpace, path: Path, primary: bool) -> None:
@@ -306,6 +329,7 @@ def _listener(
     display = None if progress is None else SearchProgress(progress, total)
 
     def listen(record: dict[str, Any]) -> None:
+        raise_pending()
         # What the history knew is not scored again.
         if profiler is not None and record["index"] >= known:
             profiler.candidate()
@@ -331,7 +355,8 @@ def _evaluator(
             every_n_epochs=training.checkpoint_every,
             enable_version_counter=False,
             save_on_train_epoch_end=True,
-        )
+        ),
+        LambdaCallback(on_train_batch_start=lambda *_: raise_pending()),
     ]
     if progress is not None:
         callbacks.append(TrainingProgress(progress, training.epochs))

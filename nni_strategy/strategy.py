@@ -145,6 +145,8 @@ class GeNAS(RandomOneShot):
         self.recalibration_images = recalibration_images
         self.validation_images = validation_images
         self.seed = seed
+        if history is not None:
+            check_scores(history, self.score)
         self.history = history
         self.on_record = on_record
         self.device = device
@@ -313,6 +315,25 @@ class GeNAS(RandomOneShot):
             loader = source.val_dataloader() if source is not None else evaluator.val_dataloaders
             validation = _collect(loader, self.validation_images, device, "validation")
         return recalibration, validation
+
+
+def check_scores(history: History, score: CombinedScore) -> None:
+    """Refuse records that were measured by another score, as far as they tell.
+
+    Raises:
+        HistoryError: The message has the line.
+    """
+    measured = {"flatness": "losses", "angle": "angle", "accuracy": "top1"}
+    for number, record in enumerate(history.records):
+        if record.get("status") != "ok":
+            continue
+        for metric, key in measured.items():
+            if (key in record) != (metric in score.metrics):
+                there = "without" if metric in score.metrics else "with"
+                raise history.error(number, f"was measured {there} {metric}, this search goes by {score.metric}")
+        if "flatness" in score.metrics and record.get("sigmas") != list(score.sigmas):
+            told = f"{record.get('sigmas')!r:.100}, this search measures at {list(score.sigmas)}"
+            raise history.error(number, f"was measured at the sigmas {told}")
 
 
 def measure_candidate(

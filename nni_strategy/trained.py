@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,13 @@ from genas_plugins.checkpoints import (
     save_supernet,
     unwrapped,
 )
-from genas_plugins.datasets import ImageTensors, SearchData, load_search_data
+from genas_plugins.datasets import ImageTensors, SearchData, load_search_data, read_identity, refuse_change
 from genas_plugins.nasbench201 import NasBench201SuperNet
 from genas_plugins.scoring import Accuracy, CombinedScore, Measurement, accuracy, recalibrate_batchnorm
 from genas_plugins.scoring.data import TensorBatches
 from genas_plugins.supernet import SuperNet
 from nni_strategy import config
+from nni_strategy.resuming import check_began, state_digest
 from nni_strategy.samples import SupernetPaths
 from nni_strategy.space import space_around
 from nni_strategy.strategy import measure_candidate
@@ -129,7 +129,8 @@ class TrainedSupernet:
 
         Raises:
             FileNotFoundError: The folder holds no finished supernet, or the images are not where they were.
-            ConfigError: Its ``config.yaml`` cannot be read.
+            ConfigError: Its ``config.yaml`` cannot be read, or was changed since.
+            DataChangedError: The images are others than those that it was trained and is to be scored on.
             CheckpointError: Its supernet cannot be read, or the file does not say how it was trained.
         """
         path = Path(folder)
@@ -145,6 +146,9 @@ class TrainedSupernet:
                 f"{error} {opened.told_by} has data.root {experiment.data.root!r}, seen from {Path.cwd()}; if "
                 "the images are elsewhere now, say where with --data-root (data_root= in Python)."
             ) from error
+        if data.identity is not None and opened.images is not None:
+            what = f"what the run in {path} began with" if path.is_dir() else f"what {path} was trained on"
+            refuse_change({"images": opened.images}, data.identity, what, path, ("images",))
         return cls(
             space_around(opened.supernet),
             data,
@@ -202,6 +206,8 @@ class _Source:
     supernet: SuperNet | NasBench201SuperNet
     initial: Mapping[str, Tensor] | None
     told_by: Path
+    images: Any
+    """Identity of those that were split; None where that is not known."""
 
     @classmethod
     def of_folder(cls, folder: Path) -> _Source:
@@ -212,8 +218,11 @@ class _Source:
         initial = None
         if (folder / INITIAL_FILE).is_file():
             initial = _prefixed(read_state(folder / INITIAL_FILE))
-        experiment, supernet = config.load(folder / CONFIG_FILE), load_supernet(folder / SUPERNET_FILE)
-        return cls(experiment, supernet, initial, folder / CONFIG_FILE)
+        experiment = config.load(folder / CONFIG_FILE)
+        # What decides which images have trained the supernet, and which network it is.
+        check_began(folder, experiment, ("seed", "space", "data", "training"))
+        images = (read_identity(folder) or {}).get("images")
+        return cls(experiment, load_supernet(folder / SUPERNET_FILE), initial, folder / CONFIG_FILE, images)
 
     @classmethod
     def of_file(cls, path: Path) -> _Source:
@@ -230,15 +239,16 @@ class _Source:
         supernet = load_supernet(path)
         initial = _initial_weights(supernet, experiment.seed)
         # Another release of PyTorch may draw other numbers: then the angle has nothing to start from.
-        known = _digest(initial) == metadata.get("initial_sha256")
-        return cls(experiment, supernet, _prefixed(initial) if known else None, path)
+        known = state_digest(initial) == metadata.get("initial_sha256")
+        return cls(experiment, supernet, _prefixed(initial) if known else None, path, metadata.get("images"))
 
 
 def save_trained(folder: str | Path, path: str | Path, **card: Any) -> Path:
     """Write the trained supernet of a run folder as one file, which :meth:`TrainedSupernet.from_run` opens.
 
-    Beside the weights it has the experiment. The weights before training, which the angle needs, are not in it: they
-    are drawn again from the experiment's seed, and compared with a hash of those that the run had.
+    Beside the weights it has the experiment and the identity of its images. The weights before training, which the
+    angle needs, are not in it: they are drawn again from the experiment's seed, and compared with a hash of those that
+    the run had.
 
     Args:
         folder: Of ``genas search``; the search need not have come to its end, the training must.
@@ -256,7 +266,8 @@ def save_trained(folder: str | Path, path: str | Path, **card: Any) -> Path:
         source.supernet,
         path,
         experiment=config.plain(source.experiment),
-        initial_sha256=None if initial is None else _digest(initial),
+        initial_sha256=None if initial is None else state_digest(initial),
+        images=source.images,
         card=card,
     )
 
@@ -266,14 +277,6 @@ def _initial_weights(supernet: SuperNet | NasBench201SuperNet, seed: int) -> dic
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return type(supernet)(**supernet.arguments).state_dict()
-
-
-def _digest(state: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _prefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from genas_plugins._messages import one_line
 from genas_plugins._optional import require
 from genas_plugins.datasets import check_identity, write_identity
 from genas_plugins.files import write_text
+from genas_plugins.locking import lock_folder
 from timm_models.settings import Settings, SettingsError, write_config
 
 __all__ = ["RunFolder"]
@@ -50,8 +52,9 @@ class RunFolder:
         self._board: Any = None
 
     @classmethod
-    def open(cls, settings: Settings, primary: bool, size: int, resume: str | Path | None) -> RunFolder:
-        """Create a run's folder, or find that of the run to continue.
+    @contextmanager
+    def open(cls, settings: Settings, primary: bool, size: int, resume: str | Path | None) -> Iterator[RunFolder]:
+        """Create a run's folder, or find that of the run to continue, and be the only one who writes to it.
 
         Args:
             settings: Those of the run.
@@ -62,20 +65,24 @@ class RunFolder:
         Raises:
             FileNotFoundError: There is nothing to resume.
             FileExistsError: The folder holds a run already.
+            FolderInUseError: Another process writes to it.
         """
         if resume is not None:
-            checkpoint = find_checkpoint(resume)
-            path = Path(resume) if checkpoint is None else checkpoint.parent
-            return cls(path, settings, primary, checkpoint)
+            path = Path(resume) if Path(resume).is_dir() else Path(resume).parent
+            with lock_folder(path) if primary and path.is_dir() else nullcontext():
+                yield cls(path, settings, primary, find_checkpoint(resume))
+            return
         name = settings.experiment or "-".join(
             (datetime.now().strftime("%Y%m%d-%H%M%S"), safe_model_name(settings.model), str(size))
         )
         path = Path(settings.output) / name
         if primary:
-            if (path / CONFIG).exists():
-                raise FileExistsError(f"{path} holds a run: continue it with --resume {path}, or name another.")
-            path.mkdir(parents=True, exist_ok=True)
-        return cls(path, settings, primary, None)
+            _refuse_a_run(path)
+        with lock_folder(path) if primary else nullcontext():
+            if primary:
+                # Once more, now that nobody else can begin one.
+                _refuse_a_run(path)
+            yield cls(path, settings, primary, None)
 
     def check(self, identity: Mapping[str, Any] | None) -> None:
         """Refuse to continue on other data than the run began with.
@@ -210,6 +217,11 @@ def _trim(summary: Path, epochs: int) -> None:
         _logger.warning("%s has the figures of %d of %d epochs: others are lost.", summary, len(kept), epochs)
     # Without the header where there is nothing below it: later columns may be others.
     write_text(summary, "".join(f"{line}\n" for line in [*lines[: bool(kept)], *kept.values()]))
+
+
+def _refuse_a_run(path: Path) -> None:
+    if (path / CONFIG).exists():
+        raise FileExistsError(f"{path} holds a run: continue it with --resume {path}, or name another.")
 
 
 def find_checkpoint(place: str | Path) -> Path | None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,16 +15,14 @@ from timm.utils import setup_default_logging
 import timm_models  # noqa: F401  (registers the networks)
 from genas_plugins._messages import message_of, shown
 from genas_plugins._reading import expand_home, user_path
-from genas_plugins.files import packaged_configs
-from genas_plugins.interrupts import interruptible, pending_signal
+from genas_plugins.files import disk_is_full, packaged_configs
+from genas_plugins.interrupts import exit_status, interruptible
 from timm_models.runs import CONFIG
 from timm_models.settings import Settings, SettingsError, add_options, from_options, read_config
 from timm_models.training import train
 
 __all__ = ["main"]
 
-_SIGNALLED = 128
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHANGEABLE = (
     *("data_dir", "dataset_download", "workers", "pin_mem", "device", "amp", "amp_dtype", "channels_last"),
     *("torchcompile", "grad_checkpointing", "batch_size", "validation_batch_size", "grad_accum_steps"),
@@ -65,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         if primary:
             print(_how_to_go_on(getattr(error, "folder", None)), file=sys.stderr)
-        return _SIGNALLED + (pending_signal() or signal.SIGINT)
+        return exit_status()
     except (ImportError, OSError, ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
         if debug:
             raise
@@ -114,7 +110,7 @@ def _settings(options: dict[str, object], config: str | None, resume: str | None
 
 
 def _advice(error: Exception) -> str:
-    if not (isinstance(error, OSError) and error.errno in _FULL):
+    if not disk_is_full(error):
         return ""
     folder = Path(error.filename).parent if isinstance(error.filename, str) else None
     command = "--resume and the folder of the run"

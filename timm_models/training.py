@@ -113,6 +113,7 @@ def train(settings: Settings, resume: str | Path | None = None) -> Path:
 
     Raises:
         FileNotFoundError: The images or the checkpoint are missing.
+        FolderInUseError: Another process writes to the run's folder.
         ValueError: Settings, images and checkpoint do not go together.
         DataChangedError: The run to continue began with other images.
         FloatingPointError: The loss is no longer a finite number.
@@ -123,9 +124,9 @@ def train(settings: Settings, resume: str | Path | None = None) -> Path:
     try:
         with processes(settings.device) as here:
             trainer = Trainer(settings, here)
-            folder = RunFolder.open(settings, here.primary, trainer.data_config["input_size"][-1], resume)
-            trainer.fit(folder)
-            return folder.path
+            with RunFolder.open(settings, here.primary, trainer.data_config["input_size"][-1], resume) as folder:
+                trainer.fit(folder)
+                return folder.path
     except KeyboardInterrupt as error:
         raise TrainingInterrupted(folder and folder.path) from error
     except Exception as error:

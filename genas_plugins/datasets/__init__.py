@@ -13,6 +13,8 @@ from genas_plugins.datasets._identity import (
     check_identity,
     data_identity,
     describe_change,
+    read_identity,
+    refuse_change,
     write_identity,
 )
 from genas_plugins.datasets._search import DATASETS, RECALIBRATION_IMAGES, load_search_data
@@ -30,5 +32,7 @@ __all__ = [
     "data_identity",
     "describe_change",
     "load_search_data",
+    "read_identity",
+    "refuse_change",
     "write_identity",
 ]

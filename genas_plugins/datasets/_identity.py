@@ -19,11 +19,20 @@ import numpy as np
 import torch
 
 from genas_plugins._messages import listed, shown
-from genas_plugins._reading import read_json
+from genas_plugins._reading import ReadingError, read_json
 from genas_plugins.datasets._tensors import ImageTensors
 from genas_plugins.files import write_text
 
-__all__ = ["DATA_FILE", "DataChangedError", "check_identity", "data_identity", "describe_change", "write_identity"]
+__all__ = [
+    "DATA_FILE",
+    "DataChangedError",
+    "check_identity",
+    "data_identity",
+    "describe_change",
+    "read_identity",
+    "refuse_change",
+    "write_identity",
+]
 
 DATA_FILE = "data.json"
 """In the folder of a run: the identity of its data."""
@@ -34,6 +43,10 @@ _SAMPLED_PIXELS = 64
 _SAMPLED_ITEMS = 256
 _THREADS = 16
 _SHOWN = 5
+_ADVICE = (
+    ", so that it is not known what data this run began with: restore the file, or remove it if you are sure that the "
+    "data is the same."
+)
 _LONGEST = 2**28
 """Bytes of an identity: some millions of classes."""
 
@@ -107,6 +120,24 @@ def write_identity(folder: str | Path, identity: Mapping[str, Any]) -> Path:
     return write_text(Path(folder) / DATA_FILE, json.dumps(identity) + "\n")
 
 
+def read_identity(folder: str | Path) -> dict[str, Any] | None:
+    """The identity of the data that a run began with; None where the run, of an earlier version, has not stored it.
+
+    Raises:
+        ValueError: What is stored is damaged.
+    """
+    path = Path(folder) / DATA_FILE
+    if not path.is_file():
+        return None
+    try:
+        stored = read_json(path, limit=_LONGEST)
+    except ReadingError as error:
+        raise ValueError(f"{path} is damaged ({error}){_ADVICE}") from error
+    if not isinstance(stored, dict) or not stored:
+        raise ValueError(f"{path} is damaged{_ADVICE}")
+    return stored
+
+
 def check_identity(folder: str | Path, identity: Mapping[str, Any], parts: Collection[str] | None = None) -> bool:
     """Compare data with what a run began with; False where the run, of an earlier version, has not stored it.
 
@@ -119,28 +150,42 @@ def check_identity(folder: str | Path, identity: Mapping[str, Any], parts: Colle
         DataChangedError: It is other data; the message says what differs.
         ValueError: What is stored is damaged.
     """
-    path = Path(folder) / DATA_FILE
-    if not path.is_file():
-        return False
+    before = read_identity(folder)
+    if before is not None:
+        refuse_change(before, identity, f"what the run in {folder} began with", Path(folder) / DATA_FILE, parts)
+    return before is not None
+
+
+def refuse_change(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    what: str,
+    source: str | Path,
+    parts: Collection[str] | None = None,
+) -> None:
+    """Refuse data that is not what it was.
+
+    Args:
+        before: An identity that was stored.
+        now: Of the data now.
+        what: Names the former data in messages.
+        source: The file that it was stored in.
+        parts: Compare only these; ``None`` for all.
+
+    Raises:
+        DataChangedError: It is other data; the message says what differs.
+        ValueError: What was stored is damaged.
+    """
+    chosen = parts or {*before, *now}
     try:
-        before = read_json(path, limit=_LONGEST)
-        if not isinstance(before, dict) or not before:
-            raise TypeError("no parts")
-        now = json.loads(json.dumps(identity))
-        chosen = parts or {*before, *now}
         change = describe_change(
-            *({name: each[name] for name in each if name in chosen} for each in (before, now)),
+            {name: before[name] for name in before if name in chosen},
+            {name: part for name, part in json.loads(json.dumps(now)).items() if name in chosen},
         )
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is damaged, so that it is not known what data this run began with: restore the file, or remove it "
-            "if you are sure that the data is the same."
-        ) from error
+        raise ValueError(f"{source} is damaged{_ADVICE}") from error
     if change:
-        raise DataChangedError(
-            f"The data is not what the run in {folder} began with ({change}): restore it, or start another run."
-        )
-    return True
+        raise DataChangedError(f"The data is not {what} ({change}): restore it, or start another run.")
 
 
 def _digest(chunks: Iterable[bytes]) -> str:

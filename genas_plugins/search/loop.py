@@ -14,7 +14,7 @@ from typing import Any
 from genas_plugins.scoring.combined import Measurement
 from genas_plugins.scoring.flatness import MeasurementError
 from genas_plugins.search.evolution import Candidate, Evolution, Proposal
-from genas_plugins.search.history import History, HistoryError
+from genas_plugins.search.history import History, HistoryError, check_records
 from genas_plugins.search.in_flight import InFlight
 from genas_plugins.search.racing import Finish, Race
 from genas_plugins.search.sharing import SharedSearch
@@ -100,7 +100,10 @@ def _run(
     in_flight: InFlight,
 ) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
-    known = [] if history is None else list(history.records)
+    known = []
+    if history is not None:
+        check_records(history)
+        known = list(history.records)
     if shared is not None:
         known = shared.exchange(known)[0]
     index = evolution.scored
@@ -118,9 +121,11 @@ def _run(
                         index,
                         candidate,
                     ) or "score" not in record:
+                        where = f"{history.path} (line {index + 1})" if history else "the history"
                         raise HistoryError(
-                            f"Record {index} of {history.path if history else 'the history'} is not the candidate that "
-                            "this search proposes there: the history belongs to other settings or another seed."
+                            f"Record {index} of {where} is not the candidate that this search proposes there: the "
+                            "history belongs to other settings or another seed, or was changed. Go on with its own "
+                            "settings, or remove this line and all after it, and what they measured is measured anew."
                         )
                 else:
                     record = next(new)

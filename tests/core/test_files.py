@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import genas_plugins
+from genas_plugins._messages import message_of
 from genas_plugins.files import atomic_path, write_text
 
 
@@ -76,3 +78,31 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     )
     # 27 is EFBIG.
     assert result.stdout == "27\n" and path.read_text() == "old" and os.listdir(tmp_path) == ["result.txt"]
+
+
+class Broken(torch.utils.data.Dataset):
+    """A data set whose images cannot be read."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> object:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("Cannot read a.jpg: repair it."), "Cannot read a.jpg: repair it."),
+        (OSError(5, "Input/output error", "b.png"), "[Errno 5] Input/output error: 'b.png'"),
+        (RuntimeError("first line:\nsecond line"), "first line: second line"),
+    ],
+)
+def test_an_error_of_a_loaders_worker_is_the_line_that_it_met(error, told):
+    with pytest.raises(type(error)) as met:
+        next(iter(torch.utils.data.DataLoader(Broken(error), num_workers=1)))
+    assert "Traceback" in str(met.value) and message_of(met.value) == told
+    assert message_of(error) == told

@@ -111,7 +111,7 @@ def test_a_history_of_another_search_is_refused(path, replay):
 def test_a_history_out_of_order_is_refused(path):
     run_search(evolution(), Measure(), history=History(path))
     path.write_text(path.read_text().replace('"index": 7,', '"index": 8,'))
-    with pytest.raises(HistoryError, match="Record 7 of"):
+    with pytest.raises(HistoryError, match=r"Line 8 of .* has the index 8 where 7 belongs: remove it"):
         run_search(evolution(), Measure(), history=History(path))
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from genas_plugins import SuperNet
 from genas_plugins.checkpoints import CheckpointError, load_supernet, read_metadata, save_supernet
+from genas_plugins.datasets import DataChangedError
 from genas_plugins.genotype import Genotype
 from nni_strategy.trained import TrainedSupernet, save_trained
 
@@ -52,8 +54,6 @@ def test_opening_a_file_draws_nothing_from_the_global_generator(file: Path) -> N
 def test_where_the_first_weights_cannot_be_drawn_again_only_the_angle_is_refused(
     finished: Any, file: Path, tmp_path: Path
 ) -> None:
-    from safetensors import safe_open
-
     with safe_open(file, framework="pt") as opened:
         metadata = dict(opened.metadata())
     experiment = json.loads(metadata["experiment"])
@@ -67,6 +67,18 @@ def test_where_the_first_weights_cannot_be_drawn_again_only_the_angle_is_refused
         trained.measure(candidate)
     flat = type(trained.score)(metric="flatness", sigmas=trained.score.sigmas)
     assert 0 < trained.measure(candidate, flat).score < 1
+
+
+def test_a_file_is_not_scored_on_other_images(file: Path, tmp_path: Path) -> None:
+    with safe_open(file, framework="pt") as opened:
+        metadata = dict(opened.metadata())
+    images = json.loads(metadata["images"])
+    images["images"][3][2] = "0" * 16
+    metadata["images"] = json.dumps(images)
+    other = tmp_path / "other.safetensors"
+    save_file(load_file(file), other, metadata)
+    with pytest.raises(DataChangedError, match=r"other.safetensors was trained on .*the images of '3' differ in"):
+        TrainedSupernet.from_run(other, device="cpu")
 
 
 def test_a_file_without_its_experiment_is_refused(tmp_path: Path) -> None:

@@ -424,7 +424,7 @@ def folders(root: Path, names: Iterable[str]) -> Path:
         ("imagenet", ["train/cat", *(f"val/{name}" for name in SYNSETS)], r"Did you mean .*/val\?"),
         # ImageNet-V2
         ("v2", [str(number) for number in range(999)], r"not ImageNet-V2: .*found 999; 1 missing \(999\)"),
-        ("v2", [f"{number:03}" for number in range(1000)], r"100 missing \(0, 1, 2, \.{3}\), 100 unknown \(000, "),
+        ("v2", [f"{number:03}" for number in range(1000)], r"100 missing \(0, 1, 2, 3, \.{3}\), 100 unknown \(000, "),
         ("v2", SYNSETS, "ImageNet: use --kind imagenet"),
         ("v2", [f"format-val/{number}" for number in range(1000)], r"Did you mean .*/format-val\?"),
         # ImageNet-A and -R

@@ -1,0 +1,185 @@
+"""What a run that is resumed must have in common with the one that it continues, and what it may change."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genas_plugins._messages import escaped
+from genas_plugins._reading import ReadingError, read_json
+from genas_plugins.checkpoints import load_supernet
+from genas_plugins.datasets import check_identity, write_identity
+from genas_plugins.files import write_text
+from genas_plugins.search import History
+from nni_strategy import config
+
+__all__ = [
+    "MAY_CHANGE",
+    "RUN_FILE",
+    "RunHistory",
+    "begin",
+    "check_began",
+    "check_weights",
+    "difference",
+    "state_digest",
+]
+
+RUN_FILE = "run.json"
+"""In a run folder: the settings that it began with, and hashes of the weights that its candidates were scored with."""
+
+MAY_CHANGE = (
+    *("data.root", "data.download"),
+    *("training.accelerator", "training.num_workers", "training.threads"),
+    "search.in_flight",
+)
+"""Where the images lie, and on what and by how many processes and threads is computed: that decides no result."""
+
+
+def difference(before: config.Experiment, now: config.Experiment, sections: Sequence[str] | None = None) -> str | None:
+    """The first setting that differs and may not, in words; ``None`` if there is none.
+
+    Args:
+        before: Settings.
+        now: Others.
+        sections: Only these of them; ``None`` for all.
+    """
+    for section, old in vars(before).items():
+        if sections is not None and section not in sections:
+            continue
+        new = getattr(now, section)
+        if not dataclasses.is_dataclass(old):
+            if old != new:
+                return f"{section} is {escaped(old)}, not {escaped(new)}"
+            continue
+        for key, value in vars(old).items():
+            if value != getattr(new, key) and f"{section}.{key}" not in MAY_CHANGE:
+                return f"{section}.{key} is {escaped(value)}, not {escaped(getattr(new, key))}"
+    return None
+
+
+def check_began(folder: Path, experiment: config.Experiment, sections: Sequence[str] | None = None) -> None:
+    """Refuse settings that are not those with which the run in ``folder`` began; an older run has not stored them.
+
+    Raises:
+        ConfigError: The message names the setting.
+    """
+    stored = _read(folder).get("experiment")
+    if stored is None:
+        return
+    try:
+        began = config.parse(stored)
+    except config.ConfigError as error:
+        raise config.ConfigError(f"{folder / RUN_FILE} cannot be read ({error}): {_ADVICE}.") from error
+    if told := difference(began, experiment, sections):
+        raise config.ConfigError(
+            f"{folder / 'config.yaml'} is not what the run began with ({told}): put that back, or start another run. "
+            f"Without another result may change: {', '.join(MAY_CHANGE)}."
+        )
+
+
+def begin(folder: Path, experiment: config.Experiment, identity: Mapping[str, Any] | None) -> None:
+    """Store what the run is begun, or gone on, with; files that say so already are left alone.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
+    written, text = folder / "config.yaml", config.dump(experiment)
+    if not written.is_file() or written.read_text(encoding="utf-8") != text:
+        write_text(written, text)
+    stored = _read(folder)
+    if "experiment" not in stored:
+        _write(folder, {"experiment": json.loads(json.dumps(dataclasses.asdict(experiment))), **stored})
+    if identity is not None and not check_identity(folder, identity):
+        write_identity(folder, identity)
+
+
+class RunHistory(History):
+    """The history of a run, whose candidates are all scored with the same weights.
+
+    Args:
+        path: In the run's folder.
+        weights: Names of the files there that hold the weights.
+        read_only: See :class:`~genas_plugins.search.History`.
+    """
+
+    def __init__(self, path: Path, weights: Sequence[str], *, read_only: bool = False) -> None:
+        super().__init__(path, read_only=read_only)
+        self._weights = weights
+        self._checked = read_only
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a record; the first that this process adds stores, or compares, the weights.
+
+        Raises:
+            ConfigError: The records before were scored with other weights.
+        """
+        if not self._checked:
+            folder = self.path.parent
+            found = check_weights(folder, self._weights, scored=bool(self.records))
+            stored = _read(folder)
+            if stored.get("weights") != found:
+                _write(folder, {**stored, "weights": found})
+            self._checked = True
+        super().append(record)
+
+
+def check_weights(folder: Path, names: Sequence[str], *, scored: bool) -> dict[str, str]:
+    """Refuse other weights than those with which candidates have been scored; returns their hashes by file.
+
+    Args:
+        folder: Of the run.
+        names: Files in it.
+        scored: There are such candidates.
+
+    Raises:
+        ConfigError: The message has the file.
+        CheckpointError: One cannot be read.
+    """
+    found = {
+        name: state_digest(load_supernet(folder / name).state_dict()) for name in names if (folder / name).exists()
+    }
+    stored = _read(folder).get("weights", {}) if scored else {}
+    for name, digest in found.items():
+        if stored.get(name, digest) != digest:
+            raise config.ConfigError(
+                f"{folder / name} is not the one that the candidates of this run were scored with: put that back, or "
+                "remove history.jsonl to score all of them anew."
+            )
+    return found
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """A hash of names, types, shapes and values of tensors."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        # As bytes: NumPy does not know all types.
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+_ADVICE = "restore it, or remove it if you are sure that nothing was changed since the run began"
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / RUN_FILE
+    if not path.is_file():
+        return {}
+    try:
+        stored = read_json(path)
+    except ReadingError as error:
+        raise config.ConfigError(f"{path} is damaged ({error}): {_ADVICE}.") from error
+    if not isinstance(stored, dict) or not isinstance(stored.get("weights", {}), dict):
+        raise config.ConfigError(f"{path} is damaged: {_ADVICE}.")
+    return stored
+
+
+def _write(folder: Path, content: Mapping[str, Any]) -> None:
+    write_text(folder / RUN_FILE, json.dumps(content, indent=1) + "\n")
