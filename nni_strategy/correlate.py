@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ import torch
 import yaml
 from torch import nn
 
+from genas_plugins.checks import MOST_IMAGES, check_count, check_seed
 from genas_plugins.correlation import Setting, columns, measure_raw
+from genas_plugins.datasets import SearchData
 from genas_plugins.files import packaged_configs, write_text
 from genas_plugins.nasbench201 import NasBench201Network
+from genas_plugins.ranking import fewest_resamples
 from genas_plugins.scoring import CombinedScore, CommonNoise
 from genas_plugins.scoring.training_free import naswot, synflow, zico
 from genas_plugins.search import History, HistoryError, candidate_seed
@@ -28,12 +32,29 @@ from nni_strategy.report import ON_SUPERNET, TRAINING_FREE, RankSum, references
 from nni_strategy.space import NasBench201Space
 from nni_strategy.trained import TrainedSupernet
 
-__all__ = ["check_sums", "choose", "load_settings", "measure_all"]
+__all__ = ["Images", "check_folder", "check_options", "check_sums", "choose", "load_settings", "measure_all"]
 
 SETTINGS_FILE = "settings.json"
 MEASUREMENTS_FILE = "measurements.jsonl"
 
+_MOST_RESAMPLES = 100_000
 _RESERVED = {"architecture", "truth", "parameters", "live FLOPs", *TRAINING_FREE, *ON_SUPERNET}
+
+
+@dataclass(frozen=True)
+class Images:
+    """How many images a run has to train, to recalibrate and to score on."""
+
+    train: int
+    recalibration: int
+    validation: int
+    recalibration_batch_size: int
+
+    @classmethod
+    def of(cls, data: SearchData, score: config.Score) -> Images:
+        """Those of the data of a search, and what its score makes of them."""
+        recalibration = len(data.recalibration) if score.recalibration_images else 0
+        return cls(len(data.train), recalibration, len(data.validation), score.recalibration_batch_size)
 
 
 def load_settings(*names_or_paths: str | Path) -> tuple[list[Setting], list[RankSum]]:
@@ -65,7 +86,7 @@ def _read(name_or_path: str | Path) -> list[Setting | RankSum]:
     if path is None:
         raise config.ConfigError(f"There are no settings {str(name_or_path)!r}; the package has: {', '.join(known)}.")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), config.UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise config.ConfigError(f"{path} is not a YAML file: {' '.join(str(error).split())}.") from error
     if not isinstance(data, list) or not data:
@@ -107,6 +128,62 @@ def _setting(data: Any, where: str) -> Setting | RankSum:
         return Setting(name=data["name"], score=config.build(CombinedScore, rest), **own)
     except ValueError as error:
         raise config.ConfigError(f"{where}: {error}") from error
+
+
+def check_options(
+    settings: Sequence[Setting],
+    *,
+    seed: int,
+    resamples: int,
+    images: int | None,
+    training_free: bool,
+    available: Images | None = None,
+) -> None:
+    """Refuse what :func:`measure_all` or the report would refuse after an hour.
+
+    Args:
+        settings: The columns.
+        seed: Of the sample and the bootstrap.
+        resamples: Of the bootstrap.
+        images: Validation images to score on; ``None`` for all.
+        training_free: Whether NASWOT, SynFlow and ZiCo are wanted, which need two batches of training images.
+        available: What the run has; ``None`` where that is not known yet.
+
+    Raises:
+        TypeError: A number is not whole.
+        ValueError: An option is out of its range, or asks for more than there is.
+    """
+    check_seed(seed, "--seed")
+    check_count("--resamples", resamples, fewest_resamples(), _MOST_RESAMPLES)
+    if images is not None:
+        check_count("--images", images, most=MOST_IMAGES)
+    if available is None:
+        return
+    if images is not None and images > available.validation:
+        raise ValueError(f"--images asks for {images} images, the validation half has {available.validation}.")
+    for setting in settings:
+        there = available.validation if images is None else images
+        if setting.images is not None and setting.images > there:
+            raise ValueError(f"The setting {setting.name!r} asks for {setting.images} images, there are {there}.")
+        wanted = setting.recalibration_images
+        if wanted is not None and (available.recalibration == 0 or wanted > available.train):
+            had = f"has {available.train} to train on" if available.recalibration else "does not recalibrate"
+            raise ValueError(f"The setting {setting.name!r} recalibrates on {wanted} images; the run {had}.")
+    if training_free and available.recalibration <= available.recalibration_batch_size:
+        raise ValueError(
+            f"--training-free needs two batches of {available.recalibration_batch_size} training images, "
+            f"score.recalibration_images is {available.recalibration}."
+        )
+
+
+def check_folder(folder: str | Path, resume: bool) -> None:
+    """Refuse a folder that holds measurements already.
+
+    Raises:
+        ConfigError: It does, and ``resume`` is not set.
+    """
+    if not resume and (Path(folder) / SETTINGS_FILE).exists():
+        raise config.ConfigError(f"{folder} already holds measurements: go on with --resume, or name another folder.")
 
 
 def choose(truth: Mapping[str, float], sample: int | None, seed: int) -> list[NasBench201Architecture]:
@@ -176,11 +253,8 @@ def measure_all(
         },
         indent=1,
     )
+    check_folder(folder, resume)
     if (folder / SETTINGS_FILE).exists():
-        if not resume:
-            raise config.ConfigError(
-                f"{folder} already holds measurements: go on with --resume, or name another folder."
-            )
         if (folder / SETTINGS_FILE).read_text(encoding="utf-8") != told:
             raise config.ConfigError(f"{folder} holds measurements of other settings or architectures: name another.")
     else:
@@ -198,7 +272,9 @@ def measure_all(
     )
     if wanted := [s.recalibration_images for s in settings if s.recalibration_images is not None]:
         recalibration = trained.recalibration_on(max(*wanted, own or 0))
-    for architecture in architectures[len(done) :]:
+    fresh = threading.Lock()
+
+    def measured(architecture: NasBench201Architecture) -> dict[str, Any]:
         with trained.paths.open(architecture, example) as (model, names):
             raw = measure_raw(
                 model,
@@ -206,14 +282,17 @@ def measure_all(
                 validation,
                 recalibration=recalibration,
                 recalibration_images=own,
-                angle=lambda chosen=architecture, names=names: trained.paths.angle(chosen, names),
+                angle=lambda: trained.paths.angle(architecture, names),
                 seed=candidate_seed(trained.seed, str(architecture)),
                 common=common,
                 parameters=names,
             )
             if training_free:
-                raw["training_free"] = _training_free(architecture, model, trained)
-        history.append({"architecture": str(architecture), **raw})
+                raw["training_free"] = _training_free(architecture, model, trained, fresh)
+        return {"architecture": str(architecture), **raw}
+
+    for record in trained.in_flight.map(measured, architectures[len(done) :]):
+        history.append(record)
         if display is not None:
             display.step({})
     if display is not None:
@@ -222,18 +301,19 @@ def measure_all(
 
 
 def _training_free(
-    architecture: NasBench201Architecture, subnet: nn.Module, trained: TrainedSupernet
+    architecture: NasBench201Architecture, subnet: nn.Module, trained: TrainedSupernet, fresh: threading.Lock
 ) -> dict[str, float | None]:
     """Scores of a network that was never trained, and of the supernet's weights by the same formulas.
 
-    None where one is not finite (NASWOT of a cell cut off).
+    None where one is not finite (NASWOT of a cell cut off). ``fresh`` is held while the network is initialised, from
+    the generator of the whole process.
     """
     if trained.recalibration is None:
         raise ValueError("The training-free scores need training images: the run has score.recalibration_images 0.")
     batches = list(itertools.islice(trained.recalibration, 2))
     images = torch.cat([batch for batch, _ in batches])
     # The same draws for each architecture, as far as their layers agree; nothing else draws from this generator.
-    with torch.random.fork_rng(devices=[]):
+    with fresh, torch.random.fork_rng(devices=[]):
         torch.manual_seed(trained.seed)
         network = NasBench201Network(architecture, num_classes=trained.data.num_classes).to(images.device)
     scores = [

@@ -145,7 +145,7 @@ def test_one_at_a_time_stays_in_its_thread() -> None:
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_a_number_below_one_is_refused(count: int) -> None:
-    with pytest.raises(ValueError, match=f"in_flight must be at least 1, .* got {count}"):
+    with pytest.raises(ValueError, match=f"in_flight must be at least 1, got {count}"):
         InFlight(count)
 
 
