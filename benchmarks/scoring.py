@@ -16,7 +16,9 @@ Run it from a checkout that is installed (about six minutes on two CPU cores)::
 
     python benchmarks/scoring.py --check
 
-``--in-flight 2 4`` then measures all candidates at so many at a time, in turns with one after another.
+``--in-flight 2 4`` then measures all candidates at so many at a time, in turns with one after another. ``--busy 2``
+measures them as a search does by default, on a CPU one on each core, in turns alone and beside two processes that
+never rest.
 
 A machine that others use as well is too noisy for the clock on the wall: ``--threads 1 --clock cpu`` counts the
 work of this process only. Images and weights are random, which changes the scores and not their time.
@@ -29,9 +31,11 @@ import copy
 import gc
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -58,8 +62,18 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 MOST_OVERHEAD = 1.15
 LEAST_GAIN = {"cpu": 5.0, "cuda": 20.0}
 MOST_GROWTH = 0.05
+MOST_BUSY = 3.0
 ROUNDS = 3
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+# Rests when nobody is left to be kept waiting, also after a kill.
+RESTLESS = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:
+    for _ in range(1_000_000):
+        pass
+"""
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 
@@ -238,6 +252,36 @@ class Benchmark:
             torch.cuda.synchronize(self.device)
 
 
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Other work on the machine: so many processes that compute without end."""
+    processes = [subprocess.Popen([sys.executable, "-c", RESTLESS]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def print_busy(benchmark: Benchmark, processes: int) -> float:
+    """Seconds a candidate, alone and beside other work, as a search measures by default; their median ratio."""
+    flight = InFlight(None, benchmark.device)
+    # The first measurement finds no memory for its threads.
+    benchmark.per_minute(flight)
+    rounds = []
+    for _ in range(ROUNDS):
+        alone = 60 / benchmark.per_minute(flight)
+        with busy(processes):
+            rounds.append((alone, 60 / benchmark.per_minute(flight)))
+    ratios = [beside / alone for alone, beside in rounds]
+    rows = [(f"alone [s], {flight.count} in flight", spread([alone for alone, _ in rounds]), "")]
+    rows += [(f"beside {processes} busy processes [s]", spread([beside for _, beside in rounds]), "")]
+    rows += [("beside / alone", spread(ratios), f"<= {MOST_BUSY}")]
+    print_table(["a candidate", "median (min - max)", "target"], rows)
+    return statistics.median(ratios)
+
+
 def print_in_flight(benchmark: Benchmark, counts: Sequence[int]) -> None:
     """Candidates a minute, several at a time."""
     flights = [InFlight(count, benchmark.device) for count in (1, *counts)]
@@ -260,6 +304,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recalibration-images", type=int, default=RECALIBRATION_IMAGES)
     parser.add_argument("--workers", type=int, default=0, help="of the naive DataLoader (default: its own, 0)")
     parser.add_argument("--in-flight", type=int, nargs="+", default=[], help="also so many candidates at a time")
+    parser.add_argument("--busy", type=int, metavar="N", help="also beside N processes that keep the cores busy")
     add_options(parser)
     parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
     args = parser.parse_args(arguments)
@@ -270,6 +315,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.in_flight and min(args.in_flight) < 1:
         parser.error(f"--in-flight must be at least 1, got {min(args.in_flight)}")
+    if args.busy is not None and args.busy < 1:
+        parser.error(f"--busy must be at least 1, got {args.busy}")
+    if args.busy is not None and args.clock == "cpu":
+        parser.error("--busy needs --clock wall: the processor's own clock does not see who waits")
     return args
 
 
@@ -308,6 +357,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     passed = (
         statistics.median(overhead) <= MOST_OVERHEAD and statistics.median(gain) >= least_gain and growth < MOST_GROWTH
     )
+    if args.busy is not None:
+        passed = print_busy(benchmark, args.busy) <= MOST_BUSY and passed
     print("All targets are met." if passed else "A target is missed.")
     return 1 if args.check and not passed else 0
 

@@ -7,10 +7,11 @@ import codecs
 import io
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from genas_plugins._messages import one_line
+from genas_plugins._messages import one_line, shown
 from genas_plugins._optional import require
 
 __all__ = [
@@ -30,6 +31,7 @@ TEXT_LIMIT = 2**20
 _YAML_LIMIT = 4 * TEXT_LIMIT
 """Characters of a YAML document whose aliases are written out."""
 
+_MERGE = "tag:yaml.org,2002:merge"
 _NUMBER_LIMIT = 100
 """Characters of a number in YAML: PyYAML's time grows with their square."""
 
@@ -112,8 +114,8 @@ def parse_yaml(text: str) -> Any:
     """Read one YAML document of plain data.
 
     Raises:
-        ReadingError: It is not YAML, asks for other than plain data, is nested too deeply, or is too large when its
-            aliases are written out.
+        ReadingError: It is not YAML, asks for other than plain data, has a key twice, is nested too deeply, or is too
+            large when its aliases are written out.
         ImportError: PyYAML is not installed.
     """
     yaml = require("yaml", extra="nni", purpose="reading YAML")
@@ -152,8 +154,16 @@ def _written_out(node: Any, known: dict[int, int | None]) -> int:
             raise ReadingError(f"it has a number of {len(node.value):,} characters")
         size = 1 + len(node.value)
     else:
-        # A mapping's entries are pairs of nodes.
+        # A mapping's entries are pairs of nodes. Of two settings of one name the first would mean nothing.
+        names = Counter(entry[0].value for entry in node.value if _is_name(entry))
+        if names and (first := names.most_common(1)[0])[1] > 1:
+            raise ReadingError(f"the key {shown(first[0])} stands twice (line {node.start_mark.line + 1} and below)")
         children = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
         size = 1 + sum(_written_out(child, known) for child in children)
     known[id(node)] = size
     return size
+
+
+def _is_name(entry: Any) -> bool:
+    """Whether an entry of a node is a pair, of a mapping, whose key is a scalar and stands for itself."""
+    return isinstance(entry, tuple) and isinstance(entry[0].value, str) and entry[0].tag != _MERGE

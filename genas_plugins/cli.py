@@ -354,12 +354,13 @@ def _correlate(options: argparse.Namespace) -> int:
 
     require("matplotlib", extra="plots", purpose="the pictures")
     import nni_strategy  # noqa: F401
+    from genas_plugins.checks import check_device
     from genas_plugins.locking import lock_folder
     from genas_plugins.truth import read_truth
     from nni_strategy import config, correlate, report
     from nni_strategy.progress import Bar
     from nni_strategy.run import run_experiment
-    from nni_strategy.trained import TrainedSupernet
+    from nni_strategy.trained import TrainedSupernet, load_data
 
     if (options.run is None) == (options.config is None):
         raise ValueError("Name either --run, the folder of a search, or --config, to train first.")
@@ -367,12 +368,19 @@ def _correlate(options: argparse.Namespace) -> int:
         raise ValueError("--data-root belongs to --run; with --config, say --set data.root=DIR.")
     if options.minutes is not None and not options.minutes > 0:
         raise ValueError(f"--minutes must be above 0, got {options.minutes}.")
+    if options.run is not None and options.overrides:
+        raise ValueError("--set belongs to --config; a run keeps the settings that it has.")
     # All that can be wrong is found before anything takes long.
     truth = read_truth(options.truth, options.dataset)
     settings, sums = correlate.load_settings(*options.settings)
     correlate.check_sums(sums, settings, options.training_free)
+    if options.device is not None:
+        check_device(options.device, "--device")
+    wanted = {name: getattr(options, name) for name in ("seed", "resamples", "images", "training_free")}
+    correlate.check_options(settings, **wanted)
     architectures = correlate.choose(truth, options.sample, options.seed)
     folder = Path(options.output)
+    correlate.check_folder(folder, options.resume)
     progress = None if options.quiet else Bar
     run = Path(options.run) if options.run else folder / "search"
     experiment = None
@@ -381,12 +389,21 @@ def _correlate(options: argparse.Namespace) -> int:
         experiment = config.load(options.config, options.overrides)
         if experiment.space.name != "nasbench201":
             raise ValueError(f"{options.config} searches the space {experiment.space.name}, expected nasbench201.")
+        there = correlate.Images.of(
+            load_data(experiment), experiment.score.recalibration_images > 0, experiment.score.recalibration_batch_size
+        )
+        correlate.check_options(settings, **wanted, available=there)
     # The same command: --resume goes on where there is something, and begins where there is not.
     again = f"genas {shlex.join([*options.line, *['--resume'] * (not options.resume)])}"
     with _told_how_to_go_on(folder, lambda: True, again), lock_folder(folder):
         if experiment is not None:
             run_experiment(experiment, run, resume=options.resume and (run / "config.yaml").exists(), progress=progress)
         trained = TrainedSupernet.from_run(run, device=options.device, data_root=options.data_root)
+        if experiment is None:
+            there = correlate.Images.of(
+                trained.data, trained.recalibration is not None, trained.recalibration_batch_size
+            )
+            correlate.check_options(settings, **wanted, available=there)
         raws = correlate.measure_all(
             trained,
             architectures,

@@ -25,6 +25,7 @@ __all__ = [
     "Ranking",
     "compare",
     "correlation_matrix",
+    "fewest_resamples",
     "kendall",
     "ndcg",
     "partial_kendall",
@@ -359,6 +360,17 @@ def _top_size(top: float, count: int) -> int:
     )
 
 
+def fewest_resamples(confidence: float = 0.95) -> int:
+    """With fewer than one resample beyond either end, an interval would be the extremes of what was drawn.
+
+    Raises:
+        ValueError: ``confidence`` is not between 0 and 1.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}.")
+    return math.ceil(round(2 / (1 - confidence), 6))
+
+
 def _bootstrap(
     statistic: Callable[[_Array], _Array], count: int, seed: int, resamples: int, confidence: float
 ) -> Estimate:
@@ -371,10 +383,7 @@ def _bootstrap(
         resamples: How often ``count`` are drawn.
         confidence: Of the interval.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}.")
-    # Fewer than one resample beyond either end would make the interval the extremes of what was drawn.
-    fewest = math.ceil(round(2 / (1 - confidence), 6))
+    fewest = fewest_resamples(confidence)
     if resamples < fewest:
         raise ValueError(f"An interval of confidence {confidence} needs {fewest} resamples or more, got {resamples}.")
     rng = np.random.default_rng(seed)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -15,6 +17,7 @@ import yaml
 
 from genas_plugins._messages import listed, one_line, shown
 from genas_plugins._reading import ReadingError, parse_yaml, read_yaml, user_path
+from genas_plugins.checks import MOST_IMAGES, check_count, check_real, check_seed
 from genas_plugins.files import packaged_configs
 from genas_plugins.nasbench201 import check_sizes
 from genas_plugins.network import cell_shapes
@@ -26,12 +29,43 @@ from genas_plugins.spaces import DartsSearchSpace
 __all__ = ["ConfigError", "Experiment", "build", "config_names", "dump", "find_config", "load", "parse", "plain"]
 
 
+_CHECK = "check"
+_MOST_PIXELS, _MOST_CHANNELS, _MOST_CELLS, _MOST_PROCESSES = 16_384, 4_096, 1_000, 1_024
+# YAML 1.1 reads 1e-5 as text, for want of a dot. 0.1 is text only where somebody has quoted it.
+_DOTLESS = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+", re.ASCII)
+
+
 class ConfigError(ValueError):
     """An experiment file, or a ``--set`` on the command line, says something that cannot be run."""
 
 
+def _count(default: int | None, least: int = 1, most: int | None = None) -> Any:
+    """A field with a whole number, or ``None``, within its bounds."""
+    bounds = {"least": least} if most is None else {"least": least, "most": most}
+    return field(default=default, metadata={_CHECK: partial(check_count, **bounds)})
+
+
+def _real(default: float, **bounds: float) -> Any:
+    """A field with a finite number within its bounds."""
+    return field(default=default, metadata={_CHECK: partial(check_real, **bounds)})
+
+
+class _Section:
+    """Settings that are checked when they are made, by a file as by Python."""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if _CHECK in item.metadata and value is not None:
+                item.metadata[_CHECK](item.name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse what no single field shows."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Space:
+class Space(_Section):
     """The supernet: ``init_channels`` and the numbers of cells of the official supernets by default.
 
     ``num_cells`` and ``stem`` are of the DARTS space, ``cells_per_stage`` and ``affine`` are of NAS-Bench-201; without
@@ -39,10 +73,10 @@ class Space:
     """
 
     name: Literal["darts", "nasbench201"] = "darts"
-    init_channels: int = 16
-    num_cells: int = 8
+    init_channels: int = _count(16, most=_MOST_CHANNELS)
+    num_cells: int = _count(8, most=_MOST_CELLS)
     stem: Literal["cifar", "imagenet"] = "cifar"
-    cells_per_stage: int = 5
+    cells_per_stage: int = _count(5, most=_MOST_CELLS)
     affine: bool = True
 
     def check(self) -> None:
@@ -53,44 +87,47 @@ class Space:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class Data(_Section):
     """The images; see :func:`genas_plugins.datasets.load_search_data`. Sizes of ``null`` mean all there are."""
 
     name: Literal["digits", "cifar10", "cifar100", "imagenet16-120", "image_folder"] = "digits"
     root: str | None = None
     download: bool = False
-    image_size: int | None = None
+    image_size: int | None = _count(None, most=_MOST_PIXELS)
     storage: Literal["memory", "disk"] = "memory"
-    train_images: int | None = None
-    validation_images: int | None = None
-    test_images: int | None = None
+    train_images: int | None = _count(None, most=MOST_IMAGES)
+    validation_images: int | None = _count(None, most=MOST_IMAGES)
+    test_images: int | None = _count(None, most=MOST_IMAGES)
     random_labels: bool = False
     flip: bool = True
-    crop_padding: int = 4
+    crop_padding: int = _count(4, 0, 1_024)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
-    """The supernet recipe of the official code, and what Lightning's trainer is told."""
+class Training(_Section):
+    """The supernet recipe of the official code, and what Lightning's trainer is told.
 
-    epochs: int = 250
-    batch_size: int = 64
-    learning_rate: float = 0.025
-    final_learning_rate: float = 0.001
-    momentum: float = 0.9
-    weight_decay: float = 3e-4
-    gradient_clip: float = 5.0
+    ``threads`` are those of PyTorch on a CPU; ``null`` takes PyTorch's own number, usually that of the cores.
+    """
+
+    epochs: int = _count(250)
+    batch_size: int = _count(64)
+    learning_rate: float = _real(0.025, above=0, most=1e3)
+    final_learning_rate: float = _real(0.001, above=0, most=1e3)
+    momentum: float = _real(0.9, least=0, below=1)
+    weight_decay: float = _real(3e-4, least=0, most=100)
+    gradient_clip: float = _real(5.0, least=0)
     decay_unsampled: bool = True
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true"] = "32-true"
-    accelerator: str = "auto"
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = "auto"
     devices: int | Literal["auto"] = 1
-    num_workers: int = 0
-    checkpoint_every: int = 1
+    threads: int | None = _count(None, most=_MOST_PROCESSES)
+    num_workers: int = _count(0, 0, _MOST_PROCESSES)
+    checkpoint_every: int = _count(1)
 
     def check(self) -> None:
-        for name in ("epochs", "batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.devices != "auto":
+            check_count("devices", self.devices, most=_MOST_PROCESSES)
         if self.epochs % self.checkpoint_every:
             raise ValueError(
                 f"checkpoint_every must divide epochs ({self.epochs}), so that the last epoch is saved, "
@@ -104,7 +141,7 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
+class Score(_Section):
     """The metric; see :class:`genas_plugins.scoring.CombinedScore`."""
 
     metric: str = "flatness"
@@ -118,15 +155,13 @@ class Score:
     draws: int = 1
     common: bool = False
     hessian_directions: int = 1
-    recalibration_images: int = 850
-    recalibration_batch_size: int = 64
+    recalibration_images: int = _count(850, 0, MOST_IMAGES)
+    recalibration_batch_size: int = _count(64, 2)
     recalibration_momentum: float | None = None
-    batch_size: int | None = None
+    batch_size: int | None = _count(None)
 
     def check(self) -> None:
         self.build()
-        if self.recalibration_images < 0 or self.recalibration_batch_size < 2:
-            raise ValueError("recalibration_images must not be negative and recalibration_batch_size at least 2.")
 
     def build(self) -> CombinedScore:
         """The settings as the score that measures."""
@@ -136,12 +171,12 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
+class Search(_Section):
     """The evolution; see :class:`genas_plugins.search.Evolution`.
 
     ``racing`` is a confidence such as 0.999, with which candidates that cannot be parents are not measured on all
     images (:mod:`genas_plugins.search.racing`); ``null`` measures them on all. Each device measures ``in_flight``
-    candidates at a time.
+    candidates at a time; ``null`` is as many as PyTorch has threads on a CPU, with one thread each, and 1 on a GPU.
     """
 
     population: int = 50
@@ -151,7 +186,7 @@ class Search:
     crossovers: int = 25
     mutation_probability: float = 0.1
     racing: float | None = None
-    in_flight: int = 1
+    in_flight: int | None = None
 
     def check(self) -> None:
         settings = dataclasses.asdict(self)
@@ -162,10 +197,10 @@ class Search:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment:
+class Experiment(_Section):
     """One search: data, supernet, training, score and evolution, under one seed."""
 
-    seed: int = 0
+    seed: int = field(default=0, metadata={_CHECK: lambda name, value: check_seed(value, name)})
     deterministic: bool = False
     space: Space = field(default_factory=Space)
     data: Data = field(default_factory=Data)
@@ -205,11 +240,14 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """
     path = find_config(name_or_path)
     try:
-        data = read_yaml(path) or {}
+        data = read_yaml(path)
     except ReadingError as error:
         raise ConfigError(f"{path} is not a YAML file: {error}.") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold keys and values, got {type(data).__name__}.")
+        found = "nothing" if data is None else type(data).__name__
+        raise ConfigError(f"{path} must hold keys and values, got {found}.")
+    if not data:
+        raise ConfigError(f"{path} holds no setting at all: say at least which data.name to search on.")
     for override in overrides:
         _apply(data, override)
     try:
@@ -274,12 +312,10 @@ def build(kind: type, data: Any, where: str = "") -> Any:
         wanted = types_of[key]
         nested = dataclasses.is_dataclass(wanted)
         values[key] = build(wanted, value, f"{where}{key}.") if nested else _convert(wanted, value, f"{where}{key}")
-    built = kind(**values)
     try:
-        getattr(built, "check", lambda: None)()
-    except ValueError as error:
-        raise ConfigError(f"{section}: {error}") from error
-    return built
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{section}: {error}" if where else str(error)) from error
 
 
 def _convert(wanted: Any, value: Any, name: str) -> Any:
@@ -293,22 +329,14 @@ def _convert(wanted: Any, value: Any, name: str) -> Any:
             inner = typing.get_args(option)[0]
             return tuple(_convert(inner, item, f"{name}[{i}]") for i, item in enumerate(value))
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if option is float and isinstance(value, str) and _is_number(value):
-            # YAML 1.1 reads 1e-5 as text, for want of a dot.
+        if option is float and isinstance(value, str) and _DOTLESS.fullmatch(value):
             return float(value)
         if option is float and number:
-            return float(value)
+            # A whole number may be too large for a float; who checks the bounds says so.
+            return float(value) if isinstance(value, float) or abs(value) < 2**63 else value
         if isinstance(option, type) and isinstance(value, option) and (number or option not in (int, float)):
             return value
     raise ConfigError(f"{name} must be {' or '.join(map(_describe, options))}, got {shown(value)}.")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _describe(option: Any) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from torch import nn
 
 from genas_plugins._messages import listed, one_line, shown
 from genas_plugins._reading import ReadingError, read_json, read_text, read_yaml, user_path
+from genas_plugins.checks import MOST_IMAGES, check_count, check_seed
 from genas_plugins.correlation import Setting, columns, measure_raw
-from genas_plugins.datasets import DATA_FILE, check_identity, write_identity
+from genas_plugins.datasets import DATA_FILE, SearchData, check_identity, write_identity
 from genas_plugins.files import packaged_configs, write_text
 from genas_plugins.interrupts import raise_pending
 from genas_plugins.locking import lock_folder
 from genas_plugins.nasbench201 import NasBench201Network
+from genas_plugins.ranking import fewest_resamples
 from genas_plugins.scoring import CombinedScore, CommonNoise
 from genas_plugins.scoring.training_free import naswot, synflow, zico
 from genas_plugins.search import History, candidate_seed
@@ -34,14 +37,33 @@ from nni_strategy.resuming import state_digest
 from nni_strategy.space import NasBench201Space
 from nni_strategy.trained import TrainedSupernet
 
-__all__ = ["check_sums", "choose", "load_settings", "measure_all"]
+__all__ = ["Images", "check_folder", "check_options", "check_sums", "choose", "load_settings", "measure_all"]
 
 SETTINGS_FILE = "settings.json"
 MEASUREMENTS_FILE = "measurements.jsonl"
 _LONGEST_SETTINGS = 2**24
 """Bytes: ten times what all architectures of the benchmark and a hundred settings take."""
 
+_MOST_RESAMPLES = 100_000
+_GENERATOR = threading.Lock()
+"""Held while networks are initialised from the generator of the whole process."""
 _RESERVED = {"architecture", "truth", "parameters", "live FLOPs", *TRAINING_FREE, *ON_SUPERNET}
+
+
+@dataclass(frozen=True)
+class Images:
+    """How many images a run has to train, to recalibrate and to score on."""
+
+    train: int
+    recalibration: int
+    validation: int
+    recalibration_batch_size: int
+
+    @classmethod
+    def of(cls, data: SearchData, recalibrates: bool, recalibration_batch_size: int) -> Images:
+        """Those of the data of a search, and what its score makes of them."""
+        recalibration = len(data.recalibration) if recalibrates else 0
+        return cls(len(data.train), recalibration, len(data.validation), recalibration_batch_size)
 
 
 def load_settings(*names_or_paths: str | Path) -> tuple[list[Setting], list[RankSum]]:
@@ -119,6 +141,62 @@ def _setting(data: Any, where: str) -> Setting | RankSum:
         return Setting(name=data["name"], score=config.build(CombinedScore, rest), **own)
     except ValueError as error:
         raise config.ConfigError(f"{where}: {error}") from error
+
+
+def check_options(
+    settings: Sequence[Setting],
+    *,
+    seed: int,
+    resamples: int,
+    images: int | None,
+    training_free: bool,
+    available: Images | None = None,
+) -> None:
+    """Refuse what :func:`measure_all` or the report would refuse after an hour.
+
+    Args:
+        settings: The columns.
+        seed: Of the sample and the bootstrap.
+        resamples: Of the bootstrap.
+        images: Validation images to score on; ``None`` for all.
+        training_free: Whether NASWOT, SynFlow and ZiCo are wanted, which need two batches of training images.
+        available: What the run has; ``None`` where that is not known yet.
+
+    Raises:
+        TypeError: A number is not whole.
+        ValueError: An option is out of its range, or asks for more than there is.
+    """
+    check_seed(seed, "--seed")
+    check_count("--resamples", resamples, fewest_resamples(), _MOST_RESAMPLES)
+    if images is not None:
+        check_count("--images", images, most=MOST_IMAGES)
+    if available is None:
+        return
+    if images is not None and images > available.validation:
+        raise ValueError(f"--images asks for {images} images, the validation half has {available.validation}.")
+    for setting in settings:
+        there = available.validation if images is None else images
+        if setting.images is not None and setting.images > there:
+            raise ValueError(f"The setting {setting.name!r} asks for {setting.images} images, there are {there}.")
+        wanted = setting.recalibration_images
+        if wanted is not None and (available.recalibration == 0 or wanted > available.train):
+            had = f"has {available.train} to train on" if available.recalibration else "does not recalibrate"
+            raise ValueError(f"The setting {setting.name!r} recalibrates on {wanted} images; the run {had}.")
+    if training_free and available.recalibration <= available.recalibration_batch_size:
+        raise ValueError(
+            f"--training-free needs two batches of {available.recalibration_batch_size} training images, "
+            f"score.recalibration_images is {available.recalibration}."
+        )
+
+
+def check_folder(folder: str | Path, resume: bool) -> None:
+    """Refuse a folder that holds measurements already.
+
+    Raises:
+        ConfigError: It does, and ``resume`` is not set.
+    """
+    if not resume and (Path(folder) / SETTINGS_FILE).exists():
+        raise config.ConfigError(f"{folder} already holds measurements: go on with --resume, or name another folder.")
 
 
 def choose(truth: Mapping[str, float], sample: int | None, seed: int) -> list[NasBench201Architecture]:
@@ -211,10 +289,10 @@ def _measure_all(
     if wanted := [s.recalibration_images for s in settings if s.recalibration_images is not None]:
         recalibration = trained.recalibration_on(max(*wanted, own or 0))
     end = math.inf if seconds is None else time.monotonic() + seconds
-    for architecture in architectures[done:]:
-        raise_pending()
+
+    def measured(architecture: NasBench201Architecture) -> dict[str, Any] | None:
         if time.monotonic() >= end:
-            break
+            return None
         with trained.paths.open(architecture, example) as (model, names):
             raw = measure_raw(
                 model,
@@ -222,14 +300,20 @@ def _measure_all(
                 validation,
                 recalibration=recalibration,
                 recalibration_images=own,
-                angle=lambda chosen=architecture, names=names: trained.paths.angle(chosen, names),
+                angle=lambda: trained.paths.angle(architecture, names),
                 seed=candidate_seed(trained.seed, str(architecture)),
                 common=common,
                 parameters=names,
             )
             if training_free:
                 raw["training_free"] = _training_free(architecture, model, trained)
-        history.append({"architecture": str(architecture), **raw})
+        return {"architecture": str(architecture), **raw}
+
+    for record in trained.in_flight.map(measured, architectures[done:]):
+        if record is None:
+            break
+        history.append(record)
+        raise_pending()
         if display is not None:
             display.step({})
     if display is not None:
@@ -257,10 +341,7 @@ def _open(
     }
     begun = (folder / SETTINGS_FILE).exists()
     if begun:
-        if not resume:
-            raise config.ConfigError(
-                f"{folder} already holds measurements: go on with --resume, or name another folder."
-            )
+        check_folder(folder, resume)
         _check_told(folder / SETTINGS_FILE, told)
     if trained.data.identity is not None:
         check_identity(folder, trained.data.identity, ("images",))
@@ -331,8 +412,8 @@ def _training_free(
     batches = list(itertools.islice(trained.recalibration, 2))
     images = torch.cat([batch for batch, _ in batches])
     # The same draws for each architecture, as far as their layers agree; nothing else draws from this generator.
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which seeds the generators of all devices, and these are not put back.
+    # Not torch.manual_seed, which seeds the generators of all devices, and these are not put back.
+    with _GENERATOR, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(trained.seed)
         network = NasBench201Network(architecture, num_classes=trained.data.num_classes).to(images.device)
     scores = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from nni.nas.nn.pytorch import ModelSpace
 from nni.nas.space import ExecutableModelSpace
 
 from genas_plugins.checkpoints import load_supernet
+from genas_plugins.checks import check_count, check_device, check_seed
 from genas_plugins.datasets import load_search_data
 from genas_plugins.genotype import Genotype
 from genas_plugins.scoring import CombinedScore, Measurement
@@ -50,18 +52,21 @@ class CombinedEvaluator(Evaluator):
         hessian_directions: Number of eigenvectors that the noise ``"hessian"`` is along.
         recalibration_momentum: Of the running average.
         data: With a checkpoint: keyword arguments of
-            :func:`genas_plugins.datasets.load_search_data`. With a run folder, the run's data is used.
+            :func:`genas_plugins.datasets.load_search_data`. A run folder knows its own.
         space: With a checkpoint of another space than those of this package: the model space, unmutated. It is
             left as it is.
         initial: With a checkpoint: the weights before training, for metrics with the angle.
         seed: Of the noise, with a checkpoint. With a run folder, the run's.
         batch_size: Validation images a batch, with a checkpoint; ``None`` chooses by the device.
         device: To score on; ``None`` for CUDA where there is one.
+        threads: PyTorch's threads on a CPU; see :class:`nni_strategy.trained.TrainedSupernet`.
 
     Raises:
-        ValueError: A wrong setting; ``data`` is missing with a checkpoint.
-        TypeError: ``space`` is no model space.
-        FileNotFoundError: ``supernet`` does not exist.
+        ValueError: A wrong setting; ``data`` is missing with a checkpoint; or ``data``, ``space``, ``initial`` or
+            ``batch_size`` come with a run folder, which knows its own.
+        TypeError: A setting is not of its kind, ``data`` has a key that :func:`load_search_data` does not know, or
+            ``space`` is no model space.
+        FileNotFoundError: ``supernet`` or ``initial`` does not exist.
     """
 
     def __init__(
@@ -86,6 +91,7 @@ class CombinedEvaluator(Evaluator):
         seed: int = 0,
         batch_size: int | None = None,
         device: str | None = None,
+        threads: int | None = None,
     ) -> None:
         self.supernet = str(supernet)
         settings: dict[str, Any] = {
@@ -111,7 +117,22 @@ class CombinedEvaluator(Evaluator):
             raise ValueError(f"With the checkpoint {path}, pass data= to say which images to score on.")
         if space is not None and not isinstance(space, ModelSpace):
             raise TypeError(f"space must be an NNI ModelSpace, got {type(space).__name__}.")
-        self._arguments = (data, initial, seed, batch_size, device)
+        # All that can be known before the first trial, which may be hours away in a queue.
+        own = {"data": data, "space": space, "initial": initial, "batch_size": batch_size}
+        if path.is_dir() and (given := [name for name, value in own.items() if value is not None]):
+            raise ValueError(f"The run folder {path} has its own {', '.join(given)}: leave out, or name a checkpoint.")
+        if data is not None:
+            known = inspect.signature(load_search_data).parameters
+            if not isinstance(data, Mapping) or "name" not in data or not known.keys() >= data.keys():
+                raise TypeError(f"data holds a name and any of {', '.join(list(known)[1:])}; got {data!r}.")
+        if initial is not None and not Path(initial).is_file():
+            raise FileNotFoundError(f"There is no file {initial} with the weights before training.")
+        for name, count in (("batch_size", batch_size), ("threads", threads)):
+            if count is not None:
+                check_count(name, count)
+        if device is not None:
+            check_device(device)
+        self._arguments = (data, initial, check_seed(seed), batch_size, device, threads)
         self._trained: TrainedSupernet | None = None
 
     def extra_repr(self) -> str:
@@ -160,10 +181,10 @@ class CombinedEvaluator(Evaluator):
         return self.evaluate(model.sample)
 
     def _load(self) -> TrainedSupernet:
-        data, initial, seed, batch_size, device = self._arguments
+        data, initial, seed, batch_size, device, threads = self._arguments
         path = Path(self.supernet)
         if path.is_dir():
-            trained = TrainedSupernet.from_run(path, device=device)
+            trained = TrainedSupernet.from_run(path, device=device, threads=threads)
             trained.score = dataclasses.replace(trained.score, **self.settings)
             return trained
         # In place of a space NNI gives a traced class its default model; the space stays in what is recorded.
@@ -183,6 +204,7 @@ class CombinedEvaluator(Evaluator):
             seed=seed,
             batch_size=batch_size,
             device=device,
+            threads=threads,
         )
 
 

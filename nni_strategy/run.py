@@ -32,7 +32,7 @@ from genas_plugins.locking import lock_folder
 from genas_plugins.plotting import LossCurve, plot_cells, plot_loss_curves, plot_search
 from genas_plugins.profiling import SearchProfile
 from genas_plugins.scoring import mean_loss, recalibrate_batchnorm
-from genas_plugins.search import check_records
+from genas_plugins.search import InFlight, check_records
 from genas_plugins.search.racing import spared_images
 from genas_plugins.spaces.nasbench201 import NasBench201Architecture
 from nni_strategy import config
@@ -156,10 +156,10 @@ def _run(
     profile: int | None,
     train_only: bool,
 ) -> Outcome:
-    if profile is not None and (experiment.search.racing is not None or experiment.search.in_flight > 1):
+    if profile is not None and (experiment.search.racing is not None or (experiment.search.in_flight or 1) > 1):
         raise ValueError(
             "A profile traces candidates one by one, as neither a race nor several in flight are measured: leave out "
-            "--profile, or set search.racing to null and search.in_flight to 1."
+            "--profile, or set search.racing to null and search.in_flight to 1 or null."
         )
     profiler = SearchProfile(folder, profile) if profile is not None and primary else None
     if primary:
@@ -185,13 +185,17 @@ def _run(
         batch_size=score.batch_size,
         device=device,
     )
+    in_flight: int | InFlight | None = experiment.search.in_flight
+    if profile is not None:
+        # One by one, and each as a search without a profile measures it.
+        in_flight = InFlight(1, device, InFlight(in_flight, device).threads)
     total = experiment.search.population * experiment.search.generations
     strategy = (_TrainingOnly if train_only else GeNAS)(
         **_score_arguments(score),
         recalibration_images=score.recalibration_images,
         recalibration_batches=scorer.recalibration,
         validation_batches=scorer.validation,
-        **vars(experiment.search),
+        **{**vars(experiment.search), "in_flight": in_flight},
         seed=experiment.seed,
         history=history,
         on_record=_listener(shown, total, profiler, len(history.records)),
@@ -367,7 +371,7 @@ def _evaluator(
             )
         )
     recipe = ("batch_size", "learning_rate", "final_learning_rate", "momentum", "weight_decay", "gradient_clip")
-    recipe += ("decay_unsampled", "num_workers")
+    recipe += ("decay_unsampled", "num_workers", "threads")
     try:
         return supernet_evaluator(
             data,
@@ -405,6 +409,9 @@ def _run_nni(space: SupernetSpace, evaluator: Any, strategy: GeNAS, folder: Path
         if evaluator.trainer.interrupted:
             raise KeyboardInterrupt from error
         raise
+    except MisconfigurationException as error:
+        # What Lightning finds out only when it trains.
+        raise config.ConfigError(f"training: {error}") from error
     finally:
         experiment.stop()
 
@@ -416,15 +423,17 @@ def _hand_over(
     plain = strategy.paths.search_space.to_json
     by_candidate = {json.dumps(record["candidate"]): record for record in records}
     best = []
-    curves = []
+    curves: list[LossCurve] = []
     # Behind the parents, a race may have dropped what would come next.
     certain = _TOP if strategy.racing is None else min(_TOP, strategy.evolution.parents)
-    for rank, (genotype, _) in enumerate(strategy.evolution.best(certain), 1):
-        record = by_candidate[json.dumps(plain(genotype))]
-        accuracy = scorer.test_accuracy(genotype)
-        best.append(Found(genotype, record, None if accuracy is None else accuracy.top1))
-        if "losses" in record:
-            curves.append(_curve(scorer, genotype, record, f"#{rank}"))
+    ranked = [
+        (f"#{rank}", genotype, by_candidate[json.dumps(plain(genotype))])
+        for rank, (genotype, _) in enumerate(strategy.evolution.best(certain), 1)
+    ]
+    in_flight = InFlight(experiment.search.in_flight, scorer.device)
+    for found, curve in in_flight.map(lambda item: _looked_at(scorer, *item), ranked):
+        best.append(found)
+        curves += [curve] if curve is not None else []
     failed, dropped = (sum(record["status"] == status for record in records) for status in ("failed", "dropped"))
     spared = None if strategy.racing is None else spared_images(records, len(scorer.data.validation))
     if not best:
@@ -464,10 +473,17 @@ def _hand_over(
     return Outcome(folder, tuple(best), len(records), failed, dropped, spared)
 
 
-def _curve(scorer: TrainedSupernet, genotype: Any, record: dict[str, Any], label: str) -> LossCurve:
+def _looked_at(
+    scorer: TrainedSupernet, label: str, genotype: Any, record: dict[str, Any]
+) -> tuple[Found, LossCurve | None]:
+    """One of the best, on the test images and, where the noise was measured, without any."""
+    accuracy = scorer.test_accuracy(genotype)
+    found = Found(genotype, record, None if accuracy is None else accuracy.top1)
+    if "losses" not in record:
+        return found, None
     example, _ = next(iter(scorer.validation))
     with scorer.paths.open(genotype, example) as (model, _):
         if scorer.recalibration is not None:
             recalibrate_batchnorm(model, scorer.recalibration, scorer.score.momentum)
         unperturbed = mean_loss(model, scorer.validation)
-    return LossCurve(label, (0.0, *record["sigmas"]), (unperturbed, *record["losses"]), record["score"])
+    return found, LossCurve(label, (0.0, *record["sigmas"]), (unperturbed, *record["losses"]), record["score"])

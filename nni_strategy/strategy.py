@@ -12,7 +12,9 @@ from nni.nas.oneshot.pytorch.strategy import MutationHook, RandomOneShot, is_sup
 from nni.nas.space import ExecutableModelSpace, RawFormatModelSpace, SimplifiedModelSpace
 from torch import Tensor
 
+from genas_plugins.checks import MOST_IMAGES, check_count, check_device
 from genas_plugins.scoring import CombinedScore, Measurement
+from genas_plugins.scoring.data import TensorBatches
 from genas_plugins.scoring.flatness import Where
 from genas_plugins.scoring.noise import Noise
 from genas_plugins.search import Evolution, History, InFlight, SharedSearch, run_search
@@ -68,9 +70,11 @@ class GeNAS(RandomOneShot):
         racing: Confidence, for instance 0.999, with which a candidate that cannot be among the best ``parents`` so far
             is not measured on further images; the best are those of a search without racing. ``None`` measures all
             on all images. See :mod:`genas_plugins.search.racing`.
-        in_flight: Candidates that each device measures at a time, in threads, on CUDA with a stream each; the records
-            are those of 1, up to rounding (:class:`genas_plugins.search.InFlight`). For :class:`DartsSpace` and
-            :class:`NasBench201Space`, whose candidates are networks of their own.
+        in_flight: Candidates that each device measures at a time, in threads, on CUDA with a stream each
+            (:class:`genas_plugins.search.InFlight`). ``None`` chooses: on a CPU as many as PyTorch has threads, each
+            on one of them, so that scores do not depend on how many these are; on a GPU 1. Several are for
+            :class:`DartsSpace` and :class:`NasBench201Space`, whose candidates are networks of their own; candidates
+            of other spaces are measured one after another, on all of PyTorch's threads.
         seed: Of paths, noise and evolution.
         history: Records of the candidates on disk; a search that finds them there goes on after them.
         on_record: Called with each candidate's record, for progress.
@@ -78,6 +82,7 @@ class GeNAS(RandomOneShot):
         mutation_hooks: NNI's extra hooks for primitives of your own.
 
     Raises:
+        TypeError: A setting is not of its kind.
         ValueError: A setting out of its range; the message names it and the valid choices.
     """
 
@@ -107,7 +112,7 @@ class GeNAS(RandomOneShot):
         crossovers: int = 25,
         mutation_probability: float = 0.1,
         racing: float | None = None,
-        in_flight: int = 1,
+        in_flight: int | InFlight | None = None,
         seed: int = 0,
         history: History | None = None,
         on_record: Callable[[dict[str, Any]], None] | None = None,
@@ -129,19 +134,18 @@ class GeNAS(RandomOneShot):
             hessian_directions=hessian_directions,
             momentum=recalibration_momentum,
         )
-        for name, count in (
-            ("recalibration_images", recalibration_images),
-            ("validation_images", validation_images),
-        ):
-            if count is not None and count < 0:
-                raise ValueError(f"{name} must not be negative, got {count}.")
-        if validation_images == 0:
+        check_count("recalibration_images", recalibration_images, 0, MOST_IMAGES)
+        if validation_images is not None and check_count("validation_images", validation_images, 0, MOST_IMAGES) == 0:
             raise ValueError("validation_images must be at least 1, or None for all, got 0.")
+        if device is not None:
+            check_device(device)
         if racing is not None:
             check_race(racing, self.score)
         self.racing = racing
-        # Refuses what is no number of candidates; the device is known when the search begins.
-        self.in_flight = InFlight(in_flight).count
+        if in_flight is not None and not isinstance(in_flight, InFlight):
+            # Refuses what is no number of candidates; the device is known when the search begins.
+            InFlight(in_flight)
+        self.in_flight = in_flight
         self.recalibration_images = recalibration_images
         self.validation_images = validation_images
         self.seed = seed
@@ -206,10 +210,11 @@ class GeNAS(RandomOneShot):
             ) from error
         initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         paths = SupernetPaths(model, initial)
-        if self.in_flight > 1 and not paths.side_by_side:
+        several = self.in_flight.count if isinstance(self.in_flight, InFlight) else self.in_flight or 1
+        if several > 1 and not paths.side_by_side:
             raise ValueError(
                 f"{type(model).__name__} is measured with one path fixed at a time, so in_flight must be 1, got "
-                f"{self.in_flight}; DartsSpace and NasBench201Space can have several."
+                f"{several}; DartsSpace and NasBench201Space can have several."
             )
         self._paths = paths
         self._evolution.space = self._paths.search_space
@@ -236,7 +241,7 @@ class GeNAS(RandomOneShot):
         try:
             supernet.to(device)
             recalibration, validation = self._batches(evaluator, device)
-            in_flight = InFlight(self.in_flight, device)
+            in_flight = self._flight(device, recalibration, validation)
             race = None
             if self.racing is not None:
                 settings = {"confidence": self.racing, "keep": self._evolution.parents, "in_flight": in_flight}
@@ -256,6 +261,17 @@ class GeNAS(RandomOneShot):
             )
         finally:
             supernet.to(home)
+
+    def _flight(self, device: torch.device, *batches: Batches | None) -> InFlight:
+        """How many candidates are measured at a time, and on how many threads each."""
+        if isinstance(self.in_flight, InFlight):
+            return self.in_flight
+        if self.in_flight is not None or not self.paths.side_by_side:
+            return InFlight(self.in_flight or 1, device)
+        chosen = InFlight(None, device)
+        # A loader of somebody's own may not bear several readers at a time.
+        shared = all(part is None or isinstance(part, TensorBatches | list | tuple) for part in batches)
+        return chosen if shared else InFlight(1, device, chosen.threads)
 
     def _remember(self, record: dict[str, Any]) -> None:
         self.records.append(record)

@@ -20,10 +20,12 @@ from genas_plugins.checkpoints import (
     save_supernet,
     unwrapped,
 )
+from genas_plugins.checks import check_count, check_device, check_seed
 from genas_plugins.datasets import ImageTensors, SearchData, load_search_data, read_identity, refuse_change
 from genas_plugins.nasbench201 import NasBench201SuperNet
 from genas_plugins.scoring import Accuracy, CombinedScore, Measurement, accuracy, recalibrate_batchnorm
 from genas_plugins.scoring.data import TensorBatches
+from genas_plugins.search import InFlight, torch_threads
 from genas_plugins.supernet import SuperNet
 from nni_strategy import config
 from nni_strategy.resuming import check_began, state_digest
@@ -69,7 +71,7 @@ def batch_size_for(device: torch.device, wanted: int | None) -> int:
     64 on a CPU, as larger batches fall out of its caches. On CUDA as many as keep it busy: where they do not fit its
     memory they are halved (:meth:`~genas_plugins.scoring.data.TensorBatches.halve`). Elsewhere 512.
     """
-    return wanted or {"cpu": 64, "cuda": 2048}.get(device.type, 512)
+    return {"cpu": 64, "cuda": 2048}.get(device.type, 512) if wanted is None else wanted
 
 
 class TrainedSupernet:
@@ -84,6 +86,12 @@ class TrainedSupernet:
         recalibration_batch_size: Images a batch.
         batch_size: Validation images a batch; ``None`` chooses by the device.
         device: To score on; ``None`` for CUDA where there is one.
+        threads: PyTorch's threads for a measurement on a CPU. ``None`` measures as a search does: a path that is a
+            network of its own on one thread, which gives the same score on any number of cores; others on all.
+
+    Raises:
+        TypeError: A number is not whole.
+        ValueError: A setting is out of its range, or this machine has no such device.
     """
 
     def __init__(
@@ -98,14 +106,19 @@ class TrainedSupernet:
         recalibration_batch_size: int = 64,
         batch_size: int | None = None,
         device: torch.device | str | None = None,
+        threads: int | None = None,
     ) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        for name, size in (("recalibration_batch_size", recalibration_batch_size), ("batch_size", batch_size)):
+            if size is not None:
+                check_count(name, size)
+        self.device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.space = space.to(self.device)
         self.data = data
         self.score = score
-        self.seed = seed
+        self.seed = check_seed(seed)
         self.paths = SupernetPaths(self.space, initial)
-        self._recalibration_batch_size = recalibration_batch_size
+        self.in_flight = InFlight(None if self.paths.side_by_side and threads is None else 1, self.device, threads)
+        self.recalibration_batch_size = recalibration_batch_size
         self.validation = self._batches(data.validation, batch_size_for(self.device, batch_size))
         self.recalibration = self._batches(data.recalibration, recalibration_batch_size) if recalibrate else None
 
@@ -117,6 +130,7 @@ class TrainedSupernet:
         score: CombinedScore | None = None,
         device: torch.device | str | None = None,
         data_root: str | Path | None = None,
+        threads: int | None = None,
     ) -> TrainedSupernet:
         """Open the run folder of ``genas search``, or the file of :func:`save_trained`.
 
@@ -126,6 +140,7 @@ class TrainedSupernet:
             device: To score on; ``None`` for CUDA where there is one.
             data_root: Where the images are now; ``None`` for where the run had them, which may have been seen from
                 another folder.
+            threads: PyTorch's threads for a measurement on a CPU, see above.
 
         Raises:
             FileNotFoundError: The folder holds no finished supernet, or the images are not where they were.
@@ -159,13 +174,15 @@ class TrainedSupernet:
             recalibration_batch_size=experiment.score.recalibration_batch_size,
             batch_size=experiment.score.batch_size,
             device=device,
+            threads=threads,
         )
 
     def measure(self, candidate: Any, score: CombinedScore | None = None) -> Measurement:
         """Score one candidate of the space (of its ``search_space``)."""
-        return measure_candidate(
-            self.paths, candidate, score or self.score, self.recalibration, self.validation, self.seed
-        )
+        with torch_threads(self.in_flight.threads):
+            return measure_candidate(
+                self.paths, candidate, score or self.score, self.recalibration, self.validation, self.seed
+            )
 
     def recalibration_on(self, images: int) -> TensorBatches:
         """The first ``images`` of the train half; those that the run recalibrates on are the first of them.
@@ -181,7 +198,7 @@ class TrainedSupernet:
             )
         chosen = train.subset(range(images))
         return self._batches(
-            chosen if isinstance(chosen, ImageTensors) else chosen.load(), self._recalibration_batch_size
+            chosen if isinstance(chosen, ImageTensors) else chosen.load(), self.recalibration_batch_size
         )
 
     def test_accuracy(self, candidate: Any) -> Accuracy | None:
@@ -189,7 +206,7 @@ class TrainedSupernet:
         if self.data.test is None:
             return None
         example, _ = next(iter(self.validation))
-        with self.paths.open(candidate, example) as (model, _):
+        with torch_threads(self.in_flight.threads), self.paths.open(candidate, example) as (model, _):
             if self.recalibration is not None:
                 recalibrate_batchnorm(model, self.recalibration, self.score.momentum)
             return accuracy(model, self._batches(self.data.test, self.validation.batch_size))

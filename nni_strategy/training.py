@@ -15,15 +15,18 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, Dataset
 
+from genas_plugins.checks import check_count, check_flag, check_real, check_seed
 from genas_plugins.datasets import ImageTensors, SearchData
 from genas_plugins.path_sgd import PathSGD
 from genas_plugins.scoring.data import TensorBatches
 from nni_strategy.space import SupernetSpace
+from nni_strategy.threads import TrainingThreads
 
 __all__ = ["SupernetModule", "TrainBatches", "supernet_evaluator"]
 
 _COUNTER = "num_batches_tracked"
 _AHEAD = 16 * 2**20
+_SEEDS = 2**64
 
 
 class SupernetModule(LightningModule):
@@ -41,6 +44,10 @@ class SupernetModule(LightningModule):
         weight_decay: 3e-4 for the DARTS space, 5e-4 for NAS-Bench-201.
         decay_unsampled: Weight decay and momentum also move the paths that were not sampled, as in the
             official run, whose torch wrote zeros into gradients instead of dropping them.
+
+    Raises:
+        TypeError: A number is none.
+        ValueError: A number is not finite, or no training can use it.
     """
 
     def __init__(
@@ -54,6 +61,11 @@ class SupernetModule(LightningModule):
         decay_unsampled: bool = True,
     ) -> None:
         super().__init__()
+        check_count("epochs", epochs)
+        check_real("learning_rate", learning_rate, above=0)
+        check_real("final_learning_rate", final_learning_rate, least=0)
+        check_real("momentum", momentum, least=0, below=1)
+        check_real("weight_decay", weight_decay, least=0)
         self.epochs = epochs
         self.learning_rate = learning_rate
         self.final_learning_rate = final_learning_rate
@@ -170,6 +182,10 @@ class TrainBatches:
         crop_padding: Pixels of black around the image before a random crop of its size.
         seed: Of order and augmentation.
         num_workers: Processes that decode images, where they are not in memory.
+
+    Raises:
+        TypeError: A setting is not of its kind.
+        ValueError: A setting is out of its range.
     """
 
     def __init__(
@@ -184,10 +200,16 @@ class TrainBatches:
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        check_count("batch_size", batch_size)
+        check_flag("flip", flip)
+        check_count("crop_padding", crop_padding, 0)
+        check_count("num_workers", num_workers, 0)
+        check_seed(seed)
         if len(mean) != 3 or len(std) != 3:
             raise ValueError(f"mean and std must be three numbers each, one a channel, got {mean} and {std}.")
+        for m, s in zip(mean, std, strict=True):
+            check_real("mean", m)
+            check_real("std", s, above=0)
         self.data = data
         self.batch_size = batch_size
         self.flip = flip
@@ -230,12 +252,12 @@ class TrainBatches:
         return -(-share // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % _SEEDS)
         rank, world = self._rank_and_world()
         order = torch.randperm(len(self.data), generator=generator)
         share = order[rank : len(order) - len(order) % world : world]
         # Every process draws its own augmentation.
-        generator.manual_seed((self.seed * 1_000_003 + self.epoch) * 1_009 + rank + 1)
+        generator.manual_seed(((self.seed * 1_000_003 + self.epoch) * 1_009 + rank + 1) % _SEEDS)
         drawn = self._draw(len(share), generator)
         first = 0
         for images, labels in self._raw(share):
@@ -323,6 +345,7 @@ def supernet_evaluator(
     flip: bool = True,
     crop_padding: int = 4,
     num_workers: int = 0,
+    threads: int | None = None,
     seed: int = 0,
     fit_kwargs: dict[str, Any] | None = None,
     **trainer: Any,
@@ -332,12 +355,19 @@ def supernet_evaluator(
     Args:
         data: Search data; the validation half is not looked at during training.
         epochs: Training epochs.
-        gradient_clip: Largest norm of the gradient.
+        gradient_clip: Largest norm of the gradient; 0 for any.
+        threads: PyTorch's threads on a CPU while it trains; ``None`` for PyTorch's own number, and a line of advice
+            where that is too many (:class:`nni_strategy.threads.TrainingThreads`).
         fit_kwargs: For ``Trainer.fit``, for instance ``ckpt_path``.
         trainer: Further arguments of Lightning's ``Trainer``: ``accelerator``, ``devices``, ``precision``,
             ``callbacks``, ``logger`` and so on. For several devices, the ``strategy`` is one of the
             ``ddp_find_unused_parameters_true`` family, since a step uses one path only.
+
+    Raises:
+        TypeError: A setting is not of its kind.
+        ValueError: A setting is out of its range.
     """
+    check_real("gradient_clip", gradient_clip, least=0)
     module = SupernetModule(
         epochs,
         learning_rate=learning_rate,
@@ -357,7 +387,9 @@ def supernet_evaluator(
         num_workers=num_workers,
     )
     validation = TensorBatches(data.validation, batch_size, data.mean, data.std)
-    trainer.setdefault("callbacks", [])
+    own = TrainingThreads(threads, advise=isinstance(data.train, ImageTensors))
+    given = trainer.get("callbacks") or []
+    trainer["callbacks"] = [*(given if isinstance(given, list) else [given]), own]
     arguments = {"limit_val_batches": 0, "num_sanity_val_steps": 0, **trainer}
     return Lightning(
         module,

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from genas_plugins.checks import check_count, check_flag, check_real
 from genas_plugins.scoring.accuracy import Accuracy, accuracy
 from genas_plugins.scoring.batchnorm import recalibrate_batchnorm
 from genas_plugins.scoring.errors import MeasurementError
@@ -26,6 +27,7 @@ METRICS: tuple[str, ...] = (
     "accuracy+flatness",
     "angle+accuracy",
 )
+_MOST_WEIGHT, _MOST_DRAWS = 1e9, 10_000
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,9 @@ class CombinedScore:
         momentum: Of the recalibration; ``None`` for the cumulative average, 0.1 for the official code's.
 
     Raises:
-        ValueError: An unknown metric or mode, sigmas that do not increase, a negative weight, no draw or direction, or
-            noise along eigenvectors that is to be common.
+        TypeError: A setting is not of its kind.
+        ValueError: An unknown metric or mode, sigmas that do not increase, a weight that is negative or not finite, no
+            draw or direction or more than anybody would wait for, or noise along eigenvectors that is to be common.
     """
 
     metric: str = "flatness"
@@ -111,11 +114,11 @@ class CombinedScore:
         if self.where not in get_args(Where):
             raise ValueError(f"Unknown where {self.where!r}; valid choices: {', '.join(get_args(Where))}.")
         for name in ("alpha", "gamma", "gamma_accuracy"):
-            if not getattr(self, name) >= 0.0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        if self.draws < 1:
-            raise ValueError(f"draws must be at least 1, got {self.draws}.")
-        if self.momentum is not None and not 0.0 < self.momentum <= 1.0:
+            check_real(name, getattr(self, name), least=0, most=_MOST_WEIGHT)
+        for name in ("relative", "common"):
+            check_flag(name, getattr(self, name))
+        check_count("draws", self.draws, most=_MOST_DRAWS)
+        if self.momentum is not None and not 0.0 < check_real("momentum", self.momentum) <= 1.0:
             raise ValueError(f"momentum must be None (cumulative average) or in (0, 1], got {self.momentum}.")
 
     @property

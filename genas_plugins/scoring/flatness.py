@@ -39,6 +39,7 @@ __all__ = [
 Where = Literal["all", "cells"]
 Result = TypeVar("Result")
 _EPSILON = 1e-5
+_LEAST_SIGMA, _MOST_SIGMA, _MOST_SIGMAS = 1e-12, 1e6, 100
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,23 @@ def check_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
     """Return the sigmas as a tuple of floats.
 
     Raises:
-        ValueError: Fewer than two, not finite, not positive or not strictly increasing.
+        TypeError: Text or truth values.
+        ValueError: Fewer than two or more than a hundred, not finite, not positive, not strictly increasing also as
+            float32, or so small or large that no weight would notice or survive.
     """
+    if any(isinstance(sigma, str | bytes | bool) for sigma in sigmas):
+        raise TypeError(f"sigmas must be numbers, got {list(sigmas)[:_MOST_SIGMAS]}.")
     values = tuple(float(sigma) for sigma in sigmas)
-    increasing = all(low < high for low, high in itertools.pairwise(values))
-    if len(values) < 2 or not all(map(math.isfinite, values)) or values[0] <= 0.0 or not increasing:
+    increasing = all(low < high for low, high in itertools.pairwise(torch.tensor(values).tolist()))
+    if not 2 <= len(values) <= _MOST_SIGMAS or not all(map(math.isfinite, values)) or not increasing:
         raise ValueError(
-            f"sigmas must be at least two positive, strictly increasing numbers, for instance (0.001, 0.003, 0.006); "
-            f"got {list(sigmas)}."
+            f"sigmas must be at least two positive, strictly increasing numbers, for instance (0.001, 0.003, 0.006), "
+            f"and at most {_MOST_SIGMAS}; got {list(sigmas)[:_MOST_SIGMAS]}."
+        )
+    if values[0] < _LEAST_SIGMA or values[-1] > _MOST_SIGMA:
+        raise ValueError(
+            f"sigmas must be positive, from {_LEAST_SIGMA:g} to {_MOST_SIGMA:g}: what weights of float32 can notice "
+            f"and survive; got {list(values)}."
         )
     return values
 

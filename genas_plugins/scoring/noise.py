@@ -11,9 +11,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from genas_plugins.checks import check_count
+
 __all__ = ["CommonNoise", "Noise", "check_noise", "noise_shares", "perturbations"]
 
 Noise = Literal["cumulative", "independent", "shared", "random_walk", "hessian"]
+_MOST_DIRECTIONS = 1_000
 
 
 class CommonNoise:
@@ -68,6 +71,7 @@ def check_noise(noise: str, common: bool, hessian_directions: int) -> None:
         hessian_directions: Of the mode ``"hessian"``.
 
     Raises:
+        TypeError: The number of directions is no whole number.
         ValueError: An unknown mode, common noise along eigenvectors, or fewer directions than one.
     """
     if noise not in get_args(Noise):
@@ -77,8 +81,7 @@ def check_noise(noise: str, common: bool, hessian_directions: int) -> None:
             "The noise 'hessian' cannot be common: it is along eigenvectors that each candidate has for itself. "
             "Set common to false, or take another noise."
         )
-    if hessian_directions < 1:
-        raise ValueError(f"hessian_directions must be at least 1, got {hessian_directions}.")
+    check_count("hessian_directions", hessian_directions, most=_MOST_DIRECTIONS)
 
 
 def noise_shares(sigmas: Sequence[float], noise: Noise) -> list[tuple[float, ...]]:

@@ -2,7 +2,7 @@
 
 from genas_plugins.search.evolution import Evolution, Proposal, SearchSpace
 from genas_plugins.search.history import History, HistoryError, check_records
-from genas_plugins.search.in_flight import InFlight
+from genas_plugins.search.in_flight import InFlight, torch_threads
 from genas_plugins.search.loop import candidate_seed, run_search
 from genas_plugins.search.racing import Race
 from genas_plugins.search.sharing import SharedSearch, SharedSearchError
@@ -20,4 +20,5 @@ __all__ = [
     "candidate_seed",
     "check_records",
     "run_search",
+    "torch_threads",
 ]

@@ -13,6 +13,8 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
+from genas_plugins.checks import check_count, check_real, check_seed
+
 __all__ = ["Evolution", "Origin", "Proposal", "SearchSpace"]
 
 Candidate = TypeVar("Candidate", bound=Hashable)
@@ -59,8 +61,9 @@ class Evolution(Generic[Candidate]):
         seed: Of the search's own random state.
 
     Raises:
-        ValueError: A count is not positive, mutants and crossovers exceed the population, or the probability
-            is not in (0, 1].
+        TypeError: A setting is no number of its kind.
+        ValueError: A count is not positive or beyond any search, mutants and crossovers exceed the population, the
+            probability is not in (0, 1], or the seed is out of its range.
     """
 
     def __init__(
@@ -83,15 +86,15 @@ class Evolution(Generic[Candidate]):
             "max_tries": max_tries,
         }
         for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}.")
-        if mutants < 0 or crossovers < 0 or mutants + crossovers > population:
+            check_count(name, count)
+        for name, count in (("mutants", mutants), ("crossovers", crossovers)):
+            check_count(name, count, 0)
+        if mutants + crossovers > population:
             raise ValueError(
-                f"mutants and crossovers must not be negative nor exceed the population of {population} together, "
+                f"mutants and crossovers must not exceed the population of {population} together, "
                 f"got {mutants} and {crossovers}."
             )
-        if not 0.0 < mutation_probability <= 1.0:
-            raise ValueError(f"mutation_probability must be in (0, 1], got {mutation_probability}.")
+        check_real("mutation_probability", mutation_probability, above=0, most=1)
         self.space = space
         self.population = population
         self.generations = generations
@@ -101,7 +104,7 @@ class Evolution(Generic[Candidate]):
         self.mutation_probability = mutation_probability
         self.max_tries = max_tries
         self.generation = 0
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(check_seed(seed))
         self._scored: list[tuple[Candidate, float | None]] = []
         self._seen: set[Candidate] = set()
         self._pending: list[Proposal[Candidate]] | None = None

@@ -2,8 +2,8 @@
 
 What a score needs beside the device, building subnets, drawing noise and launching kernels on small batches, takes a
 GPU's time without using it. Threads overlap that of one candidate with the work of another, each on a CUDA stream of
-its own. Over several devices, processes share a search (:mod:`genas_plugins.search.sharing`); each may have several
-candidates in flight.
+its own. On a CPU each candidate has a core to itself, instead of all cores one candidate. Over several devices,
+processes share a search (:mod:`genas_plugins.search.sharing`); each may have several candidates in flight.
 """
 
 from __future__ import annotations
@@ -16,31 +16,65 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["InFlight"]
+from genas_plugins.checks import check_count
+
+__all__ = ["InFlight", "torch_threads"]
+
+_MOST = 1_024
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Compute with so many of PyTorch's threads in this thread, and afterwards with as many as before.
+
+    Args:
+        count: ``None`` changes nothing.
+    """
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        if count is not None:
+            torch.set_num_threads(before)
+
+
 class InFlight:
     """Measures up to ``count`` candidates at the same time.
 
-    On a CPU the threads divide those of PyTorch among them; fewer of these may add up in another order, so that scores
-    can differ in their last digits from those of one after another. Memory for activations is needed ``count`` times.
+    A small network keeps several threads of PyTorch waiting for one another, at the end of every operation; on cores
+    that other work keeps busy they hardly get on. Candidates wait for nobody. So, by default on a CPU, each is
+    measured on one thread, and as many of them at a time as PyTorch has threads, which is the number of cores unless
+    somebody says otherwise (``OMP_NUM_THREADS``, ``taskset``, :func:`torch.set_num_threads`). What one thread computes
+    does not depend on how many there are: scores are the same to the last bit on any number of cores.
+
+    Memory for activations is needed ``count`` times.
 
     Args:
-        count: 1 measures one after another, in the thread that asks.
+        count: 1 measures one after another, in the thread that asks. ``None`` chooses: on a CPU as above, on other
+            devices 1.
         device: On which they are measured.
+        threads: PyTorch's threads for each candidate. ``None``: one where ``count`` is chosen on a CPU; otherwise all
+            that there are, divided among the candidates. With another number of them sums are added in another order,
+            and scores differ in their last digits.
 
     Raises:
-        ValueError: ``count`` is below 1.
+        TypeError: A number is not whole.
+        ValueError: A number is below 1, or more than any device could hold.
     """
 
-    def __init__(self, count: int = 1, device: torch.device | str = "cpu") -> None:
-        if count < 1:
-            raise ValueError(f"in_flight must be at least 1, the number of candidates at a time, got {count}.")
-        self.count = count
+    def __init__(self, count: int | None = 1, device: torch.device | str = "cpu", threads: int | None = None) -> None:
         self.device = torch.device(device)
+        if count is None:
+            on_cpu = self.device.type == "cpu"
+            count = min(torch.get_num_threads(), _MOST) if on_cpu and threads is None else 1
+            threads = 1 if on_cpu and threads is None else threads
+        self.count = check_count("in_flight", count, most=_MOST)
+        self.threads = None if threads is None else check_count("threads", threads, most=_MOST)
         # For good: the memory that PyTorch keeps for a stream is not that of another.
         self._streams: list[torch.cuda.Stream] = []
 
@@ -55,7 +89,11 @@ class InFlight:
             items: Candidates.
         """
         if self.count == 1:
-            yield from map(measure, items)
+            for item in items:
+                # Not around the whole: what the caller does in between is not ours.
+                with torch_threads(self.threads):
+                    result = measure(item)
+                yield result
             return
         with self._threads() as pool:
             futures = [pool.submit(measure, item) for item in items]
@@ -78,7 +116,7 @@ class InFlight:
                 streams.put(stream)
 
         def begin() -> None:
-            torch.set_num_threads(max(1, threads // self.count))
+            torch.set_num_threads(self.threads or max(1, threads // self.count))
             if self.device.type == "cuda":
                 # Of this thread alone, with its device.
                 torch.cuda.set_stream(streams.get())

@@ -104,13 +104,17 @@ def _run(
     if history is not None:
         check_records(history)
         known = list(history.records)
+    at_a_time = in_flight.count
     if shared is not None:
-        known = shared.exchange(known)[0]
+        told = shared.exchange((known, in_flight.count))
+        known = told[0][0]
+        # Machines may have different numbers of cores; all must take the same candidates at the same time.
+        at_a_time = shared.size * min(count for _, count in told)
     index = evolution.scored
     while not evolution.finished:
         scores: list[float | None] = []
         proposals = evolution.ask()
-        new = _new_records(evolution, proposals, index, len(known) - index, measure, race, shared, in_flight)
+        new = _new_records(evolution, proposals, index, len(known) - index, measure, race, shared, in_flight, at_a_time)
         # Closed at once when something fails: what is in flight is waited for, and no more is begun.
         with contextlib.closing(new):
             for proposal in proposals:
@@ -150,6 +154,7 @@ def _new_records(
     race: Race[Candidate] | None,
     shared: SharedSearch | None,
     in_flight: InFlight,
+    at_a_time: int,
 ) -> Generator[dict[str, Any], None, None]:
     """Records of a generation's candidates behind the ``known`` first, each measured when it is asked for."""
     numbered = list(enumerate(proposals, index))[max(0, known) :]
@@ -166,7 +171,6 @@ def _new_records(
     if shared is None:
         yield from in_flight.map(measured, numbered)
         return
-    at_a_time = shared.size * in_flight.count
     for start in range(0, len(numbered), at_a_time):
         own = list(in_flight.map(measured, numbered[start : start + at_a_time][shared.rank :: shared.size]))
         told = (record for records in shared.exchange(own) for record in records)

@@ -8,6 +8,8 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,60 @@ def test_scoring_several_at_a_time_is_held_against_one_after_another() -> None:
     assert all(0.99 * lowest / most <= ratio <= 1.01 * highest / least for ratio in ratios)
 
 
+def test_scoring_beside_other_work_is_held_against_scoring_alone() -> None:
+    done = run_benchmark("scoring", "--candidates", "2", "--images", "4", "--recalibration-images", "4", "--busy", "1")
+    assert done.returncode == 0, done.stderr
+    number = r"([\d.]+) \([\d.]+ - [\d.]+\)"
+    alone = re.search(rf"^alone \[s\], 1 in flight +{number}$", done.stdout, re.MULTILINE)
+    beside = re.search(rf"^beside 1 busy processes \[s\] +{number}$", done.stdout, re.MULTILINE)
+    assert alone and beside and float(alone[1]) > 0 and float(beside[1]) > 0
+    assert re.search(rf"^beside / alone +{number} +<= 3\.0$", done.stdout, re.MULTILINE)
+
+
+def test_busy_processes_are_busy_and_do_not_outlive_their_parent(load: Callable[[str], Any]) -> None:
+    scoring = load("scoring")
+    parent = textwrap.dedent(
+        """
+        import subprocess, sys
+        child = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+        print(child.pid, flush=True)
+        sys.stdin.read()
+        """
+    )
+    command = [sys.executable, "-c", parent, scoring.RESTLESS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        wait_until(lambda: cpu_seconds(child) > 0.1)
+        process.kill()
+    wait_until(lambda: not alive(child))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def stat(pid: int) -> list[str]:
+    """The fields of Linux's file behind the name of the command, which may hold blanks."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+
+
+def cpu_seconds(pid: int) -> float:
+    user, system = map(int, stat(pid)[11:13])
+    return (user + system) / os.sysconf("SC_CLK_TCK")
+
+
+def alive(pid: int) -> bool:
+    try:
+        # Who waits for nobody to ask how it ended is dead.
+        return stat(pid)[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 @NEEDS_NNI
 def test_training_ends_where_the_plain_loop_does() -> None:
     # With 2 channels, PyTorch's gradient of the plain loop's strided convolutions writes beyond its memory.
@@ -93,6 +149,7 @@ def test_training_ends_where_the_plain_loop_does() -> None:
         ("scoring", "--images", "--images must be at least 1"),
         ("scoring", "--recalibration-images", "--recalibration-images must be at least 1"),
         ("scoring", "--in-flight", "--in-flight must be at least 1"),
+        ("scoring", "--busy", "--busy must be at least 1"),
         pytest.param("training", "--steps", "--steps must be at least 2", marks=NEEDS_NNI),
     ],
 )

@@ -15,7 +15,7 @@ import torch
 
 from genas_plugins import SuperNet
 from genas_plugins.scoring import CombinedScore, Measurement, MeasurementError
-from genas_plugins.search import Evolution, History, InFlight, candidate_seed, run_search
+from genas_plugins.search import Evolution, History, InFlight, candidate_seed, run_search, torch_threads
 from genas_plugins.spaces import DartsSearchSpace
 
 SPACE = DartsSearchSpace()
@@ -140,17 +140,48 @@ def test_threads_of_torch_are_divided_and_given_back(threads: None, available: i
     assert later == [available]
 
 
+@pytest.mark.parametrize("available", [1, 2, 3])
+def test_on_a_cpu_there_is_a_candidate_for_each_thread(threads: None, available: int) -> None:
+    torch.set_num_threads(available)
+    in_flight = InFlight(None)
+    meeting = threading.Barrier(available, timeout=30)
+
+    def meet(_: int) -> int:
+        # Fewer would wait for ever.
+        meeting.wait()
+        return torch.get_num_threads()
+
+    assert list(in_flight.map(meet, range(2 * available))) == [1] * 2 * available
+    assert (in_flight.count, torch.get_num_threads()) == (available, available)
+
+
+def test_on_other_devices_there_is_one() -> None:
+    assert (InFlight(None, "cuda").count, InFlight(None, "cuda").threads) == (1, None)
+
+
+def test_threads_that_are_asked_for_are_given_back(threads: None) -> None:
+    torch.set_num_threads(2)
+    seen = []
+    for found in InFlight(1, threads=1).map(lambda _: torch.get_num_threads(), range(2)):
+        # Who reads the results computes as before.
+        seen.append((found, torch.get_num_threads()))
+    assert seen == [(1, 2)] * 2
+    with pytest.raises(RuntimeError, match="broken"), torch_threads(1):
+        raise RuntimeError("broken")
+    assert torch.get_num_threads() == 2
+
+
 def test_one_at_a_time_stays_in_its_thread() -> None:
     assert set(InFlight().map(lambda _: threading.get_ident(), range(3))) == {threading.get_ident()}
 
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_a_number_below_one_is_refused(count: int) -> None:
-    with pytest.raises(ValueError, match=f"in_flight must be at least 1, .* got {count}"):
+    with pytest.raises(ValueError, match=f"in_flight must be at least 1, got {count}"):
         InFlight(count)
 
 
-def scores(device: str, count: int) -> list[dict[str, Any]]:
+def scores(device: str, count: int | None) -> list[dict[str, Any]]:
     """Records of a search of a supernet on a device."""
     torch.manual_seed(0)
     supernet = SuperNet(10, 4, 3).to(device)
@@ -167,6 +198,15 @@ def scores(device: str, count: int) -> list[dict[str, Any]]:
 
 def flat(records: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> np.ndarray:
     return np.array([key(record) for record in records])
+
+
+@pytest.mark.parametrize("available", [2, 3, 4])
+def test_scores_are_the_same_on_any_number_of_cores(threads: None, available: int) -> None:
+    torch.set_num_threads(1)
+    alone = scores("cpu", None)
+    torch.set_num_threads(available)
+    # To the last bit.
+    assert scores("cpu", None) == alone
 
 
 def test_scores_of_a_supernet_are_those_of_one_after_another() -> None:

@@ -75,6 +75,8 @@ search("last", RuntimeError("at the end"), at=4, failing_rank=0)
 search("interrupt", KeyboardInterrupt(), failing_rank=0)
 search("disk", file="disk.jsonl")
 search("in flight", file="in flight.jsonl", in_flight=2)
+# As on machines with different numbers of cores.
+search("unequal", file="unequal.jsonl", in_flight=2 + rank)
 search("after")
 with open(f"{folder}/report{rank}.json", "w") as file:
     json.dump(report, file)
@@ -107,7 +109,7 @@ def reports(
     return folder, [json.loads((folder / f"report{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", ["whole", "resumed", "in flight", "after"])
+@pytest.mark.parametrize("name", ["whole", "resumed", "in flight", "unequal", "after"])
 def test_the_records_are_those_of_one_process(name: str, reports: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, both = reports
     expected = alone()

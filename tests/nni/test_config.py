@@ -87,7 +87,7 @@ def test_the_searches_of_the_paper_have_its_settings(name: str) -> None:
         "crossovers": 25,
         "mutation_probability": 0.1,
         "racing": None,
-        "in_flight": 1,
+        "in_flight": None,
     }
     score = experiment.score
     assert score.sigmas == PAPER_SIGMAS[data.name]
@@ -172,10 +172,10 @@ def test_overrides_come_on_top(tmp_path: Path) -> None:
     assert (experiment.data.root, experiment.training.devices) == (None, "auto")
     assert experiment.score.metric == "angle+flatness"
     assert dataclasses.replace(experiment.training, devices=1) == load("quickstart_digits").training
-    empty = tmp_path / "empty.yaml"
-    empty.write_text("")
-    assert load(empty) == Experiment()
-    assert load(empty, ["search.population=60"]).search.population == 60
+    short = tmp_path / "short.yaml"
+    short.write_text("seed: 3")
+    assert load(short) == Experiment(seed=3)
+    assert load(short, ["search.population=60"]).search.population == 60
 
 
 def section(name: str, /, **values: Any) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def section(name: str, /, **values: Any) -> dict[str, Any]:
         (section("score", gamma=-1), ["gamma must be at least 0"]),
         (section("score", recalibration_momentum=2), ["momentum must be None"]),
         (section("score", recalibration_images=-1), ["recalibration_images must not be negative"]),
-        (section("score", recalibration_batch_size=1), ["recalibration_batch_size at least 2"]),
+        (section("score", recalibration_batch_size=1), ["recalibration_batch_size must be at least 2"]),
         (section("search", population=10), ["search: mutants and crossovers", "population of 10", "25 and 25"]),
         (section("search", mutation_probability=0), ["mutation_probability must be in (0, 1]"]),
         (section("search", racing=1), ["search: racing must be a confidence", "got 1.0"]),

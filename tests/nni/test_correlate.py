@@ -298,7 +298,7 @@ def test_settings_that_cannot_be_measured_are_refused(text: str, message: str, t
             {"--settings": "nowhere"},
             "There are no settings 'nowhere'; the package has: estimators, hessian, label_free, paper",
         ),
-        ({"--images": "65"}, "limit takes 1 to 64 images"),
+        ({"--images": "65"}, "--images asks for 65 images, the validation half has 64"),
         ({"--sample": "20000"}, "The sample must have 3 to 15625 architectures, got 20000"),
         ({"--dataset": "cifar100"}, "cifar100"),
         ({"--config": "quickstart_digits"}, "Name either --run"),
@@ -416,3 +416,50 @@ module.time = types.SimpleNamespace(monotonic=monotonic)
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     refused = genas(*command(files, tmp_path / "none", "--minutes", "0"))
     assert (refused.status, refused.stderr) == (1, "genas: --minutes must be above 0, got 0.0.\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # The report's intervals of 95 % need 40.
+        (["--resamples", "20"], "--resamples must be at least 40, got 20"),
+        (["--resamples", "10000000000"], "--resamples must be at most"),
+        (["--images", "0"], "--images must be at least 1, got 0"),
+        (["--images", "1000000"], "--images asks for 1000000 images, the validation half has 64"),
+        (["--seed", "-1"], "--seed must not be negative, got -1"),
+        (["--device", "cudaa"], "--device must be cpu, cuda, cuda:1"),
+        (["--device", "cuda:99"], "--device is cuda:99, but PyTorch finds"),
+        (["--settings", "many.yaml"], "The setting 'a' asks for 100000 images, there are 64"),
+        (["--settings", "again.yaml"], "The setting 'a' recalibrates on 100000 images; the run has 128 to train on"),
+        (["--training-free", "--set", "score.recalibration_images=64"], "--training-free needs two batches of 64"),
+    ],
+)
+def test_all_that_can_be_wrong_is_found_before_anything_is_trained(
+    files: Path, genas: Callable[..., Any], tmp_path: Path, changes: list[str], message: str
+) -> None:
+    (tmp_path / "many.yaml").write_text("- {name: a, metric: accuracy, images: 100000}\n")
+    (tmp_path / "again.yaml").write_text("- {name: a, metric: accuracy, recalibration_images: 100000}\n")
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
+    arguments = command(files, tmp_path / "out", "--config", str(tmp_path / "experiment.yaml"))
+    del arguments[1:3]
+    more = [str(tmp_path / change) if change.endswith(".yaml") else change for change in changes]
+    assert message in genas(*arguments, *more).error
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_a_run_are_not_set_again(files: Path, genas: Callable[..., Any], tmp_path: Path) -> None:
+    refused = genas(*command(files, tmp_path / "out", "--set", "seed=3"))
+    assert "--set belongs to --config" in refused.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_measurements_that_are_there_are_found_before_a_training(
+    files: Path, genas: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.json").write_text("{}")
+    arguments = command(files, tmp_path / "out", "--config", str(tmp_path / "experiment.yaml"))
+    del arguments[1:3]
+    assert "already holds measurements" in genas(*arguments).error
+    assert not (tmp_path / "out" / "search").exists()

@@ -56,9 +56,8 @@ def test_where_the_first_weights_cannot_be_drawn_again_only_the_angle_is_refused
 ) -> None:
     with safe_open(file, framework="pt") as opened:
         metadata = dict(opened.metadata())
-    experiment = json.loads(metadata["experiment"])
-    experiment["seed"] = 2
-    metadata["experiment"] = json.dumps(experiment)
+    # As after a release of PyTorch that draws other numbers.
+    metadata["initial_sha256"] = json.dumps("0" * 64)
     other = tmp_path / "other.safetensors"
     save_file(load_file(file), other, metadata)
     trained = TrainedSupernet.from_run(other, device="cpu")
