@@ -140,6 +140,9 @@ def run_experiment(
     torch.manual_seed(experiment.seed)
     data = load_data(experiment)
     space = _space(experiment.space, data.num_classes)
+    if experiment.training.precision == "64-true":
+        # Lightning does so too, but loads a checkpoint before: what it resumes would be rounded to float32.
+        space.double()
     history = History(folder / HISTORY_FILE, read_only=not primary)
     shown = progress if primary else None
     evaluator = _evaluator(experiment, data, folder, shown, profiler)
@@ -265,7 +268,13 @@ def _difference(before: config.Experiment, now: config.Experiment) -> str:
 
 def _initial_weights(space: SupernetSpace, path: Path, primary: bool) -> None:
     if path.exists():
-        space.supernet.load_state_dict(load_supernet(path).state_dict())
+        initial = load_supernet(path)
+        if initial.num_classes != space.supernet.num_classes:
+            raise config.ConfigError(
+                f"The supernet of {path.parent} has {initial.num_classes} classes, and the images have "
+                f"{space.supernet.num_classes}: resume it with the images that it was started with."
+            )
+        space.supernet.load_state_dict(initial.state_dict())
     elif primary:
         save_supernet(space.supernet, path)
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from genas_plugins.datasets import ImageTensors, SearchData
 from genas_plugins.path_sgd import PathSGD
 from genas_plugins.scoring.data import TensorBatches
+from genas_plugins.scoring.precision import in_parameter_type
 from nni_strategy.space import SupernetSpace
 
 __all__ = ["SupernetModule", "TrainBatches", "supernet_evaluator"]
@@ -63,7 +64,8 @@ class SupernetModule(LightningModule):
         self._parts_of: dict[nn.Module, tuple[list[nn.Parameter], list[nn.Module]]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``."""
+        """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``, in the type of the parameters."""
+        x = in_parameter_type(self.model, x)
         if self._path_sgd is None:
             return self.model(x)
         parameters, norms = self._path()
@@ -162,7 +164,8 @@ class TrainBatches:
 
     Args:
         data: Images and labels in memory, or a data set of pairs of a uint8 tensor ``(3, H, W)`` and a label.
-        batch_size: Images a batch and process; the last batch is smaller.
+        batch_size: Images a batch and process; the last batch is smaller. A last batch of one image, of which batch
+            normalisation has no statistics where features are of one pixel, joins the batch before it.
         mean: Of each channel, images scaled to [0, 1].
         std: The same.
         flip: Mirror half of the images.
@@ -195,8 +198,8 @@ class TrainBatches:
         self.num_workers = num_workers
         self.epoch = 0
         self._shared = True
-        self._scale = torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1)
-        self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1)
+        scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+        self._scale, self._shift = (torch.tensor(row, dtype=torch.float32).view(1, 3, 1, 1) for row in (scale, shift))
 
     @property
     def sampler(self) -> TrainBatches:
@@ -223,10 +226,20 @@ class TrainBatches:
         view._shared = False
         return view
 
-    def __len__(self) -> int:
+    @property
+    def sizes(self) -> list[int]:
+        """Images of each batch."""
         _, world = self._rank_and_world()
-        share = len(self.data) // world if world > 1 else len(self.data)
-        return -(-share // self.batch_size)
+        return self._sizes(len(self.data) // world)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def _sizes(self, images: int) -> list[int]:
+        sizes = [min(self.batch_size, images - first) for first in range(0, images, self.batch_size)]
+        if len(sizes) > 1 and sizes[-1] == 1 < sizes[-2]:
+            sizes[-2:] = [sizes[-2] + 1]
+        return sizes
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
@@ -248,13 +261,12 @@ class TrainBatches:
     def _raw(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         if isinstance(self.data, ImageTensors):
             device = self.data.labels.device
-            for chosen in order.to(device).split(self.batch_size):
+            for chosen in order.to(device).split(self._sizes(len(order))):
                 yield self.data.images[chosen], self.data.labels[chosen]
             return
         loader = DataLoader(
             self.data,
-            self.batch_size,
-            sampler=order.tolist(),
+            batch_sampler=[chosen.tolist() for chosen in order.split(self._sizes(len(order)))],
             num_workers=self.num_workers,
             pin_memory=self._scale.is_cuda,
             # Without one, the loader seeds its workers from the global generator.
@@ -268,7 +280,7 @@ class TrainBatches:
 
         A copy to a GPU makes the host wait until the GPU has done all it was given.
         """
-        sizes = [min(self.batch_size, images - first) for first in range(0, images, self.batch_size)]
+        sizes = self._sizes(images)
         corners, mirrored = [], []
         for size in sizes:
             if self.crop_padding:
