@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -28,6 +29,7 @@ from genas_plugins.locking import lock_folder
 __all__ = [
     "available_device",
     "check_backbones",
+    "check_classes",
     "config_path",
     "only_writer",
     "register_datasets",
@@ -140,6 +142,33 @@ def check_backbones(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, GeNASBackbone):
             module.check_weights()
+
+
+def check_classes(model: nn.Module, names: Iterable[str], *, evaluation: bool = False) -> None:
+    """Compare the classes of the detector with those of the images.
+
+    Args:
+        model: The detector.
+        names: Of the data sets.
+        evaluation: A detector of more classes is refused too: what it calls a class is none of the images'.
+
+    Raises:
+        ValueError: The images have classes that the detector does not know; the message has both numbers.
+    """
+    whole = getattr(model, "module", model)
+    found = [getattr(part, "num_classes", None) for part in (whole, getattr(whole, "roi_heads", None))]
+    outputs = next((count for count in found if isinstance(count, int)), None)
+    for name in names if outputs is not None else ():
+        if not hasattr(MetadataCatalog.get(name), "thing_classes"):
+            # Sets of annotations in COCO's format tell their classes when they are read.
+            DatasetCatalog.get(name)
+        classes = len(getattr(MetadataCatalog.get(name), "thing_classes", ()))
+        if not classes or classes == outputs:
+            continue
+        message = f"The detector has {outputs} classes, and {name} has {classes}: set its number of classes to that."
+        if classes > outputs or evaluation:
+            raise ValueError(message)
+        _logger.warning("%s Those that have no images are not learned.", message)
 
 
 def register_datasets(names: Iterable[str]) -> None:

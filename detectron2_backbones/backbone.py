@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -158,11 +159,12 @@ def _norm_layer(norm: str | Callable[[int], nn.Module]) -> Callable[..., nn.Modu
     if not callable(norm) and norm not in _NORMS:
         raise ValueError(f"norm must be one of {', '.join(_NORMS)}, or a function of the channels, got {norm!r}.")
     found = _group_norm if norm == "GN" else norm
+    # Not a function within this one, which could not be pickled.
+    return functools.partial(_normalisation, norm=found)
 
-    def build(channels: int, **placement: Any) -> nn.Module:
-        return get_norm(found, channels)
 
-    return build
+def _normalisation(channels: int, *, norm: str | Callable[[int], nn.Module], **placement: Any) -> nn.Module:
+    return get_norm(norm, channels)
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:

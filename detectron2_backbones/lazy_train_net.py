@@ -30,6 +30,7 @@ from torch import nn
 from detectron2_backbones._launch import (
     available_device,
     check_backbones,
+    check_classes,
     only_writer,
     register_datasets,
     run_launcher,
@@ -64,6 +65,12 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     return cfg
 
 
+def _names(cfg: DictConfig, part: str) -> Sequence[str]:
+    """The data sets of ``dataloader.train`` or ``dataloader.test``."""
+    names = OmegaConf.select(cfg, f"dataloader.{part}.dataset.names", default=())
+    return [names] if isinstance(names, str) else list(names)
+
+
 def _evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     if "evaluator" not in cfg.dataloader:
         return {}
@@ -94,6 +101,7 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
     trainer.register_hooks(every)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     check_backbones(model)
+    check_classes(model, _names(cfg, "train"))
     # A checkpoint holds the number of the iteration that was done last.
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     trainer.train(start, cfg.train.max_iter)
@@ -109,12 +117,12 @@ def _work(options: argparse.Namespace) -> None:
 def _run(cfg: DictConfig, options: argparse.Namespace) -> None:
     default_setup(cfg, options)
     for part in ("train", "test"):
-        names = OmegaConf.select(cfg, f"dataloader.{part}.dataset.names", default=())
-        register_datasets([names] if isinstance(names, str) else names)
+        register_datasets(_names(cfg, part))
     model = instantiate(cfg.model).to(cfg.train.device)
     if not options.eval_only:
         _train(cfg, model, options.resume)
         return
+    check_classes(model, _names(cfg, "test"), evaluation=True)
     strict = OmegaConf.select(cfg, "train.strict", default=True)
     checkpointer = GenasCheckpointer(model, cfg.train.output_dir, strict=strict)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=options.resume)

@@ -21,6 +21,7 @@ from detectron2.utils import comm
 from detectron2_backbones._launch import (
     available_device,
     check_backbones,
+    check_classes,
     only_writer,
     register_datasets,
     run_launcher,
@@ -93,6 +94,7 @@ def _run(cfg: CfgNode, options: argparse.Namespace) -> dict[str, Any]:
     register_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     if options.eval_only:
         model = Trainer.build_model(cfg)
+        check_classes(model, cfg.DATASETS.TEST, evaluation=True)
         checkpointer = GenasCheckpointer(model, cfg.OUTPUT_DIR, strict=cfg.MODEL.GENAS.STRICT_WEIGHTS)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=options.resume)
         results = Trainer.test(cfg, model)
@@ -102,6 +104,7 @@ def _run(cfg: CfgNode, options: argparse.Namespace) -> dict[str, Any]:
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=options.resume)
     check_backbones(trainer.model)
+    check_classes(trainer.model, cfg.DATASETS.TRAIN)
     return trainer.train()
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genas_plugins.scoring import Accuracy, CombinedScore, Flatness, MeasurementError, flatness_from_losses
@@ -21,6 +20,7 @@ from genas_plugins.scoring.batchnorm import evaluation_mode, preserve_batchnorm,
 from genas_plugins.scoring.data import TensorBatches, first_images, sum_over_batches
 from genas_plugins.scoring.flatness import perturbed_losses
 from genas_plugins.scoring.inference import InferenceNetwork
+from genas_plugins.scoring.losses import check_summed, image_loss, read_images
 from genas_plugins.scoring.noise import CommonNoise
 
 __all__ = ["Setting", "columns", "evaluate", "measure_raw", "slope_shares"]
@@ -219,18 +219,20 @@ def _flatness(setting: Setting, part: Mapping[str, Any]) -> Flatness | None:
 
 
 def _without_noise(model: nn.Module, batches: Batches) -> dict[str, float | None]:
-    """Loss and accuracies of one pass over the images."""
+    """Loss and accuracies of one pass over the images that have a label."""
     with evaluation_mode(model), torch.no_grad():
         network = InferenceNetwork.of(model) or model
 
         def measure(images: Tensor, labels: Tensor) -> Tensor:
-            logits = network(images)
-            loss = F.cross_entropy(logits, labels, reduction="sum").double()
+            logits = read_images(network, images)
+            loss, counted, outside = image_loss(logits, labels, None)
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            return torch.stack([loss, hits[:, 0].sum().double(), hits.sum().double()])
+            parts = (loss, hits[:, 0].sum(), hits.sum(), counted.sum(), outside.sum())
+            return torch.stack([part.double() for part in parts])
 
-        sums, count = sum_over_batches(batches, measure)
-    loss, top1, top5 = (total / count for total in sums.tolist())
+        *sums, count, outside = sum_over_batches(batches, measure)[0].tolist()
+    check_summed(count, outside, whole=True)
+    loss, top1, top5 = (total / count for total in sums)
     return {"loss": loss if math.isfinite(loss) else None, "top1": top1, "top5": top5}
 
 

@@ -132,24 +132,19 @@ class FactorizedReduce(nn.Module):
 
     def after_relu(self, x: Tensor) -> Tensor:
         """The layers behind the ReLU."""
-        if self.training and self.stride == 2:
+        if self.training and self.stride == 2 and not torch.jit.is_tracing():
             return self.bn(reduce_for_training(x, self.conv_1.weight, self.conv_2.weight))
-        shifted = shift_image(x, self.shift, self.stride)
+        shifted = shift_image(x, self.shift)
         return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
 
 
-@torch.fx.wrap
-def shift_image(x: Tensor, distance: int, stride: int) -> Tensor:
-    """Drop the first rows and columns of ``x``; zeros take the place of those that a convolution would lack.
+def shift_image(x: Tensor, distance: int) -> Tensor:
+    """Drop the first rows and columns of ``x``, and add as many of zeros behind the last.
 
-    A leaf in traced graphs, because what it pads depends on the size.
+    What a stride of 2 then reads is the same with an even number of rows and, but for the zeros, with an odd one: no
+    branch on the size, so that a network which is traced or exported at one size runs at all.
     """
-    height, width = x.shape[2], x.shape[3]
-    if stride == 1:
-        x = F.pad(x, [0, distance, 0, distance])
-    elif height % 2 == 1 or width % 2 == 1:
-        x = F.pad(x, [0, width % 2, 0, height % 2])
-    return x[:, :, distance:, distance:]
+    return F.pad(x, [-distance, distance, -distance, distance])
 
 
 @torch.fx.wrap
@@ -160,7 +155,7 @@ def reduce_for_training(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     traced graphs, because it depends on the device.
     """
     if x.device.type != "cpu":
-        return torch.cat([F.conv2d(x, first, None, 2), F.conv2d(shift_image(x, 1, 2), second, None, 2)], dim=1)
+        return torch.cat([F.conv2d(x, first, None, 2), F.conv2d(shift_image(x, 1), second, None, 2)], dim=1)
     # The gradient of a slice is an image of zeros, and that of a concatenation has holes between its pixels; one
     # convolution that reads the first pixel of each 2x2 block or the last has neither.
     kernels = torch.cat([F.pad(first, [0, 1, 0, 1]), F.pad(second, [1, 0, 1, 0])])
@@ -239,7 +234,7 @@ class DilConv(nn.Module):
 
     def after_relu(self, x: Tensor) -> Tensor:
         """The layers behind the ReLU."""
-        if self.training:
+        if self.training and not torch.jit.is_tracing():
             x = dilated_for_training(x, self.op[1].weight, self.stride, self.padding, self.dilation)
         else:
             x = self.op[1](x)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import runpy
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from genas_plugins.interrupts import exit_status, interruptible
 from genas_plugins.locking import FolderInUseError, lock_folder
 
-__all__ = ["find_tool", "run_tool", "work_folder"]
+__all__ = ["check_classes", "find_tool", "run_tool", "work_folder"]
+
+_logger = logging.getLogger(__name__)
 
 
 def find_tool(name: str) -> Path:
@@ -43,6 +47,12 @@ def run_tool(name: str, *, trains: bool = False) -> None:
     """
     path = find_tool(name)
     arguments = sys.argv[1:]
+    try:
+        options = _options(arguments)
+        if options is not None:
+            check_classes(_configuration(options), "train" if trains else "test")
+    except ValueError as error:
+        sys.exit(f"{name}: {error}")
     folder = work_folder(arguments) if trains else None
     sys.argv[0] = str(path)
     # A script's own folder comes first, as when Python runs it.
@@ -72,20 +82,87 @@ def work_folder(arguments: Sequence[str]) -> Path | None:
     ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"))
     if next((rank for rank in ranks if rank is not None), "0") != "0":
         return None
+    options = _options(arguments)
+    if options is None:
+        return None
+    folder = options.work_dir or _configuration(options).get("work_dir")
+    return Path(folder or Path("work_dirs", Path(options.config).stem))
+
+
+def check_classes(cfg: Any, part: str) -> None:
+    """Compare the classes of the decode head with those of the images.
+
+    An auxiliary head may predict something else, such as boundaries.
+
+    Args:
+        cfg: A configuration of MMSegmentation.
+        part: ``"train"``, which the sets for training and validation are for, or ``"test"``, where a head of more
+            classes is refused too.
+
+    Raises:
+        ValueError: The images have classes that a head does not know; the message has both numbers.
+    """
+    heads = _listed((cfg.get("model") or {}).get("decode_head"))
+    counts = [head["num_classes"] for head in heads if isinstance(head.get("num_classes"), int)]
+    loaders = ("train_dataloader", "val_dataloader") if part == "train" else ("test_dataloader",)
+    for loader in loaders:
+        for kind, classes in _classes((cfg.get(loader) or {}).get("dataset")):
+            for count in counts:
+                if count == classes:
+                    continue
+                message = f"decode_head has num_classes={count}, and {kind} of {loader} has {classes}: make them equal."
+                if classes > count or part == "test":
+                    raise ValueError(message)
+                _logger.warning("%s Those that have no images are not learned.", message)
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace | None:
+    """What the script will read of its command line; None where it will refuse it, and say why, or show its help."""
+    from mmengine.config import DictAction
+
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("config", nargs="?")
     parser.add_argument("--work-dir")
-    parser.add_argument("--cfg-options", nargs="+", default=[])
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction)
     try:
         options, rest = parser.parse_known_args(arguments)
-    except argparse.ArgumentError:
+    # ValueError: of DictAction, for an option without a value.
+    except (argparse.ArgumentError, ValueError):
         return None
     if options.config is None or not Path(options.config).is_file() or {"-h", "--help"}.intersection(rest):
         return None
-    if options.work_dir is not None:
-        return Path(options.work_dir)
+    return options
+
+
+def _configuration(options: argparse.Namespace) -> Any:
     from mmengine.config import Config
 
-    said = [item.partition("=")[2] for item in options.cfg_options if item.startswith("work_dir=")]
-    folder = said[-1] if said else Config.fromfile(options.config).get("work_dir")
-    return Path(folder or Path("work_dirs", Path(options.config).stem))
+    cfg = Config.fromfile(options.config)
+    if options.cfg_options:
+        cfg.merge_from_dict(options.cfg_options)
+    return cfg
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _classes(dataset: Any) -> Iterator[tuple[str, int]]:
+    """Kind and number of classes of a data set, and of those within it, where they are known without opening it."""
+    from mmseg.registry import DATASETS
+    from mmseg.utils import register_all_modules
+
+    register_all_modules(init_default_scope=False)
+    for one in _listed(dataset):
+        inner = [*_listed(one.get("dataset")), *_listed(one.get("datasets"))]
+        if inner:
+            yield from _classes(inner)
+            continue
+        kind = one.get("type")
+        found = DATASETS.get(kind) if isinstance(kind, str) else kind
+        names = (one.get("metainfo") or {}).get("classes") or getattr(found, "METAINFO", {}).get("classes")
+        # A string is a file with their names.
+        if names and not isinstance(names, str):
+            yield getattr(found, "__name__", str(kind)), len(names)

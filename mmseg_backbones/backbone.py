@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,10 +64,6 @@ class GeNASBackbone(BaseModule):
         if not -1 <= frozen_stages <= 3:
             raise ValueError(f"frozen_stages must be from -1 (none) to 3 (all), got {frozen_stages}.")
         norm_cfg = {"type": "BN", "requires_grad": True} if norm_cfg is None else norm_cfg
-
-        def norm(channels: int, **placement: Any) -> nn.Module:
-            return build_norm_layer(norm_cfg, channels)[1]
-
         if init_channels is None and isinstance(arch, str) and arch in ZOO:
             init_channels = ZOO[arch].init_channels
         self.network = GenasNet(
@@ -77,7 +74,8 @@ class GeNASBackbone(BaseModule):
             global_pool="",
             output_stride=output_stride,
             drop_path_rate=drop_path_rate,
-            norm_layer=norm,
+            # Not a function of this one, which could not be pickled.
+            norm_layer=functools.partial(_normalisation, norm_cfg=norm_cfg),
         )
         self.out_indices = self.network.prune_intermediate_layers(list(out_indices))
         self.network.set_grad_checkpointing(with_cp)
@@ -140,3 +138,7 @@ class GeNASBackbone(BaseModule):
             for module in stage:
                 module.eval()
                 module.requires_grad_(False)
+
+
+def _normalisation(channels: int, *, norm_cfg: dict[str, Any], **placement: Any) -> nn.Module:
+    return build_norm_layer(norm_cfg, channels)[1]

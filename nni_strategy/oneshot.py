@@ -9,6 +9,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from nni.nas.oneshot.pytorch.base_lightning import BaseOneShotLightningModule
+from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch.optim import Optimizer
 
 from nni_strategy.samples import SupernetPaths
@@ -29,10 +30,18 @@ class UniformPathModule(BaseOneShotLightningModule):
         training_module: The evaluator's Lightning module, which holds the supernet.
         paths: The supernet's paths.
         seed: Of the path sampling.
+        before: Called before the first step, when data and network are in place; an error ends the fit.
     """
 
-    def __init__(self, training_module: pl.LightningModule, paths: SupernetPaths, seed: int) -> None:
+    def __init__(
+        self,
+        training_module: pl.LightningModule,
+        paths: SupernetPaths,
+        seed: int,
+        before: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__(training_module)
+        self._before = before
         self._paths = paths
         self._seed = seed
 
@@ -44,12 +53,19 @@ class UniformPathModule(BaseOneShotLightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Fix a path and run the user's training step."""
         self._fix_path(_TRAINING, batch_idx)
-        return self.training_module.training_step(batch, batch_idx)
+        return _call(self.training_module.training_step, batch, batch_idx)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int | None = None) -> Any:
         """Fix a path and run the user's validation step. Statistics are not recalibrated: a progress figure only."""
         self._fix_path(_VALIDATION, batch_idx)
-        return self.training_module.validation_step(batch, batch_idx)
+        step = self.training_module.validation_step
+        # Lightning tells several loaders apart, and leaves the number out where there is one.
+        return _call(step, batch, batch_idx) if dataloader_idx is None else step(batch, batch_idx, dataloader_idx)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self._before is not None:
+            self._before()
 
     def _fix_path(self, stage: int, batch_idx: int) -> None:
         rng = np.random.default_rng((self._seed, stage, self.current_epoch, batch_idx))
@@ -106,3 +122,8 @@ class UniformPathModule(BaseOneShotLightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.training_module.on_load_checkpoint(checkpoint)
+
+
+def _call(step: Callable[..., Any], batch: Any, batch_idx: int) -> Any:
+    """Call a step with the number of the batch if it takes one, as Lightning does."""
+    return step(batch, batch_idx) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(batch)

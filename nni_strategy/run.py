@@ -168,6 +168,9 @@ def _run(
     torch.manual_seed(experiment.seed)
     data = load_data(experiment)
     space = _space(experiment.space, data.num_classes)
+    if experiment.training.precision == "64-true":
+        # Lightning does so too, but loads a checkpoint before: what it resumes would be rounded to float32.
+        space.double()
     history = RunHistory(folder / HISTORY_FILE, (SUPERNET_FILE, INITIAL_FILE), read_only=not primary)
     if primary:
         _check_scored(folder, data, history)
@@ -234,7 +237,9 @@ def _space(settings: config.Space, num_classes: int) -> SupernetSpace:
 class _TrainingOnly(GeNAS):
     """Has done its part when the supernet is trained."""
 
-    def search(self) -> None: ...
+    def _run(self) -> None:
+        # Not GeNAS's, which goes on with the search.
+        super(GeNAS, self)._run()
 
 
 class SearchFailedError(RuntimeError):
@@ -304,7 +309,13 @@ def _check_folder(folder: Path, experiment: config.Experiment, resume: bool) -> 
 
 def _initial_weights(space: SupernetSpace, path: Path, primary: bool) -> None:
     if path.exists():
-        space.supernet.load_state_dict(load_supernet(path).state_dict())
+        initial = load_supernet(path)
+        if initial.num_classes != space.supernet.num_classes:
+            raise config.ConfigError(
+                f"The supernet of {path.parent} has {initial.num_classes} classes, and the images have "
+                f"{space.supernet.num_classes}: resume it with the images that it was started with."
+            )
+        space.supernet.load_state_dict(initial.state_dict())
     elif primary:
         save_supernet(space.supernet, path)
 

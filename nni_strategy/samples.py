@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from genas_plugins.scoring import parameter_angle
 from genas_plugins.scoring.batchnorm import evaluation_mode, preserve_batchnorm
+from genas_plugins.scoring.losses import check_classes, read_images
+from genas_plugins.scoring.precision import in_parameter_type, parameter_types_alone
 
 __all__ = ["SampleSpace", "SupernetPaths", "active_parameters", "fix_path"]
 
@@ -140,6 +142,22 @@ class SupernetPaths:
             self.fix(candidate)
             yield self.space, active_parameters(self.space, example[:2])
 
+    def num_classes(self, images: Tensor, labels: Tensor) -> int:
+        """Number of classes that the supernet tells apart.
+
+        Args:
+            images: A batch ``(N, 3, H, W)``.
+            labels: Its labels.
+
+        Raises:
+            ValueError: Logits and labels are not those of a classification.
+        """
+        if self._own:
+            return self.space.supernet.num_classes
+        candidate = self.search_space.sample(np.random.default_rng(0))
+        with self.open(candidate, images) as (model, _), evaluation_mode(model), torch.no_grad():
+            return check_classes(read_images(model, images[:2]), labels[:2])
+
     def angle(self, candidate: Any, names: frozenset[str] | None) -> float:
         """Angle between initial and present weights of the candidate as a fraction of pi.
 
@@ -162,6 +180,7 @@ def fix_path(modules: Iterable[nn.Module], sample: dict[str, Any]) -> None:
             module.resample(memo=sample)
 
 
+@parameter_types_alone()
 def active_parameters(model: nn.Module, images: Tensor) -> frozenset[str]:
     """Names of the parameters that the logits of ``images``, ``(N, 3, H, W)``, depend on.
 
@@ -174,7 +193,9 @@ def active_parameters(model: nn.Module, images: Tensor) -> frozenset[str]:
         for parameter in named.values():
             parameter.requires_grad_(True)
         with evaluation_mode(model), torch.enable_grad():
-            gradients = torch.autograd.grad(model(images).sum(), list(named.values()), allow_unused=True)
+            gradients = torch.autograd.grad(
+                model(in_parameter_type(model, images)).sum(), list(named.values()), allow_unused=True
+            )
     finally:
         for parameter, flag in zip(named.values(), trainable, strict=True):
             parameter.requires_grad_(flag)

@@ -326,10 +326,11 @@ class NasBench201Space(SupernetSpace):
 
 
 def space_around(supernet: SuperNet | NasBench201SuperNet) -> SupernetSpace:
-    """The space of a supernet, with a copy of its weights."""
+    """The space of a supernet, with a copy of its weights, in their type."""
     kind = NasBench201Space if isinstance(supernet, NasBench201SuperNet) else DartsSpace
     # Its own first weights are not kept: nobody else's draws may depend on them.
     with torch.random.fork_rng(devices=[]):
-        space = kind(**supernet.arguments)
+        # In the type of its weights: a run in float64 is scored in float64.
+        space = kind(**supernet.arguments).to(next(supernet.parameters()).dtype)
     space.supernet.load_state_dict(supernet.state_dict())
     return space

@@ -16,13 +16,15 @@ from genas_plugins.checks import MOST_IMAGES, check_count, check_device
 from genas_plugins.scoring import CombinedScore, Measurement
 from genas_plugins.scoring.data import TensorBatches
 from genas_plugins.scoring.flatness import Where
+from genas_plugins.scoring.losses import Loss, loss_of_image
 from genas_plugins.scoring.noise import Noise
 from genas_plugins.search import Evolution, History, InFlight, SharedSearch, run_search
 from genas_plugins.spaces import DartsSearchSpace
+from nni_strategy.batches import BatchParts, EvaluatorBatches, check_loss
 from nni_strategy.oneshot import UniformPathModule
+from nni_strategy.preflight import Preflight
 from nni_strategy.racing import check_race, opened, supernet_race
 from nni_strategy.samples import SupernetPaths
-from nni_strategy.training import TrainBatches
 
 __all__ = ["GeNAS", "measure_candidate"]
 
@@ -61,6 +63,12 @@ class GeNAS(RandomOneShot):
         recalibration_batches: Pairs of images and labels on the scoring device to use instead of the first
             batches of the evaluator's training loader.
         validation_batches: The same instead of the evaluator's validation loader, iterated anew per sigma.
+        batch_parts: Where images and labels are in a batch of the evaluator's loaders, after its hooks have
+            transferred it: two keys or positions such as ``("image", "label")``, or a function that takes a batch and
+            returns images and labels. ``None`` takes the first two of a sequence, and of a mapping the one key of
+            each kind that has a usual name.
+        loss: What is measured instead of cross-entropy in nats, a function of outputs and labels
+            (:func:`genas_plugins.scoring.flatness`): for an evaluator of a regression or of several labels an image.
         population: Candidates a generation.
         generations: Generations, the random first one included.
         parents: The best so far that mutate and cross.
@@ -105,6 +113,8 @@ class GeNAS(RandomOneShot):
         validation_images: int | None = None,
         recalibration_batches: Batches | None = None,
         validation_batches: Batches | None = None,
+        batch_parts: BatchParts | None = None,
+        loss: Loss | None = None,
         population: int = 50,
         generations: int = 20,
         parents: int = 10,
@@ -157,6 +167,8 @@ class GeNAS(RandomOneShot):
         self.records: list[dict[str, Any]] = []
         self._recalibration_batches = recalibration_batches
         self._validation_batches = validation_batches
+        self.batch_parts = batch_parts
+        self.loss = loss_of_image(loss)
         self._paths: SupernetPaths | None = None
         # The experiment's space takes the place of this one; wrong settings are refused before it starts.
         self._evolution: Evolution[Any] = Evolution(
@@ -191,7 +203,17 @@ class GeNAS(RandomOneShot):
 
     def configure_oneshot_module(self, training_module: LightningModule) -> UniformPathModule:
         """Wrap the evaluator's Lightning module with uniform path sampling."""
-        return UniformPathModule(training_module, self.paths, self.seed)
+        return UniformPathModule(training_module, self.paths, self.seed, self._check_before_training)
+
+    def mutate_evaluator(self, evaluator: Lightning) -> Lightning:
+        """Let the evaluator train one path a step.
+
+        Raises:
+            ValueError: It trains by a loss that is none of classes, and GeNAS has no ``loss``.
+        """
+        if "flatness" in self.score.metrics and isinstance(evaluator, Lightning):
+            check_loss(evaluator.module, self.loss)
+        return super().mutate_evaluator(evaluator)
 
     def mutate_model(self, model: Any) -> Any:
         """Turn a model space into a supernet, in place.
@@ -245,13 +267,15 @@ class GeNAS(RandomOneShot):
             race = None
             if self.racing is not None:
                 settings = {"confidence": self.racing, "keep": self._evolution.parents, "in_flight": in_flight}
-                race = supernet_race(self.paths, self.score, recalibration, validation, self.seed, **settings)
+                race = supernet_race(
+                    self.paths, self.score, recalibration, validation, self.seed, loss=self.loss, **settings
+                )
             # A generation that was cut off is measured anew.
             del self.records[self._evolution.scored :]
             run_search(
                 self._evolution,
                 lambda candidate: measure_candidate(
-                    self.paths, candidate, self.score, recalibration, validation, self.seed
+                    self.paths, candidate, self.score, recalibration, validation, self.seed, self.loss
                 ),
                 history=self.history,
                 on_record=self._remember,
@@ -321,15 +345,35 @@ class GeNAS(RandomOneShot):
         if "initial" in state_dict:
             self.load_initial_weights(state_dict["initial"])
 
+    def _check_before_training(self) -> None:
+        if type(self).search is not GeNAS.search:
+            # A search of another kind knows itself what it reads.
+            return
+        evaluator: Lightning = self._mutated_model_space.evaluator  # type: ignore[union-attr,assignment]
+        device = next(self.supernet.parameters()).device
+        Preflight(
+            paths=self.paths,
+            score=self.score,
+            source=self._source(evaluator, device),
+            recalibration=self._recalibration_batches,
+            validation=self._validation_batches,
+            recalibration_images=self.recalibration_images,
+            validation_images=self.validation_images,
+            racing=self.racing is not None,
+            loss=self.loss,
+            seed=self.seed,
+        )()
+
+    def _source(self, evaluator: Lightning, device: torch.device) -> EvaluatorBatches:
+        return EvaluatorBatches(evaluator, device, self.batch_parts, self.seed)
+
     def _batches(self, evaluator: Lightning, device: torch.device) -> tuple[Batches | None, Batches]:
         recalibration, validation = self._recalibration_batches, self._validation_batches
-        source = evaluator.datamodule
+        source = self._source(evaluator, device)
         if recalibration is None and self.recalibration_images:
-            loader = source.train_dataloader() if source is not None else evaluator.train_dataloaders
-            recalibration = _collect(loader, self.recalibration_images, device, "recalibration")
+            recalibration = source.collect(True, self.recalibration_images)
         if validation is None:
-            loader = source.val_dataloader() if source is not None else evaluator.val_dataloaders
-            validation = _collect(loader, self.validation_images, device, "validation")
+            validation = source.collect(False, self.validation_images)
         return recalibration, validation
 
 
@@ -359,6 +403,7 @@ def measure_candidate(
     recalibration: Batches | None,
     validation: Batches,
     seed: int,
+    loss: Loss | None = None,
 ) -> Measurement:
     """Score one path of a supernet, which is left as it was.
 
@@ -369,28 +414,7 @@ def measure_candidate(
         recalibration: Training images for batch normalisation, or ``None``.
         validation: Images and labels to score on.
         seed: Of the search; the noise is a function of it and the candidate, or of it alone where it is common.
+        loss: See :func:`genas_plugins.scoring.flatness`; ``None`` for cross-entropy.
     """
-    with opened(paths, candidate, score, validation, seed) as (model, sources):
+    with opened(paths, candidate, score, validation, seed, loss) as (model, sources):
         return score(model, validation, recalibration=recalibration, **sources)
-
-
-def _collect(loader: Any, images: int | None, device: torch.device, purpose: str) -> list[tuple[Tensor, Tensor]]:
-    """The first ``images`` of a loader, on the device, in its batches."""
-    batches: list[tuple[Tensor, Tensor]] = []
-    missing = images
-    if isinstance(loader, TrainBatches):
-        loader = loader.whole()
-    for batch in () if loader is None else loader:
-        inputs, labels = (part.to(device) for part in batch[:2])
-        if missing is not None:
-            inputs, labels = inputs[:missing], labels[:missing]
-            missing -= len(labels)
-        batches.append((inputs, labels))
-        if missing == 0:
-            break
-    if missing or not batches:
-        raise ValueError(
-            f"GeNAS needs {images or 'some'} images for {purpose}, the evaluator's loader gives "
-            f"{sum(len(labels) for _, labels in batches)}; lower {purpose}_images or bring more data."
-        )
-    return batches

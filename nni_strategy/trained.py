@@ -91,7 +91,8 @@ class TrainedSupernet:
 
     Raises:
         TypeError: A number is not whole.
-        ValueError: A setting is out of its range, or this machine has no such device.
+        ValueError: A setting is out of its range, this machine has no such device, or supernet and images have
+            different numbers of classes.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class TrainedSupernet:
         self.recalibration_batch_size = recalibration_batch_size
         self.validation = self._batches(data.validation, batch_size_for(self.device, batch_size))
         self.recalibration = self._batches(data.recalibration, recalibration_batch_size) if recalibrate else None
+        self._check_classes()
 
     @classmethod
     def from_run(
@@ -210,6 +212,14 @@ class TrainedSupernet:
             if self.recalibration is not None:
                 recalibrate_batchnorm(model, self.recalibration, self.score.momentum)
             return accuracy(model, self._batches(self.data.test, self.validation.batch_size))
+
+    def _check_classes(self) -> None:
+        classes = self.paths.num_classes(*next(iter(self.validation)))
+        if classes != self.data.num_classes:
+            raise ValueError(
+                f"The supernet has {classes} classes, and the images ({self.data.name}) have {self.data.num_classes}: "
+                "their labels would mean other classes. Score it on the images of its training."
+            )
 
     def _batches(self, images: ImageTensors, size: int) -> TensorBatches:
         return TensorBatches(images, size, self.data.mean, self.data.std, device=self.device)

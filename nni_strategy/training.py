@@ -19,6 +19,7 @@ from genas_plugins.checks import check_count, check_flag, check_real, check_seed
 from genas_plugins.datasets import ImageTensors, SearchData
 from genas_plugins.path_sgd import PathSGD
 from genas_plugins.scoring.data import TensorBatches
+from genas_plugins.scoring.precision import in_parameter_type
 from nni_strategy.space import SupernetSpace
 from nni_strategy.threads import TrainingThreads
 
@@ -76,7 +77,8 @@ class SupernetModule(LightningModule):
         self._parts_of: dict[nn.Module, tuple[list[nn.Parameter], list[nn.Module]]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``."""
+        """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``, in the type of the parameters."""
+        x = in_parameter_type(self.model, x)
         if self._path_sgd is None:
             return self.model(x)
         parameters, norms = self._path()
@@ -175,7 +177,8 @@ class TrainBatches:
 
     Args:
         data: Images and labels in memory, or a data set of pairs of a uint8 tensor ``(3, H, W)`` and a label.
-        batch_size: Images a batch and process; the last batch is smaller.
+        batch_size: Images a batch and process; the last batch is smaller. A last batch of one image, of which batch
+            normalisation has no statistics where features are of one pixel, joins the batch before it.
         mean: Of each channel, images scaled to [0, 1].
         std: The same.
         flip: Mirror half of the images.
@@ -218,8 +221,8 @@ class TrainBatches:
         self.num_workers = num_workers
         self.epoch = 0
         self._shared = True
-        self._scale = torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1)
-        self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1)
+        scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+        self._scale, self._shift = (torch.tensor(row, dtype=torch.float32).view(1, 3, 1, 1) for row in (scale, shift))
 
     @property
     def sampler(self) -> TrainBatches:
@@ -246,10 +249,20 @@ class TrainBatches:
         view._shared = False
         return view
 
-    def __len__(self) -> int:
+    @property
+    def sizes(self) -> list[int]:
+        """Images of each batch."""
         _, world = self._rank_and_world()
-        share = len(self.data) // world if world > 1 else len(self.data)
-        return -(-share // self.batch_size)
+        return self._sizes(len(self.data) // world)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def _sizes(self, images: int) -> list[int]:
+        sizes = [min(self.batch_size, images - first) for first in range(0, images, self.batch_size)]
+        if len(sizes) > 1 and sizes[-1] == 1 < sizes[-2]:
+            sizes[-2:] = [sizes[-2] + 1]
+        return sizes
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % _SEEDS)
@@ -260,11 +273,11 @@ class TrainBatches:
         generator.manual_seed(((self.seed * 1_000_003 + self.epoch) * 1_009 + rank + 1) % _SEEDS)
         drawn = self._draw(len(share), generator)
         first = 0
-        for images, labels in self._raw(share):
+        for images, labels, sizes in self._raw(share):
             corners, mirrored = (None if row is None else row[..., first : first + len(labels)] for row in drawn)
             first += len(labels)
             augmented = self._augment(images, corners, mirrored)
-            yield from zip(augmented.split(self.batch_size), labels.split(self.batch_size), strict=True)
+            yield from zip(augmented.split(sizes), labels.split(sizes), strict=True)
 
     def _rank_and_world(self) -> tuple[int, int]:
         distributed = torch.distributed
@@ -272,32 +285,34 @@ class TrainBatches:
             return distributed.get_rank(), distributed.get_world_size()
         return 0, 1
 
-    def _raw(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images as they are, and labels; of several batches at once where these are small and in memory."""
+    def _raw(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+        """Images as they are, and labels; of several batches, of these sizes, where they are small and in memory."""
         if isinstance(self.data, ImageTensors):
             device = self.data.labels.device
+            sizes = self._sizes(len(order))
             several = _batches_at_once(device, 4 * self.data.images[0].numel() * self.batch_size)
-            for chosen in order.to(device).split(several * self.batch_size):
-                yield self.data.images[chosen], self.data.labels[chosen]
+            groups = [sizes[first : first + several] for first in range(0, len(sizes), several)]
+            for chosen, group in zip(order.to(device).split(list(map(sum, groups))), groups, strict=True):
+                yield self.data.images[chosen], self.data.labels[chosen], group
             return
         loader = DataLoader(
             self.data,
-            self.batch_size,
-            sampler=order.tolist(),
+            batch_sampler=[chosen.tolist() for chosen in order.split(self._sizes(len(order)))],
             num_workers=self.num_workers,
             pin_memory=self._scale.is_cuda,
             # Without one, the loader seeds its workers from the global generator.
             generator=torch.Generator().manual_seed(self.seed),
         )
         for images, labels in loader:
-            yield images.to(self._scale.device, non_blocking=True), labels.to(self._scale.device, non_blocking=True)
+            images, labels = (part.to(self._scale.device, non_blocking=True) for part in (images, labels))
+            yield images, labels, [len(labels)]
 
     def _draw(self, images: int, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
         """The corners ``(2, N)`` and the mirrored ones ``(N)`` of an epoch, drawn batch by batch, moved all at once.
 
         A copy to a GPU makes the host wait until the GPU has done all it was given.
         """
-        sizes = [min(self.batch_size, images - first) for first in range(0, images, self.batch_size)]
+        sizes = self._sizes(images)
         corners, mirrored = [], []
         for size in sizes:
             if self.crop_padding:

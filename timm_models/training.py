@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from genas_plugins.checkpoints import CheckpointError, describe_mismatch, read_torch
 from genas_plugins.datasets import data_identity
 from genas_plugins.interrupts import pending_signal, raise_pending
+from genas_plugins.scoring.batchnorm import preserve_batchnorm, recalibrate_batchnorm
 from timm_models.data import (
     count_classes,
     evaluation_loader,
@@ -165,6 +166,8 @@ class Trainer:
             raise SettingsError(
                 f"{len(training)} images make no batch of {settings.batch_size} on {here.count} process(es)."
             )
+        if settings.batch_size == 1 and not settings.sync_bn:
+            self._check_single_images()
         self.task = self._build_task()
         self.optimizer = create_optimizer_v2(
             self.task.get_trainable_module(),
@@ -219,6 +222,18 @@ class Trainer:
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)
         return model
+
+    def _check_single_images(self) -> None:
+        """Refuse batches of one image where batch normalisation has no statistics of one."""
+        image = torch.zeros((1, *self.data_config["input_size"]), device=self.here.device)
+        try:
+            with preserve_batchnorm(self.model):
+                recalibrate_batchnorm(self.model, [(image, torch.zeros(1, dtype=torch.int64))])
+        except ValueError as error:
+            raise SettingsError(
+                f"batch_size is 1, and batch normalisation has no statistics of one image of "
+                f"{image.shape[-1]} pixels ({error}): choose a larger batch_size, or larger images."
+            ) from error
 
     def _build_task(self) -> TrainingTask:
         arguments = {

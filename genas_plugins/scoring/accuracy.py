@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from genas_plugins.scoring.batchnorm import evaluation_mode
-from genas_plugins.scoring.data import over_batches
+from genas_plugins.scoring.data import TensorBatches, over_batches
 from genas_plugins.scoring.inference import InferenceNetwork
+from genas_plugins.scoring.losses import check_classes, check_summed, check_top_label, labelled, read_images
 
 __all__ = ["Accuracy", "accuracy", "image_hits"]
 
@@ -33,10 +34,11 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Accu
 
     Args:
         model: Maps images ``(N, 3, H, W)`` to logits ``(N, num_classes)``.
-        batches: Images and labels ``(N,)`` on the model's device.
+        batches: Images and labels ``(N,)`` on the model's device. Images whose label is -100 or 255 have none and do
+            not count, unless that is one of the network's classes.
 
     Raises:
-        ValueError: ``batches`` is empty.
+        ValueError: ``batches`` is empty or has no label, or a label is no class of the network.
     """
     hits = image_hits(model, batches)
     top1, top5 = hits.sum(0).tolist()
@@ -47,15 +49,26 @@ def image_hits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Te
     """What :func:`accuracy` is the mean of: for each image whether the label is first, and among the first five.
 
     Returns:
-        ``(N, 2)``, boolean. Arguments and errors are those of :func:`accuracy`.
+        ``(N, 2)``, boolean, of the images that have a label. Arguments and errors are those of :func:`accuracy`.
     """
+    known = isinstance(batches, TensorBatches)
     with evaluation_mode(model), torch.no_grad():
         network = InferenceNetwork.of(model) or model
 
         def hits(images: Tensor, labels: Tensor) -> Tensor:
-            logits = network(images)
-            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-            found = ranked == labels[:, None]
-            return torch.stack([found[:, 0], found.any(1)], dim=1)
+            logits = read_images(network, images)
+            classes = check_classes(logits, labels)
+            found = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
+            columns = [found[:, 0], found.any(1)]
+            if known:
+                check_top_label(batches, classes)
+            else:
+                columns += labelled(labels, classes)
+            return torch.stack(columns, dim=1)
 
-        return torch.cat(over_batches(batches, hits))
+        rows = torch.cat(over_batches(batches, hits))
+    if known:
+        return rows
+    counted, outside = rows[:, 2:].sum(0).tolist()
+    check_summed(counted, outside, whole=True)
+    return rows[rows[:, 2], :2] if counted < len(rows) else rows[:, :2]

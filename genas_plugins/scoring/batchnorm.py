@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from genas_plugins.scoring.data import without_single_images
 from genas_plugins.scoring.inference import InferenceNetwork
-from genas_plugins.scoring.precision import exact_float32
+from genas_plugins.scoring.precision import in_parameter_type, parameter_types_alone
 
 __all__ = [
     "evaluation_mode",
@@ -64,7 +65,7 @@ def load_statistics(model: nn.Module, values: Sequence[Tensor]) -> None:
     _restore(list(zip(buffers, values, strict=True)))
 
 
-@exact_float32()
+@parameter_types_alone()
 def recalibrate_batchnorm(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], momentum: float | None = None
 ) -> None:
@@ -76,7 +77,7 @@ def recalibrate_batchnorm(
     Args:
         model: Any network.
         batches: Pairs of images ``(N, 3, H, W)`` and labels ``(N,)``, on the model's device; the labels are
-            not used. Each image is seen once.
+            not used. Each image is seen once. A batch of a single image joins the one before it.
         momentum: ``None`` for the cumulative average, in which every batch counts the same. A number is the
             momentum of the running average, started at mean 0 and variance 1: with the 0.1 and the 14 batches
             of the official code the result keeps 0.9^14 = 23 % of these starting values.
@@ -99,7 +100,7 @@ def recalibrate_batchnorm(
             if network is not None and network.norms != set(norms):
                 network = None
             count = 0
-            for images, _ in batches:
+            for images, _ in without_single_images(batches):
                 count += 1
                 average = momentum or 1.0 / count
                 if network is not None:
@@ -108,7 +109,7 @@ def recalibrate_batchnorm(
                 for norm in norms:
                     # The same as None, for which PyTorch would read its own count of batches from the device.
                     norm.momentum = average
-                model(images)
+                model(in_parameter_type(model, images))
         if not count:
             raise ValueError("Recalibration of batch normalisation needs at least one batch of images, got none.")
         done = True

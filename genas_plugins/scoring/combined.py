@@ -15,6 +15,7 @@ from genas_plugins.scoring.accuracy import Accuracy, accuracy
 from genas_plugins.scoring.batchnorm import recalibrate_batchnorm
 from genas_plugins.scoring.errors import MeasurementError
 from genas_plugins.scoring.flatness import Flatness, Where, check_sigmas, flatness
+from genas_plugins.scoring.losses import Loss
 from genas_plugins.scoring.noise import CommonNoise, Noise, check_noise
 
 __all__ = ["METRICS", "CombinedScore", "Measurement"]
@@ -136,6 +137,7 @@ class CombinedScore:
         generator: torch.Generator | None = None,
         common: CommonNoise | None = None,
         parameters: Collection[str] | None = None,
+        loss: Loss | None = None,
     ) -> Measurement:
         """Measure one candidate.
 
@@ -148,6 +150,7 @@ class CombinedScore:
             generator: Source of the noise, unless it is common.
             common: Source of the noise that is common to all candidates; needed where the setting ``common`` is set.
             parameters: Names of the parameters to perturb; ``None`` for all.
+            loss: See :func:`genas_plugins.scoring.flatness`; ``None`` for cross-entropy.
 
         Raises:
             ValueError: The metric contains the angle and ``angle`` is missing, or the noise is to be common and
@@ -173,6 +176,7 @@ class CombinedScore:
                 common=common if self.common else None,
                 parameters=parameters,
                 hessian_directions=self.hessian_directions,
+                loss=loss,
             )
         return self.combine(flat, angle() if "angle" in self.metrics and angle is not None else None, top)
 

@@ -16,9 +16,16 @@ import torch
 from torch import Tensor
 
 from genas_plugins.datasets import ImageTensors
-from genas_plugins.scoring.precision import exact_float32
+from genas_plugins.scoring.precision import parameter_types_alone
 
-__all__ = ["SMALLEST_BATCH", "TensorBatches", "first_images", "over_batches", "sum_over_batches"]
+__all__ = [
+    "SMALLEST_BATCH",
+    "TensorBatches",
+    "first_images",
+    "over_batches",
+    "sum_over_batches",
+    "without_single_images",
+]
 
 Result = TypeVar("Result")
 
@@ -96,6 +103,9 @@ class TensorBatches:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self._images = data.images.to(device).contiguous(memory_format=layout)
         self._labels = data.labels.to(device)
+        # Known here, so that no measurement has to read it from the device.
+        self.num_classes = len(data.class_names)
+        self.top_label = int(data.labels.max())
         # Half precision cannot hold 256 levels times a scale, so the arithmetic stays in float32 for it.
         self._compute = torch.float64 if dtype == torch.float64 else torch.float32
         scale, shift = 1 / (255 * spread), -centre / spread
@@ -111,6 +121,11 @@ class TensorBatches:
     def num_images(self) -> int:
         """Number of images of one iteration."""
         return len(self._images)
+
+    @property
+    def labels_of_batches(self) -> list[Tensor]:
+        """Labels of each batch, without its images."""
+        return list(self._labels.split(self.batch_size))
 
     def __len__(self) -> int:
         """Number of batches of one iteration."""
@@ -186,13 +201,32 @@ def first_images(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> list[t
     return found
 
 
-@exact_float32()
+def without_single_images(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, where one of a single image joins the batch before it, if that has several.
+
+    Batch normalisation has no variance of one value a channel, which an image is whose features are of one pixel; and
+    where batches are averaged, a single image would count as much as all the others of a batch.
+    """
+    held: tuple[Tensor, Tensor] | None = None
+    for images, labels in batches:
+        if held is not None and len(images) == 1 < len(held[0]):
+            # Who recalibrates needs no labels.
+            held = (torch.cat([held[0], images]), None if labels is None else torch.cat([held[1], labels]))
+            continue
+        if held is not None:
+            yield held
+        held = images, labels
+    if held is not None:
+        yield held
+
+
+@parameter_types_alone()
 def over_batches(batches: Iterable[tuple[Tensor, Tensor]], measure: Callable[[Tensor, Tensor], Result]) -> list[Result]:
     """``measure(images, labels)`` of all batches, in their order.
 
-    Float32 is computed as float32 (:func:`genas_plugins.scoring.precision.exact_float32`), and nothing is read from the
-    device. When its memory does not suffice and the batches are :class:`TensorBatches`, they are halved for good, and
-    the pass is begun anew.
+    It is computed in the types of the parameters (:func:`genas_plugins.scoring.precision.parameter_types_alone`), and
+    nothing is read from the device. When its memory does not suffice and the batches are :class:`TensorBatches`, they
+    are halved for good, and the pass is begun anew.
 
     Args:
         batches: Images and labels.

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from genas_plugins.scoring.batchnorm import evaluation_mode
-from genas_plugins.scoring.data import over_batches, sum_over_batches
 from genas_plugins.scoring.errors import MeasurementError
 from genas_plugins.scoring.hessian import noise_directions
 from genas_plugins.scoring.inference import InferenceNetwork
+from genas_plugins.scoring.losses import Loss, SummedLoss, check_summed, loss_of_each, loss_of_image, summed_loss
 from genas_plugins.scoring.noise import CommonNoise, Noise, check_noise, noise_shares, perturbations
 
 __all__ = [
@@ -133,6 +132,7 @@ def flatness(
     common: CommonNoise | None = None,
     parameters: Collection[str] | None = None,
     hessian_directions: int = 1,
+    loss: Loss | None = None,
 ) -> Flatness:
     """Measure Eq. 4 of GeNAS on a network whose batch normalisation is calibrated.
 
@@ -167,11 +167,14 @@ def flatness(
             ``generator`` plus ``d``. Eigenvectors are the same for all draws.
         common: Noise that all candidates share, in place of ``generator``.
         hessian_directions: Number of eigenvectors ``k`` of the noise ``"hessian"``.
+        loss: Of outputs and labels: one number an image, or their mean; PyTorch's losses are asked for the former.
+            ``None`` is cross-entropy in nats of class numbers. There an image with the label -100 or 255 has none and
+            does not enter the mean, unless that is one of the network's classes; another loss gets all images.
 
     Raises:
         ValueError: Wrong sigmas or alpha, an unknown noise mode or ``where``, names that do not exist, no
-            parameter left to perturb, fewer draws or directions than one, common noise along eigenvectors, or no
-            batches.
+            parameter left to perturb, fewer draws or directions than one, common noise along eigenvectors, no
+            batches, or labels that do not fit the network or the loss.
         MeasurementError: A loss, or the Hessian, is not finite.
     """
     losses = perturbed_losses(
@@ -186,6 +189,7 @@ def flatness(
         common=common,
         parameters=parameters,
         hessian_directions=hessian_directions,
+        loss=loss,
     )
     return flatness_from_losses([sum(column) / draws for column in zip(*losses, strict=True)], sigmas, alpha)
 
@@ -203,6 +207,7 @@ def perturbed_losses(
     common: CommonNoise | None = None,
     parameters: Collection[str] | None = None,
     hessian_directions: int = 1,
+    loss: Loss | None = None,
     known: dict[Any, Any] | None = None,
 ) -> list[list[float]]:
     """What :func:`flatness` is computed from: for each draw of the noise the mean loss in nats at each sigma.
@@ -210,17 +215,16 @@ def perturbed_losses(
     Losses that are not finite are returned as they are. Arguments and other errors are those of :func:`flatness`.
 
     Args:
-        known: What earlier calls measured with the same weights, images, ``parameters``, ``common`` and seed of the
-            generator; this call reads it and adds to it. Most noises are the same at the same first sigma.
+        known: What earlier calls measured with the same weights, images, loss, ``parameters``, ``common`` and seed of
+            the generator; this call reads it and adds to it. Most noises are the same at the same first sigma.
     """
     pairs = _at_each_noise(
-        *(_summed_loss, model, batches, sigmas, noise, where, generator, relative, draws, common, parameters),
-        hessian_directions,
-        known,
+        *(summed_loss, model, batches, sigmas, noise, where, generator, relative, draws, common, parameters),
+        hessian_directions=hessian_directions,
+        loss=loss,
+        known=known,
     )
-    sums, counts = zip(*pairs, strict=True)
-    # Divided here: on a GPU, PyTorch multiplies by the reciprocal, which rounds otherwise.
-    losses = [total / count for total, count in zip(torch.stack(sums).tolist(), counts, strict=True)]
+    losses = _means(pairs)
     return [losses[start : start + len(sigmas)] for start in range(0, len(losses), len(sigmas))]
 
 
@@ -236,20 +240,22 @@ def perturbed_image_losses(
     draws: int = 1,
     common: CommonNoise | None = None,
     parameters: Collection[str] | None = None,
+    loss: Loss | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The losses behind :func:`perturbed_losses`, image by image and batch by batch.
 
     Arguments and errors are those of :func:`flatness`.
 
     Returns:
-        Cross-entropy in nats of each image, ``(draws, sigmas, N)``, and its sum over each batch in float64,
+        Loss of each image that has a label, ``(draws, sigmas, N)``, and its sum over each batch in float64,
         ``(draws, sigmas, batches)``. Added up in the order of the batches and divided by ``N``, the sums give
         what :func:`perturbed_losses` returns, bit for bit.
     """
     state = None if generator is None else generator.get_state()
     while True:
         pairs = _at_each_noise(
-            _loss_of_each, model, batches, sigmas, noise, where, generator, relative, draws, common, parameters
+            *(loss_of_each, model, batches, sigmas, noise, where, generator, relative, draws, common, parameters),
+            loss=loss,
         )
         if len({len(sums) for _, sums in pairs}) == 1:
             break
@@ -261,7 +267,7 @@ def perturbed_image_losses(
 
 
 def _at_each_noise(
-    measure: Callable[[Callable[[Tensor], Tensor], Iterable[tuple[Tensor, Tensor]]], Result],
+    measure: Callable[..., Result],
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     sigmas: Sequence[float],
@@ -273,6 +279,7 @@ def _at_each_noise(
     common: CommonNoise | None,
     parameters: Collection[str] | None,
     hessian_directions: int = 1,
+    loss: Loss | None = None,
     known: dict[Any, Result] | None = None,
 ) -> list[Result]:
     """What ``measure`` gives of the perturbed network, for each draw and each sigma of it."""
@@ -283,8 +290,9 @@ def _at_each_noise(
     names = _perturbed_names(model, where, parameters)
     directions: Sequence[dict[str, Tensor]] = ()
     if noise == "hessian":
-        directions = noise_directions(model, batches, names, hessian_directions, generator)
+        directions = noise_directions(model, batches, names, hessian_directions, generator, loss)
     network = InferenceNetwork.of(model) or model
+    loss = loss_of_image(loss)
     found = known if known is not None and noise != "hessian" else {}
     results = []
     for draw in range(draws):
@@ -294,67 +302,66 @@ def _at_each_noise(
         for shares, noisy in zip(noise_shares(sigmas, noise), each, strict=True):
             key = (where, relative, common is None, draw, shares)
             if key not in found:
-                found[key] = _perturbed(measure, network, noisy, batches)
+                found[key] = _perturbed(measure, network, noisy, batches, loss)
             results.append(found[key])
     return results
 
 
-def mean_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Mean cross-entropy in nats over all images, in evaluation mode and without noise.
+def mean_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss: Loss | None = None) -> float:
+    """Mean loss over all images that have a label, in evaluation mode and without noise.
+
+    Args:
+        model: As in :func:`flatness`.
+        batches: As there.
+        loss: As there; ``None`` for cross-entropy in nats.
 
     Raises:
-        ValueError: ``batches`` is empty.
+        ValueError: ``batches`` is empty or has no label, or labels do not fit the network or the loss.
     """
-    total, count = _perturbed(_summed_loss, InferenceNetwork.of(model) or model, {}, batches)
-    return total.item() / count
+    return _means([_perturbed(summed_loss, InferenceNetwork.of(model) or model, {}, batches, loss_of_image(loss))])[0]
+
+
+def _means(sums: Sequence[SummedLoss]) -> list[float]:
+    """Mean losses, read from the device all at once."""
+    totals = [part.total for part in sums]
+    values = [totals[0].item()] if len(totals) == 1 else torch.stack(totals).tolist()
+    counts: list[float] = [part.count for part in sums]
+    if isinstance(counts[0], Tensor):
+        # Labels are the same at each sigma.
+        counts, outside = [counts[0].item()] * len(sums), sums[0].outside.item()
+        check_summed(counts[0], outside, whole=True)
+    # Divided here: on a GPU, PyTorch multiplies by the reciprocal, which rounds otherwise.
+    return [value / count for value, count in zip(values, counts, strict=True)]
 
 
 class _Pass(nn.Module):
     """One measurement over all batches as one call, so that parameters are swapped once and not for every batch."""
 
-    def __init__(self, measure: Callable[..., Any], model: nn.Module) -> None:
+    def __init__(self, measure: Callable[..., Any], model: nn.Module, loss: Loss | None) -> None:
         super().__init__()
         self.model = model
-        self._measure = measure
+        # In tuples: a loss that is a module is not part of the network.
+        self._measure = (measure, loss)
 
     def forward(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Any:
-        return self._measure(self.model, batches)
-
-
-def _summed_loss(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, int]:
-    """Over all images, and how many these are."""
-
-    def loss(images: Tensor, labels: Tensor) -> Tensor:
-        # float64 on the device: no rounding over many batches, and no synchronisation before the end.
-        return F.cross_entropy(model(images), labels, reduction="sum").double()
-
-    return sum_over_batches(batches, loss)
-
-
-def _loss_of_each(model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    def losses(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model(images)
-        # The sum is not that of the row, which rounds in another order than _summed_loss.
-        row, total = (F.cross_entropy(logits, labels, reduction=reduction) for reduction in ("none", "sum"))
-        return row, total.double()
-
-    rows, sums = zip(*over_batches(batches, losses), strict=True)
-    return torch.cat(rows), torch.stack(sums)
+        measure, loss = self._measure
+        return measure(self.model, batches, loss)
 
 
 def _perturbed(
-    measure: Callable[[Callable[[Tensor], Tensor], Iterable[tuple[Tensor, Tensor]]], Result],
+    measure: Callable[..., Result],
     model: nn.Module | InferenceNetwork,
     noisy: dict[str, Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
+    loss: Loss | None,
 ) -> Result:
     with torch.no_grad():
         if isinstance(model, InferenceNetwork):
             model.load(noisy)
-            return measure(model, batches)
+            return measure(model, batches, loss)
         replaced = {f"model.{name}": tensor for name, tensor in noisy.items()}
         with evaluation_mode(model):
-            return functional_call(_Pass(measure, model), replaced, (batches,))
+            return functional_call(_Pass(measure, model, loss), replaced, (batches,))
 
 
 def _perturbed_names(model: nn.Module, where: Where, parameters: Collection[str] | None) -> list[str]:

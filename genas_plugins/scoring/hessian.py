@@ -9,20 +9,21 @@ for several of them, where a test for convergence ends it too soon.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from genas_plugins.scoring.batchnorm import evaluation_mode
 from genas_plugins.scoring.data import first_images
 from genas_plugins.scoring.errors import MeasurementError
-from genas_plugins.scoring.precision import exact_float32
+from genas_plugins.scoring.losses import Loss, check_summed, image_loss, loss_of_image
+from genas_plugins.scoring.precision import in_parameter_type, parameter_types_alone
 
 __all__ = ["HESSIAN_IMAGES", "Eigenpairs", "noise_directions", "top_eigenvectors"]
 
@@ -53,7 +54,7 @@ class Eigenpairs:
     products: int
 
 
-@exact_float32()
+@parameter_types_alone()
 @torch.inference_mode(False)
 def top_eigenvectors(
     model: nn.Module,
@@ -64,8 +65,9 @@ def top_eigenvectors(
     *,
     tolerance: float = 1e-3,
     max_iterations: int = 100,
+    loss: Loss | None = None,
 ) -> Eigenpairs:
-    """Eigenvectors of the Hessian of the mean cross-entropy with the largest absolute eigenvalues.
+    """Eigenvectors of the Hessian of the mean loss with the largest absolute eigenvalues.
 
     The Hessian is that with respect to the named parameters in evaluation mode, with the statistics of batch
     normalisation that the model has, exact (derivatives of derivatives, no differences). Where the loss has a kink (a
@@ -87,13 +89,14 @@ def top_eigenvectors(
             (``eps`` of the weights' dtype) are measured by that instead: rounding hides them.
         max_iterations: Products for each eigenvector at most. What has not converged by then is returned as it is,
             with a warning in the log.
+        loss: See :func:`genas_plugins.scoring.flatness`; ``None`` for cross-entropy.
 
     Raises:
         ValueError: Names that do not exist, a count below 1 or above the number of weights, a tolerance that is not
             between 0 and 1, no iteration, or no batches.
         MeasurementError: The Hessian is not finite.
     """
-    hessian = _Hessian(model, batches, names)
+    hessian = _Hessian(model, batches, names, loss_of_image(loss))
     if not 1 <= count <= hessian.size:
         raise ValueError(f"count must be 1 to {hessian.size}, the number of weights, got {count}.")
     if not 0.0 < tolerance < 1.0:
@@ -125,7 +128,12 @@ def top_eigenvectors(
 
 @torch.inference_mode(False)
 def noise_directions(
-    model: nn.Module, batches: Batches, names: Collection[str], count: int, generator: torch.Generator | None
+    model: nn.Module,
+    batches: Batches,
+    names: Collection[str],
+    count: int,
+    generator: torch.Generator | None,
+    loss: Loss | None = None,
 ) -> tuple[dict[str, Tensor], ...]:
     """The directions of the noise ``"hessian"``: eigenvectors from the first :data:`HESSIAN_IMAGES` images.
 
@@ -138,6 +146,7 @@ def noise_directions(
         names: Of the perturbed parameters.
         count: How many directions.
         generator: Of the noise; ``None`` is one with seed 0. It is not advanced.
+        loss: See :func:`genas_plugins.scoring.flatness`.
 
     Raises:
         ValueError: See :func:`top_eigenvectors`.
@@ -146,15 +155,18 @@ def noise_directions(
     device = next(model.parameters()).device if generator is None else generator.device
     seed = 0 if generator is None else generator.initial_seed()
     start = torch.Generator(device).manual_seed((seed - 1) % 2**63)
-    return top_eigenvectors(model, first_images(batches, HESSIAN_IMAGES), names, count, start).vectors
+    return top_eigenvectors(model, first_images(batches, HESSIAN_IMAGES), names, count, start, loss=loss).vectors
 
 
 class _Hessian:
     """The Hessian as what it does to a vector: one number for each weight, parameter by parameter."""
 
-    def __init__(self, model: nn.Module, batches: Batches, names: Collection[str] | None) -> None:
+    def __init__(
+        self, model: nn.Module, batches: Batches, names: Collection[str] | None, loss: Loss | None = None
+    ) -> None:
         self._model = model
         self._batches = batches
+        self._loss = loss
         # New tensors on the same memory: no flag of the model's own is touched and no .grad is written.
         self._tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
         chosen = set(self._tensors if names is None else names)
@@ -164,32 +176,38 @@ class _Hessian:
         if not self._weights:
             raise ValueError(f"The Hessian of {type(model).__name__} needs at least one parameter, got no names.")
         first = next(iter(self._weights.values()))
-        self.dtype, self.device = first.dtype, first.device
+        self.dtype = functools.reduce(torch.promote_types, (weight.dtype for weight in self._weights.values()))
+        self.device = first.device
         self.size = sum(weight.numel() for weight in self._weights.values())
 
     def by_name(self, vector: Tensor) -> dict[str, Tensor]:
         """Views of a vector in the shapes of the parameters."""
         pieces = vector.split([weight.numel() for weight in self._weights.values()])
-        return {name: piece.view(w.shape) for (name, w), piece in zip(self._weights.items(), pieces, strict=True)}
+        pairs = zip(self._weights.items(), pieces, strict=True)
+        return {name: piece.view(weight.shape).to(weight.dtype) for (name, weight), piece in pairs}
 
     def __call__(self, vector: Tensor) -> Tensor:
         """The product, averaged over all images."""
         pieces = list(self.by_name(vector).values())
         total = torch.zeros_like(vector)
-        count = 0
+        count = outside = torch.zeros((), dtype=torch.int64, device=self.device)
+        none = True
         with evaluation_mode(self._model), torch.enable_grad():
             for images, labels in self._batches:
-                logits = functional_call(self._model, self._tensors, (images,))
+                none = False
+                outputs = functional_call(self._model, self._tensors, (in_parameter_type(self._model, images),))
                 # Batches are as large as they are; only sums add up.
-                total += self._product(F.cross_entropy(logits, labels, reduction="sum"), pieces)
-                count += len(labels)
-        if not count:
+                loss, counted, strange = image_loss(outputs, labels, self._loss)
+                total += self._product(loss, pieces)
+                count, outside = count + counted.sum(), outside + strange.sum()
+        if none:
             raise ValueError("A Hessian needs at least one batch of images, got none; it reads them several times.")
+        check_summed(int(count), int(outside), whole=True)
         return total / count
 
     def _product(self, loss: Tensor, pieces: list[Tensor]) -> Tensor:
         # A loss, or a gradient, that depends on no weight has rows of zeros.
-        zeros = loss.new_zeros(self.size)
+        zeros = loss.new_zeros(self.size, dtype=self.dtype)
         if not loss.requires_grad:
             return zeros
         weights = list(self._weights.values())
@@ -199,7 +217,7 @@ class _Hessian:
             return zeros
         curved, along = zip(*pairs, strict=True)
         rows = torch.autograd.grad(curved, weights, along, allow_unused=True, materialize_grads=True)
-        return torch.cat([row.reshape(-1) for row in rows])
+        return torch.cat([row.reshape(-1).to(self.dtype) for row in rows])
 
 
 def _largest(

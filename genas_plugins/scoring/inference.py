@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from genas_plugins.nasbench201 import NasBench201Network, NasBench201SubNet
 from genas_plugins.network import Cell, CellNetwork
-from genas_plugins.operations import FactorizedReduce, shift_image
+from genas_plugins.operations import FactorizedReduce
 from genas_plugins.scoring.layers import Branch, Layer, Parts, Step, as_parts, fused_convolutions, pooling
 from genas_plugins.spaces.nasbench201 import EDGES, NODES
 from genas_plugins.supernet import SubNet
@@ -45,6 +45,9 @@ class InferenceNetwork:
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._layers: list[Layer] = []
         parameter = next(model.parameters())
+        if any(other.dtype != parameter.dtype for other in model.parameters()):
+            raise _UnknownLayersError("A network of several types of numbers cannot be rewritten for inference.")
+        self._dtype = parameter.dtype
         on_cpu = parameter.device.type == "cpu" and parameter.dtype == torch.float32
         self._fused = on_cpu and torch.backends.mkldnn.enabled and fused_convolutions()
         # Not isinstance: a subclass may run its layers otherwise.
@@ -113,6 +116,7 @@ class InferenceNetwork:
         return F.linear(features, *self._classifier)
 
     def _features(self, x: Tensor) -> Parts:
+        x = x.to(self._dtype) if x.is_floating_point() else x
         return self._run(x.contiguous(memory_format=torch.channels_last) if self._fused else x)
 
     @property
@@ -192,7 +196,7 @@ class InferenceNetwork:
 
         def reduce(x: Tensor | Parts) -> Tensor:
             parts = as_parts(x)
-            picked = tuple(shift_image(part, distance, stride)[:, :, ::stride, ::stride] for part in parts)
+            picked = tuple(_shifted_pixels(part, distance, stride) for part in parts)
             return torch.cat([first(parts), second(picked)], dim=1)
 
         return reduce
@@ -303,6 +307,14 @@ class InferenceNetwork:
             return second(first(x.relu(), rectify=True), shortcut(x), reuse=shortcut.fresh)
 
         return run
+
+
+def _shifted_pixels(x: Tensor, distance: int, stride: int) -> Tensor:
+    """Each ``stride``-th pixel of ``x`` behind the first ``distance``, with zeros where there are none left."""
+    height, width = (-(-size // stride) for size in x.shape[2:])
+    x = x[:, :, distance::stride, distance::stride]
+    missing = height - x.shape[2], width - x.shape[3]
+    return F.pad(x, [0, missing[1], 0, missing[0]]) if any(missing) else x
 
 
 def _flat(module: nn.Module) -> Iterator[nn.Module]:

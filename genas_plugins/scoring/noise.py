@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -166,9 +167,11 @@ def _draw(tensors: dict[str, Tensor], generator: torch.Generator) -> list[Tensor
     # One call for all parameters: a kernel launch for each of several hundred tensors would dominate on a GPU.
     first = next(iter(tensors.values()))
     sizes = [tensor.numel() for tensor in tensors.values()]
-    flat = torch.randn(sum(sizes), generator=generator, device=generator.device, dtype=first.dtype)
+    # Of several types the one that holds all: noise for the others is rounded, not drawn otherwise.
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    flat = torch.randn(sum(sizes), generator=generator, device=generator.device, dtype=dtype)
     pieces = flat.to(first.device).split(sizes)
-    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors.values(), strict=True)]
+    return [piece.view(tensor.shape).to(tensor.dtype) for piece, tensor in zip(pieces, tensors.values(), strict=True)]
 
 
 def _along(directions: list[list[Tensor]], generator: torch.Generator) -> list[Tensor]:

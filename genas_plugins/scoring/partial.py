@@ -21,6 +21,7 @@ from genas_plugins.scoring.accuracy import Accuracy, image_hits
 from genas_plugins.scoring.batchnorm import load_statistics, recalibrate_batchnorm, saved_statistics
 from genas_plugins.scoring.combined import CombinedScore, Measurement
 from genas_plugins.scoring.flatness import flatness_from_losses, perturbed_image_losses
+from genas_plugins.scoring.losses import Loss
 from genas_plugins.scoring.noise import CommonNoise
 
 __all__ = ["Linearised", "PartialScore", "linearise"]
@@ -144,6 +145,7 @@ class PartialScore:
         generator: torch.Generator | None = None,
         common: CommonNoise | None = None,
         parameters: Collection[str] | None = None,
+        loss: Loss | None = None,
     ) -> None:
         """Measure the candidate on the images that follow those seen so far.
 
@@ -178,6 +180,7 @@ class PartialScore:
                 draws=score.draws,
                 common=common if score.common else None,
                 parameters=parameters,
+                loss=loss,
             )
             for batch in sums.cpu().unbind(-1):
                 self._sums = batch if self._sums is None else self._sums + batch

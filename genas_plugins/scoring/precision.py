@@ -2,7 +2,8 @@
 
 On NVIDIA GPUs since Ampere, PyTorch lets convolutions of float32 round their inputs to TF32, which has 10 bits of
 mantissa: noise of a standard deviation of 1e-5, the first sigma of the paper's search on CIFAR-10, vanishes in the
-rounding of the weights that it is added to.
+rounding of the weights that it is added to. Autocast rounds further, to 8 bits, and images of another type than the
+weights would decide what is computed: a score is measured in the type of the parameters, whatever is set around it.
 
 PyTorch 2.9 has a switch for each operation, beside the older ones for a library. Whoever reads an older one is refused
 with a RuntimeError where the two disagree, as they would if only the newer ones were turned.
@@ -12,17 +13,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 
-__all__ = ["exact_float32"]
+__all__ = ["exact_float32", "in_parameter_type", "parameter_type", "parameter_types_alone"]
 
 _OPERATIONS = ("cudnn.conv", "cudnn.rnn", "cuda.matmul", "mkldnn.conv", "mkldnn.matmul")
 _EXACT, _INHERITED = "ieee", "none"
 _ALLOWED_BY_DEFAULT = ("cudnn.conv", "cudnn.rnn")
+# Those that PyTorch has autocast for; which of them a build knows is found out by asking.
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "xla", "mtia", "maia", "ipu")
 
 Value = TypeVar("Value")
 
@@ -106,3 +110,43 @@ class _Exact:
 
 
 _exact = _Exact()
+
+
+@contextmanager
+def parameter_types_alone() -> Iterator[None]:
+    """What is computed in here has the types of the parameters: :func:`exact_float32`, and autocast off on any device.
+
+    Also a decorator. Autocast belongs to the thread, so that no other one notices.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(exact_float32())
+        for device in _autocast_devices():
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def _autocast_devices() -> list[str]:
+    """Types of device for which autocast is on in this thread."""
+    found = []
+    for device in (*_AUTOCAST_DEVICES, torch._C._get_privateuse1_backend_name()):
+        try:
+            if torch.is_autocast_enabled(device):
+                found.append(device)
+        except RuntimeError:
+            # This build has no autocast for such a device, so that it cannot be on.
+            continue
+    return found
+
+
+def parameter_type(model: nn.Module) -> torch.dtype | None:
+    """Type of the first parameter that holds floating-point numbers, which reads the images; ``None`` without any."""
+    return next((value.dtype for value in model.parameters() if value.is_floating_point()), None)
+
+
+def in_parameter_type(model: nn.Module, images: Tensor) -> Tensor:
+    """Images ``(N, C, H, W)`` as ``model`` reads them: in the type of its parameters.
+
+    Images of integers stay as they are; a network that reads them knows how.
+    """
+    dtype = parameter_type(model)
+    return images.to(dtype) if dtype is not None and images.is_floating_point() else images

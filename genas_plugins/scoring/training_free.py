@@ -14,21 +14,21 @@ from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from genas_plugins.scoring.batchnorm import evaluation_mode, preserve_batchnorm
-from genas_plugins.scoring.flatness import MeasurementError
-from genas_plugins.scoring.precision import exact_float32
+from genas_plugins.scoring.errors import MeasurementError
+from genas_plugins.scoring.losses import check_summed, image_loss
+from genas_plugins.scoring.precision import in_parameter_type, parameter_types_alone
 
 __all__ = ["Deviation", "naswot", "synflow", "zico"]
 
 Deviation = Literal["signed", "absolute"]
 
 
-@exact_float32()
+@parameter_types_alone()
 def naswot(model: nn.Module, images: Tensor) -> float:
     """Log-determinant of how far the ReLU codes of the images agree: ``log |K_H|``.
 
@@ -71,7 +71,7 @@ def naswot(model: nn.Module, images: Tensor) -> float:
     handles = [relu.register_forward_hook(compare) for relu in relus]
     try:
         with _batch_statistics(model), torch.no_grad():
-            logits = model(images)
+            logits = model(in_parameter_type(model, images))
     finally:
         for handle in handles:
             handle.remove()
@@ -88,6 +88,7 @@ def naswot(model: nn.Module, images: Tensor) -> float:
     return float(eigenvalues.log().sum())
 
 
+@parameter_types_alone()
 def synflow(model: nn.Module, input_shape: Sequence[int] = (3, 32, 32)) -> float:
     """Synaptic flow without data: the sum of ``|theta * dR / dtheta|`` over the weights.
 
@@ -136,7 +137,7 @@ def synflow(model: nn.Module, input_shape: Sequence[int] = (3, 32, 32)) -> float
     return score
 
 
-@exact_float32()
+@parameter_types_alone()
 def zico(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], deviation: Deviation = "signed") -> float:
     """Inverse coefficient of variation of gradients: ``sum_layers log sum_weights mean|g| / std``.
 
@@ -173,7 +174,10 @@ def zico(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], deviation: 
     with _batch_statistics(model), torch.enable_grad():
         for images, labels in batches:
             _check_images(images)
-            loss = F.cross_entropy(functional_call(model, weights, images), labels)
+            logits = functional_call(model, weights, in_parameter_type(model, images))
+            total, counted, outside = image_loss(logits, labels, None)
+            check_summed(count := int(counted.sum()), int(outside.sum()), whole=True)
+            loss = total / count
             found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
             gradients.append([gradient.double() for gradient in found])
     if len(gradients) < 2:

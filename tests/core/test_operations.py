@@ -141,7 +141,7 @@ def test_factorized_reduction_in_training_is_two_convolutions(size):
     assert_same_with_gradients(
         reduce_for_training,
         lambda x, first, second: torch.cat(
-            [F.conv2d(x, first, None, 2), F.conv2d(shift_image(x, 1, 2), second, None, 2)], 1
+            [F.conv2d(x, first, None, 2), F.conv2d(shift_image(x, 1), second, None, 2)], 1
         ),
         x,
         first,

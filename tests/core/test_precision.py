@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from genas_plugins import ZOO, SuperNet
 from genas_plugins.scoring import accuracy, flatness, mean_loss, precision, recalibrate_batchnorm, top_eigenvectors
 from genas_plugins.scoring.noise import perturbations
-from genas_plugins.scoring.precision import exact_float32
-from genas_plugins.scoring.training_free import naswot, zico
+from genas_plugins.scoring.precision import exact_float32, parameter_types_alone
+from genas_plugins.scoring.training_free import naswot, synflow, zico
 
 needs_switches = pytest.mark.skipif(
     not hasattr(torch.backends.cudnn, "conv"), reason="PyTorch before 2.9 has other switches"
@@ -226,3 +227,107 @@ def test_the_smallest_sigmas_of_the_paper_are_seen_on_a_gpu() -> None:
     for loss, noisy in zip(measured.losses, noise, strict=True):
         exact.load_state_dict(noisy, strict=False)
         assert loss == pytest.approx(F.cross_entropy(exact(images.double()), labels).item(), rel=1e-5)
+
+
+SIGMAS = (1e-3, 3e-3, 6e-3)
+
+
+def images_and_labels() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.rand(8, 3, 16, 16, generator=generator), torch.arange(8) % 10) for _ in range(2)]
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(8, 10))
+
+
+def subnet() -> nn.Module:
+    torch.manual_seed(0)
+    return SuperNet(10, 4, 3).subnet(ZOO["genas_flatness_c10"].genotype)
+
+
+def everything(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> list[Any]:
+    """All measurements, as plain numbers."""
+    recalibrate_batchnorm(model, batches)
+    statistics = [buffer.double().sum().item() for buffer in model.buffers()]
+    flat = flatness(model, batches, SIGMAS)
+    eigen = top_eigenvectors(model, batches, max_iterations=3)
+    free = [naswot(model, batches[0][0]), zico(model, batches), synflow(model, (3, 16, 16))]
+    return [statistics, flat.losses, mean_loss(model, batches), accuracy(model, batches), eigen.values, free]
+
+
+def caller(name: str) -> Any:
+    """What somebody may have set around a measurement."""
+    if name.startswith("autocast"):
+        return torch.autocast(name.split()[1], dtype=torch.bfloat16)
+    return default_type(torch.float64)
+
+
+@contextmanager
+def default_type(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("around", ["autocast cpu", "default type"])
+@pytest.mark.parametrize("build", [plain, subnet])
+def test_scores_are_what_they_are_whatever_is_set_around_them(build: Callable[[], nn.Module], around: str) -> None:
+    model, batches = build(), images_and_labels()
+    wanted = everything(model, batches)
+    with caller(around):
+        found = everything(model, batches)
+        assert torch.is_autocast_enabled("cpu") == around.startswith("autocast")
+    assert found == wanted
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
+def test_autocast_is_off_for_any_device(device: str) -> None:
+    # Without the device the switch of the thread is there all the same.
+    torch.set_autocast_enabled(device, True)
+    try:
+        with parameter_types_alone():
+            assert not torch.is_autocast_enabled(device)
+        assert torch.is_autocast_enabled(device)
+    finally:
+        torch.set_autocast_enabled(device, False)
+
+
+@pytest.mark.parametrize("build", [plain, subnet])
+def test_images_of_another_type_are_read_in_that_of_the_parameters(build: Callable[[], nn.Module]) -> None:
+    model, batches = build(), images_and_labels()
+    wanted = everything(model, batches)
+    assert everything(model, [(images.double(), labels) for images, labels in batches]) == wanted
+    double = copy.deepcopy(model).double()
+    measured = everything(double, batches)
+    assert measured == everything(double, [(images.double(), labels) for images, labels in batches])
+    # In float64, which float32 only approximates.
+    with torch.no_grad():
+        exact = sum(
+            F.cross_entropy(double.eval()(images.double()), labels, reduction="sum").item()
+            for images, labels in batches
+        )
+    assert measured[2] == pytest.approx(exact / 16, rel=1e-9)
+    assert measured[2] != wanted[2]
+
+
+def test_a_network_of_several_types_is_measured_in_them() -> None:
+    # Half precision with normalisation in float32, as it is deployed.
+    model = plain().bfloat16()
+    model[1].float()
+    recalibrate_batchnorm(model, images_and_labels())
+    noisy = next(perturbations(model, [name for name, _ in model.named_parameters()], (0.1, 0.2)))
+    assert {name: value.dtype for name, value in noisy.items()} == {
+        name: value.dtype for name, value in model.named_parameters()
+    }
+    exact = copy.deepcopy(model).float().eval()
+    batches = images_and_labels()
+    expected = sum(F.cross_entropy(exact(images), labels, reduction="sum").item() for images, labels in batches) / 16
+    # 8 bits of mantissa within the network; the sum over images loses none.
+    assert mean_loss(model, batches) == pytest.approx(expected, rel=1e-2)
+    assert flatness(model, batches, (1e-4, 2e-4)).losses == pytest.approx([expected] * 2, rel=1e-2)

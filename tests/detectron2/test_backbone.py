@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -403,3 +405,10 @@ def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: s
     cfg = settings(*(part for name, value in defaults.items() for part in (f"MODEL.{name}", value)))
     with pytest.raises(ValueError, match=message):
         BACKBONE_REGISTRY.get("build_retinanet_genas_fpn_backbone")(cfg, ShapeSpec(channels=3))
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "GN"])
+def test_a_backbone_is_pickled_and_copied(norm: str) -> None:
+    backbone, x = build(norm=norm).eval(), images(1, 3, 64, 64)
+    for again in (pickle.loads(pickle.dumps(backbone)), copy.deepcopy(backbone)):
+        assert all(torch.equal(again(x)[name], feature) for name, feature in backbone(x).items())

@@ -22,10 +22,12 @@ from genas_plugins.files import packaged_configs
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed: docs/detectron2.md says how")
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
 from detectron2_backbones import _launch, lazy_train_net, train_net
-from detectron2_backbones._launch import available_device, register_datasets
+from detectron2_backbones._launch import available_device, check_classes, register_datasets
 
 pytestmark = pytest.mark.detectron2
 
@@ -254,3 +256,38 @@ def test_only_the_quickstarts_sets_are_registered_here(monkeypatch: pytest.Monke
     monkeypatch.delenv("DETECTRON2_DATASETS")
     register_datasets(["genas_synthetic_train"])
     assert asked == [str(tmp_path), "datasets"]
+
+
+class Detector(nn.Module):
+    """What tells its number of classes, itself or in its heads as Faster R-CNN does."""
+
+    def __init__(self, classes: int, heads: bool) -> None:
+        super().__init__()
+        owner = self
+        if heads:
+            self.roi_heads = owner = nn.Module()
+        owner.num_classes = classes
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_the_classes_of_detector_and_images_are_compared(heads: bool, caplog: pytest.LogCaptureFixture) -> None:
+    name = f"three_classes_{heads}"
+
+    def load() -> list[Any]:
+        # As COCO's annotations do, which tell their classes when they are read.
+        MetadataCatalog.get(name).thing_classes = ["a", "b", "c"]
+        return []
+
+    DatasetCatalog.register(name, load)
+    try:
+        with pytest.raises(ValueError, match=f"detector has 2 classes, and {name} has 3"):
+            check_classes(Detector(2, heads), [name])
+        check_classes(Detector(3, heads), [name], evaluation=True)
+        with caplog.at_level("WARNING", "detectron2_backbones"):
+            check_classes(Detector(80, heads), [name])
+        with pytest.raises(ValueError, match=f"detector has 80 classes, and {name} has 3"):
+            check_classes(Detector(80, heads), [name], evaluation=True)
+        check_classes(nn.Linear(1, 1), [name], evaluation=True)
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +183,10 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> Non
 def test_a_crop_smaller_than_the_stride_is_refused() -> None:
     with pytest.raises(ValueError, match=r"at least 32 pixels on each side, got \(16, 64\)"):
         build()(torch.randn(2, 3, 16, 64))
+
+
+def test_a_backbone_is_pickled_and_copied() -> None:
+    backbone = build().eval()
+    images = torch.rand(1, 3, 64, 64)
+    for again in (pickle.loads(pickle.dumps(backbone)), copy.deepcopy(backbone)):
+        assert all(torch.equal(a, b) for a, b in zip(again(images), backbone(images), strict=True))

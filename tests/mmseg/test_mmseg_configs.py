@@ -14,6 +14,7 @@ from mmseg.utils import register_all_modules
 
 from genas_plugins import ZOO
 from genas_plugins.files import packaged_configs
+from mmseg_backbones._tools import check_classes
 
 register_all_modules()
 CONFIGS = packaged_configs("mmseg", ".py")
@@ -77,3 +78,45 @@ def test_configurations_are_found_by_folder() -> None:
     folder = Path(next(iter(CONFIGS.values()))).parent
     assert {path.stem for path in folder.glob("*.py")} == set(CONFIGS)
     assert len(CONFIGS) >= 10
+
+
+def changed(**changes: Any) -> Config:
+    name = next(name for name in CONFIGS if name.startswith("deeplabv3_") and "cityscapes" in name)
+    config = Config.fromfile(CONFIGS[name])
+    config.merge_from_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return config
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_heads_and_images_have_the_same_classes(name: str, part: str, caplog: pytest.LogCaptureFixture) -> None:
+    check_classes(Config.fromfile(CONFIGS[name]), part)
+    assert not caplog.records
+
+
+def test_a_head_of_fewer_classes_than_the_images_is_refused() -> None:
+    for part in ("train", "test"):
+        with pytest.raises(ValueError, match=r"num_classes=5, and CityscapesDataset of \w+ has 19: make them equal"):
+            check_classes(changed(model__decode_head__num_classes=5), part)
+    repeated = changed(model__decode_head__num_classes=5)
+    repeated.train_dataloader.dataset = {
+        "type": "RepeatDataset",
+        "times": 2,
+        "dataset": repeated.train_dataloader.dataset,
+    }
+    with pytest.raises(ValueError, match="CityscapesDataset of train_dataloader has 19"):
+        check_classes(repeated, "train")
+
+
+def test_a_head_of_more_classes_may_be_trained_and_not_tested(caplog: pytest.LogCaptureFixture) -> None:
+    config = changed(model__decode_head__num_classes=150)
+    check_classes(config, "train")
+    assert "num_classes=150, and CityscapesDataset of train_dataloader has 19" in caplog.text
+    with pytest.raises(ValueError, match="num_classes=150"):
+        check_classes(config, "test")
+
+
+def test_classes_of_the_configuration_are_those_of_the_images() -> None:
+    own = {"classes": ("road", "sky"), "palette": [[0, 0, 0], [1, 1, 1]]}
+    config = changed(model__decode_head__num_classes=2, test_dataloader__dataset__metainfo=own)
+    check_classes(config, "test")

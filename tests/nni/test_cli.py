@@ -272,6 +272,76 @@ def test_score_gives_the_score_of_the_history(genas: Any, finished: Any) -> None
     }
 
 
+@pytest.mark.parametrize("classes", [1, 3])
+def test_images_of_other_classes_are_refused(classes: int, genas: Any, images: Path, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    done = genas.search(run, *image_settings(images), "search.generations=1").wait()
+    assert done.status == 0, done.stderr
+    for split in ("train", "test"):
+        for number in range(classes):
+            name = ("cat", "dog", "owl")[number]
+            shutil.copytree(images / split / ("dog" if name == "owl" else name), other / split / name)
+    found = genas("score", "genas_flatness_c10", "--run", run, "--data-root", other)
+    words = f"The supernet has 2 classes, and the images (image_folder) have {classes}"
+    # One class is refused by who reads the images.
+    assert found.status == 1 and len(found.stderr.splitlines()) == 1
+    assert classes == 1 or words in found.stderr
+    shutil.rmtree(images)
+    other.rename(images)
+    (run / "history.jsonl").unlink()
+    (run / "supernet.ckpt").unlink()
+    again = genas.search(run, resume=True).wait()
+    assert again.status == 1 and len(again.stderr.splitlines()) == 1, again.stderr
+    assert not (run / "supernet.ckpt").exists()
+
+
+@pytest.mark.parametrize("metric", ["flatness", "angle+flatness"])
+def test_a_search_in_float64_is_resumed_and_scored_in_it(
+    metric: str, genas: Any, tmp_path: Path, folder_at: Any
+) -> None:
+    run = tmp_path / "run"
+    settings = ["training.precision=64-true", "search.generations=1", "training.epochs=1", f"score.metric={metric}"]
+    assert genas.search(run, *settings).wait().status == 0
+    before = folder_at(run).records
+    assert all(record["status"] == "ok" for record in before)
+    (run / "history.jsonl").write_text("".join((run / "history.jsonl").read_text().splitlines(True)[:2]))
+    assert genas.search(run, resume=True).wait().status == 0
+    assert folder_at(run).records == before
+    best = folder_at(run).genotype["record"]
+    code = " ".join(map(str, best["candidate"]))
+    scored = genas("score", code, "--run", run, "--device", "cpu")
+    assert f"{best['score']:.6g}" in scored.stdout and f"{best['losses'][0]:.6f}" in scored.stdout
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        ["data.train_images=17", "training.batch_size=16", "score.recalibration_images=8"],
+        ["data.train_images=20", "training.batch_size=4", "score.recalibration_images=17", "data.storage=disk"],
+        ["data.train_images=20", "training.batch_size=4", "score.recalibration_batch_size=16"],
+    ],
+)
+def test_one_image_more_than_batches_take(own: list[str], genas: Any, tmp_path: Path) -> None:
+    # Features of one pixel, which a batch of one image has no variance of.
+    for name in "ab":
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for number in range(24):
+            pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    settings = [
+        *("data.name=image_folder", f"data.root={tmp_path / 'images'}", "data.validation_images=null"),
+        *("data.test_images=null", "space.stem=imagenet", "training.epochs=1", "search.generations=1"),
+        *("score.recalibration_images=17", "score.recalibration_batch_size=16"),
+    ]
+    done = genas.search(tmp_path / "run", *settings, *own).wait()
+    assert done.status == 0, done.stderr
+    # A batch size of one is what cannot be mended.
+    refused = genas.search(tmp_path / "single", *settings, *own, "training.batch_size=1").wait()
+    assert "The training loader has a batch of one image" in refused.error
+    assert not (tmp_path / "single" / "supernet.ckpt").exists()
+
+
 def test_score_takes_names_and_codes_metrics_and_sigmas(genas: Any, finished: Any) -> None:
     code = " ".join(map(str, ZOO["genas_flatness_c10"].genotype.code))
     by_name = genas("score", "genas_flatness_c10", "--run", finished.path, "--metric", "accuracy")

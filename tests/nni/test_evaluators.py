@@ -25,6 +25,8 @@ from genas_plugins.checkpoints import CheckpointError, save_supernet
 from genas_plugins.genotype import Genotype
 from genas_plugins.scoring import CommonNoise
 from genas_plugins.spaces import DartsSearchSpace
+from genas_plugins.supernet import SuperNet
+from genas_plugins.zoo import ZOO
 from nni_strategy import CombinedEvaluator, DartsSpace, FlatnessEvaluator, GeNAS, config
 from nni_strategy.run import _score_arguments
 from nni_strategy.samples import SampleSpace
@@ -290,3 +292,21 @@ def test_a_folder_without_a_supernet_and_a_model_without_an_architecture(finishe
         FlatnessEvaluator(tmp_path).measure({})
     with pytest.raises(TypeError, match="Linear does not tell its architecture; expected a Genotype"):
         FlatnessEvaluator(finished.path, device="cpu").measure(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("classes", [5, 12])
+def test_a_supernet_of_other_classes_than_the_images_is_refused(classes: int, tmp_path: Path) -> None:
+    path = tmp_path / "supernet.safetensors"
+    save_supernet(SuperNet(classes, 4, 3), path)
+    evaluator = FlatnessEvaluator(path, data={"name": "digits", "validation_images": 32, "recalibration_images": 32})
+    with pytest.raises(ValueError, match=rf"supernet has {classes} classes, and the images \(digits\) have 10"):
+        evaluator.evaluate(ZOO["genas_flatness_c10"].genotype)
+
+
+def test_another_space_of_other_classes_is_refused(tmp_path: Path) -> None:
+    space = GeNAS().mutate_model(NasBench201(4, 1, 5))
+    torch.save(space.state_dict(), tmp_path / "state.pt")
+    data = {"name": "digits", "validation_images": 32, "recalibration_images": 32}
+    evaluator = FlatnessEvaluator(tmp_path / "state.pt", data=data, space=NasBench201(4, 1, 5))
+    with pytest.raises(ValueError, match=r"supernet has 5 classes, .* have 10"):
+        _ = evaluator.trained

@@ -442,6 +442,13 @@ def test_torchrun(large: Path, images: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ other ways to run
 
 
+def test_batches_of_one_image_of_one_pixel_are_refused(images: Path, tmp_path: Path, capsys: Any) -> None:
+    status, _ = launch(*configured(tmp_path / "single", images, batch_size=1))
+    assert status == 1 and "batch_size is 1, and batch normalisation has no statistics" in capsys.readouterr().err
+    # Normalisation without statistics of the batch takes them.
+    train(tmp_path / "group", images, batch_size=1, model_kwargs={**NETWORK, "norm_layer": "groupnorm1"})
+
+
 def test_drop_path_rises_linearly(images: Path, tmp_path: Path) -> None:
     seen: list[float] = []
 

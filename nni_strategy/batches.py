@@ -1,0 +1,282 @@
+"""The images that a search measures: the evaluator's own, by the way on which they reach its network."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from nni.nas.evaluator.pytorch import Lightning
+from pytorch_lightning.trainer.states import RunningStage
+from pytorch_lightning.utilities.combined_loader import CombinedLoader
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader
+
+from nni_strategy.training import TrainBatches
+
+__all__ = ["BatchParts", "EvaluatorBatches", "check_loss", "find_parts", "smallest_batch"]
+
+BatchParts = tuple[str | int, str | int] | Callable[[Any], tuple[Tensor, Tensor]]
+"""Where images and labels are in a batch: two keys or positions, or a function of the batch."""
+
+_IMAGES = ("image", "images", "img", "imgs", "pixel_values", "pixels", "input", "inputs", "x", "data")
+_LABELS = ("label", "labels", "target", "targets", "y", "class", "classes")
+_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+_OTHER_LOSSES = (
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.BCELoss,
+    nn.BCEWithLogitsLoss,
+    nn.MultiLabelMarginLoss,
+    nn.MultiLabelSoftMarginLoss,
+    nn.PoissonNLLLoss,
+    nn.GaussianNLLLoss,
+    nn.KLDivLoss,
+    nn.SoftMarginLoss,
+    nn.CTCLoss,
+)
+
+
+def find_parts(batch: Any, parts: BatchParts | None) -> tuple[Tensor, Tensor]:
+    """Images and labels of a batch.
+
+    Args:
+        batch: As the training step gets it.
+        parts: See :class:`nni_strategy.GeNAS`.
+
+    Raises:
+        TypeError: They are not found, or are no tensors.
+        ValueError: There is not a label for each image.
+    """
+    if callable(parts):
+        found = tuple(parts(batch))
+    elif parts is not None:
+        found = tuple(_part(batch, key) for key in parts)
+    elif isinstance(batch, Mapping):
+        found = tuple(batch[_only(batch, names)] for names in (_IMAGES, _LABELS))
+    elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 1:
+        found = tuple(batch[:2])
+    else:
+        raise TypeError(f"GeNAS finds no images and labels in a batch that is {_shape_of(batch)}. {_ADVICE}")
+    if len(found) != 2 or not all(isinstance(part, Tensor) for part in found):
+        raise TypeError(f"Images and labels must be two tensors, got {_shape_of(list(found))}. {_ADVICE}")
+    images, labels = found
+    if images.ndim < 2 or labels.ndim < 1 or len(images) != len(labels):
+        raise ValueError(
+            f"Images and labels must be as many, got {tuple(images.shape)} and {tuple(labels.shape)}. {_ADVICE}"
+        )
+    return images, labels
+
+
+_ADVICE = (
+    'Say where they are with batch_parts=, two keys or positions such as ("image", "label") or a function of the batch '
+    "that returns images and labels."
+)
+
+
+def _part(batch: Any, key: str | int) -> Any:
+    try:
+        return getattr(batch, key) if isinstance(key, str) and hasattr(batch, key) else batch[key]
+    except (LookupError, TypeError) as error:
+        raise TypeError(f"batch_parts names {key!r}, but a batch is {_shape_of(batch)}.") from error
+
+
+def _only(batch: Mapping[str, Any], names: Sequence[str]) -> str:
+    there = [key for key in batch if isinstance(key, str) and key.lower() in names]
+    if len(there) != 1:
+        found = f"several of them ({', '.join(there)})" if there else "none of them"
+        raise TypeError(
+            f"GeNAS looks for one of the keys {', '.join(names)} in a batch, and finds {found} in {_shape_of(batch)}. "
+            f"{_ADVICE}"
+        )
+    return there[0]
+
+
+def _shape_of(batch: Any) -> str:
+    """A batch in a few words."""
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}"
+    name = type(batch).__name__
+    if isinstance(batch, Mapping):
+        return f"{name} of {', '.join(str(key)[:40] for key in list(batch)[:8])}"
+    if isinstance(batch, list | tuple):
+        return f"{name} of {len(batch)} ({', '.join(map(_shape_of, batch[:4]))})" if len(batch) < 9 else name
+    return name
+
+
+def check_loss(module: nn.Module, loss: Any) -> None:
+    """Refuse to score by cross-entropy what is trained by a loss that no classification has.
+
+    Raises:
+        ValueError: The module has such a loss and none for classes, and ``loss`` is not given.
+    """
+    if loss is not None:
+        return
+    own = [value for value in (*vars(module).values(), *module.children()) if isinstance(value, nn.Module)]
+    others = [value for value in own if isinstance(value, _OTHER_LOSSES)]
+    if others and not any(isinstance(value, nn.CrossEntropyLoss | nn.NLLLoss) for value in own):
+        name = type(others[0]).__name__
+        raise ValueError(
+            f"{type(module).__name__} trains by {name}, and GeNAS would score by cross-entropy: pass the loss that is "
+            f"meant, loss=torch.nn.{name}(), or torch.nn.CrossEntropyLoss() if that is it all the same."
+        )
+
+
+class EvaluatorBatches:
+    """Batches of a Lightning evaluator on a device, transferred as its trainer transfers them.
+
+    The hooks ``on_before_batch_transfer``, ``transfer_batch_to_device`` and ``on_after_batch_transfer`` are those of
+    the data module, or else of the Lightning module, and see the trainer training, or validating, as they do in a fit.
+    What they and the loaders draw is a function of the seed; all global generators are left as they were.
+
+    Args:
+        evaluator: The evaluator.
+        device: Where the batches are wanted.
+        parts: Where images and labels are; ``None`` for the usual places.
+        seed: Of what loaders and hooks draw.
+    """
+
+    def __init__(self, evaluator: Lightning, device: torch.device, parts: BatchParts | None, seed: int) -> None:
+        self._evaluator = evaluator
+        self._device = device
+        self._parts = parts
+        self._seed = seed
+
+    def repeatable(self, training: bool) -> bool:
+        """Whether the loader, or each of several, can be iterated once more."""
+        return not any(isinstance(loader, Iterator) for loader in _leaves(self.loader(training)))
+
+    def loader(self, training: bool) -> Any:
+        """The evaluator's loader, or loaders, as they are."""
+        name = "train_dataloader" if training else "val_dataloader"
+        module = self._evaluator.datamodule
+        return getattr(self._evaluator, f"{name}s") if module is None else getattr(module, name)()
+
+    def collect(
+        self, training: bool, images: int | None, keep: Callable[[Tensor, Tensor], Any] = lambda *pair: pair
+    ) -> list[Any]:
+        """The first ``images`` of the training or the validation loader.
+
+        Args:
+            training: Which.
+            images: How many; ``None`` for all.
+            keep: What to keep of images and labels of a batch.
+
+        Raises:
+            TypeError: Images and labels are not found in a batch.
+            ValueError: There are fewer.
+        """
+        kept: list[Any] = []
+        seen, missing = 0, images
+        with self._as_in_fit(training):
+            for batch, number in _batches_of(self.loader(training), training):
+                inputs, labels = find_parts(self._transferred(batch, number), self._parts)
+                inputs, labels = inputs.to(self._device), labels.to(self._device)
+                if missing is not None:
+                    inputs, labels = inputs[:missing], labels[:missing]
+                    missing -= len(labels)
+                seen += len(labels)
+                kept.append(keep(inputs, labels))
+                if missing == 0:
+                    break
+        if missing or not kept:
+            purpose = "recalibration" if training else "validation"
+            raise ValueError(
+                f"GeNAS needs {images or 'some'} images for {purpose}, the evaluator's loader gives {seen}; lower "
+                f"{purpose}_images or bring more data."
+            )
+        return kept
+
+    def _transferred(self, batch: Any, number: int) -> Any:
+        evaluator = self._evaluator
+        batch = evaluator.trainer.precision_plugin.convert_input(batch)
+        for name in _HOOKS:
+            arguments = (batch, self._device, number) if name == _HOOKS[1] else (batch, number)
+            data = evaluator.datamodule
+            owner = data if data is not None and is_overridden(name, data) else evaluator.module
+            batch = getattr(owner, name)(*arguments)
+        return batch
+
+    @contextmanager
+    def _as_in_fit(self, training: bool) -> Iterator[None]:
+        """Trainer and modules are as in a fit; afterwards they and all random states are as they were."""
+        module, state = self._evaluator.module, self._evaluator.trainer.state
+        inner = getattr(module, "training_module", module)
+        stage, modes = state.stage, [(part, part.training) for part in module.modules()]
+        for part in (module, inner):
+            # A search of a supernet that was not trained here has none yet.
+            if part._trainer is None:
+                part.trainer = self._evaluator.trainer
+        with _random_states(self._seed, self.loader(training)), torch.no_grad():
+            try:
+                state.stage = RunningStage.TRAINING if training else RunningStage.VALIDATING
+                module.train(training)
+                yield
+            finally:
+                state.stage = stage
+                for part, mode in modes:
+                    part.training = mode
+
+
+@contextmanager
+def _random_states(seed: int, loaders: Any) -> Iterator[None]:
+    """Draw from ``seed``, and leave the global generators, and those that loaders bring, as they were."""
+    own = []
+    for loader in _leaves(loaders):
+        sampler = getattr(loader, "sampler", None)
+        found = (getattr(part, "generator", None) for part in (loader, sampler))
+        own += [(generator, generator.get_state()) for generator in found if isinstance(generator, torch.Generator)]
+    python, numpy = random.getstate(), np.random.get_state()
+    # Asking a CUDA that nobody uses for its state would start it.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed_all(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            for generator, state in own:
+                generator.set_state(state)
+
+
+def _batches_of(loaders: Any, training: bool) -> Iterator[tuple[Any, int]]:
+    """Batches with the number of their loader, as Lightning iterates over one loader or several."""
+    if loaders is None:
+        return
+    if isinstance(loaders, TrainBatches):
+        loaders = loaders.whole()
+    if not isinstance(loaders, CombinedLoader):
+        loaders = CombinedLoader(loaders, "max_size_cycle" if training else "sequential")
+    for batch, _, number in iter(loaders):
+        yield batch, number
+
+
+def _leaves(loaders: Any) -> Iterable[Any]:
+    if loaders is None:
+        return ()
+    return loaders.flattened if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "sequential").flattened
+
+
+def smallest_batch(loaders: Any) -> int | None:
+    """Images of the smallest batch of a pass over a training loader, where that is known."""
+    if isinstance(loaders, TrainBatches):
+        return min(loaders.sizes)
+    if not isinstance(loaders, DataLoader) or type(loaders.batch_sampler) is not BatchSampler:
+        return None
+    try:
+        count = len(loaders.sampler)
+    except TypeError:
+        return None
+    size = loaders.batch_sampler.batch_size
+    return size if loaders.batch_sampler.drop_last or count % size == 0 else count % size

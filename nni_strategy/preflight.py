@@ -1,0 +1,179 @@
+"""What can be known before a training that may take days: whether its supernet can be measured at all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from genas_plugins.scoring import CombinedScore, MeasurementError, recalibrate_batchnorm
+from genas_plugins.scoring.batchnorm import evaluation_mode
+from genas_plugins.scoring.data import TensorBatches
+from genas_plugins.scoring.losses import IGNORED_LABELS, Loss, check_classes, labelled, read_images
+from nni_strategy.batches import EvaluatorBatches, smallest_batch
+from nni_strategy.racing import check_race_images, opened
+from nni_strategy.samples import SupernetPaths
+
+__all__ = ["Preflight"]
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+_TRIED = 2
+
+
+@dataclasses.dataclass
+class _Seen:
+    """Of some batches: the first images that have a label, and all labels, batch by batch, on the CPU."""
+
+    images: Tensor
+    labels: Tensor
+    all_labels: list[Tensor] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """Measures two images before the training, and looks at all labels that will be read.
+
+    Attributes:
+        paths: The supernet's paths.
+        score: What the search measures.
+        source: The evaluator's batches, on the device of the supernet.
+        recalibration: Batches that the user brings, or ``None`` for the evaluator's.
+        validation: The same.
+        recalibration_images: How many the search will read; 0 for no recalibration.
+        validation_images: The same; ``None`` for all.
+        racing: Whether candidates race.
+        loss: As in :func:`genas_plugins.scoring.flatness`.
+        seed: Of the search.
+    """
+
+    paths: SupernetPaths
+    score: CombinedScore
+    source: EvaluatorBatches
+    recalibration: Batches | None
+    validation: Batches | None
+    recalibration_images: int
+    validation_images: int | None
+    racing: bool
+    loss: Loss | None
+    seed: int
+
+    def __call__(self) -> None:
+        """Check all that can be.
+
+        Raises:
+            ValueError: The images, their number, their labels or the loss do not fit the network or the search.
+            TypeError: Images and labels are not found in a batch.
+        """
+        validation = self._seen(False, self.validation, self.validation_images)
+        recalibration = None
+        if self.recalibration is not None or self.recalibration_images:
+            recalibration = self._seen(True, self.recalibration, self.recalibration_images)
+        if validation is None:
+            # A loader that can be read once is left for the search.
+            return
+        if self.racing and validation.all_labels is not None and self.loss is None:
+            check_race_images(validation.all_labels)
+        # The whole batch, too, for a network that is made for its size.
+        for count in (_TRIED, len(validation.images)):
+            try:
+                self._measure(validation, recalibration, count)
+                break
+            except MeasurementError:
+                # Weights that were not trained yet may give such numbers.
+                break
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+                if count < len(validation.images):
+                    continue
+                kind = str(validation.images.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"GeNAS cannot measure the network on the evaluator's images, {kind} "
+                    f"{tuple(validation.images.shape[1:])} when all hooks have transferred them: "
+                    f"{' '.join(str(error).split())}. What training_step makes of them is not seen here: do it in "
+                    "on_after_batch_transfer, or in batch_parts= as a function of the batch."
+                ) from error
+
+    def _measure(self, validation: _Seen, recalibration: _Seen | None, count: int) -> None:
+        candidate = self.paths.search_space.sample(np.random.default_rng(self.seed))
+        score = dataclasses.replace(self.score, draws=1, hessian_directions=1)
+        chosen = [(validation.images[:count], validation.labels[:count])]
+        calibrating = None
+        if recalibration is not None:
+            calibrating = [(recalibration.images[:count], recalibration.labels[:count])]
+        with opened(self.paths, candidate, score, chosen, self.seed, self.loss) as (model, sources):
+            self._check_single_images(model, recalibration or validation)
+            if self.loss is None and score.metrics != {"angle"}:
+                self._check_labels(model, chosen[0], validation)
+            score(model, chosen, recalibration=calibrating, **sources)
+
+    def _check_single_images(self, model: nn.Module, seen: _Seen) -> None:
+        if smallest_batch(self.source.loader(True)) != 1:
+            return
+        try:
+            recalibrate_batchnorm(model, [(seen.images[:1], seen.labels[:1])])
+        except ValueError as error:
+            raise ValueError(
+                "The training loader has a batch of one image, of which batch normalisation has no statistics where "
+                f"features are of one pixel ({error}): choose another batch_size or number of training images, or "
+                "drop_last=True."
+            ) from error
+
+    def _check_labels(self, model: nn.Module, example: tuple[Tensor, Tensor], validation: _Seen) -> None:
+        with evaluation_mode(model), torch.no_grad():
+            classes = check_classes(read_images(model, example[0]), example[1])
+        labels = validation.labels if validation.all_labels is None else torch.cat(validation.all_labels)
+        inside, outside = labelled(labels, classes)
+        if bool(outside.any()):
+            raise ValueError(
+                f"The validation images have the label {int(labels[outside][0])}, and the network has {classes} "
+                f"classes, numbered from 0: give the space num_classes={int(labels.max()) + 1}, or bring its images."
+            )
+        if not bool(inside.any()):
+            raise ValueError(f"No validation image has a label: {IGNORED_LABELS[0]} and {IGNORED_LABELS[1]} are none.")
+        sets = [getattr(loader, "dataset", None) for loader in (self.source.loader(True), self.source.loader(False))]
+        for names in (getattr(data, "classes", None) for data in sets):
+            if isinstance(names, list | tuple) and len(names) > classes:
+                raise ValueError(f"The images have {len(names)} classes, and the network has {classes}.")
+
+    def _seen(self, training: bool, given: Batches | None, count: int | None) -> _Seen | None:
+        parameter = next(self.paths.space.parameters())
+        if isinstance(given, TensorBatches):
+            images, labels = next(iter(given))
+            return _Seen(images.to(parameter.device), labels.to(parameter.device), given.labels_of_batches)
+        seen = _Collected(parameter.device)
+        if given is None and self.source.repeatable(training):
+            self.source.collect(training, count, seen)
+        elif given is not None and not isinstance(given, Iterator):
+            for images, labels in given:
+                # Who recalibrates needs no labels.
+                seen(images, torch.zeros(len(images), dtype=torch.int64) if labels is None else labels)
+        else:
+            return None
+        return seen.result()
+
+
+class _Collected:
+    """Keeps of batches the first one with labels, and all labels."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._first: tuple[Tensor, Tensor] | None = None
+        self._labels: list[Tensor] = []
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        self._labels.append(labels.cpu())
+        if self._first is not None:
+            return
+        known = torch.ones(len(labels), dtype=torch.bool)
+        if labels.ndim == 1:
+            known = torch.stack([labels.cpu() != label for label in IGNORED_LABELS]).all(0)
+        if bool(known.any()):
+            known = known.to(images.device)
+            self._first = images[known].to(self._device), labels[known].to(self._device)
+
+    def result(self) -> _Seen:
+        if self._first is None:
+            raise ValueError(f"No image has a label: {IGNORED_LABELS[0]} and {IGNORED_LABELS[1]} stand for none.")
+        return _Seen(*self._first, self._labels)
