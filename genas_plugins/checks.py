@@ -42,7 +42,7 @@ def check_count(name: str, value: Any, least: int = 1, most: int = MOST) -> int:
         bound = "must not be negative" if least == 0 else f"must be at least {least}"
         raise ValueError(f"{name} {bound}, got {shown(value, _SHOWN)}.")
     if value > most:
-        raise ValueError(f"{name} must be at most {most}, got {shown(value, _SHOWN)}.")
+        raise ValueError(f"{name} must be at most {most:,}, got {shown(value, _SHOWN)}.")
     return int(value)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from genas_plugins._messages import shown
+from genas_plugins.checks import check_count
 from genas_plugins.network import MAX_CELLS, MAX_CHANNELS, MAX_CLASSES
 from genas_plugins.spaces.nasbench201 import EDGES, NODES, OPERATIONS, NasBench201Architecture
 from genas_plugins.supernet import share_parameters
@@ -203,6 +203,7 @@ def check_sizes(init_channels: int, cells_per_stage: int, num_classes: int = 1) 
     """Refuse sizes of which no network of the space can be.
 
     Raises:
+        TypeError: One is no whole number.
         ValueError: One is below 1, or beyond the limits of :mod:`genas_plugins.network`.
     """
     limits = {
@@ -211,10 +212,7 @@ def check_sizes(init_channels: int, cells_per_stage: int, num_classes: int = 1) 
         "num_classes": (num_classes, MAX_CLASSES),
     }
     for name, (size, most) in limits.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}.")
-        if size > most:
-            raise ValueError(f"{name} must be at most {most:,}, got {shown(size)}.")
+        check_count(name, size, most=most)
 
 
 class _Stack(nn.Module):

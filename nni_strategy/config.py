@@ -20,7 +20,7 @@ from genas_plugins._reading import ReadingError, parse_yaml, read_yaml, user_pat
 from genas_plugins.checks import MOST_IMAGES, check_count, check_real, check_seed
 from genas_plugins.files import packaged_configs
 from genas_plugins.nasbench201 import check_sizes
-from genas_plugins.network import cell_shapes
+from genas_plugins.network import MAX_CELLS, MAX_CHANNELS, cell_shapes
 from genas_plugins.scoring import CombinedScore
 from genas_plugins.search import Evolution, InFlight
 from genas_plugins.search.racing import check_confidence
@@ -30,7 +30,7 @@ __all__ = ["ConfigError", "Experiment", "build", "config_names", "dump", "find_c
 
 
 _CHECK = "check"
-_MOST_PIXELS, _MOST_CHANNELS, _MOST_CELLS, _MOST_PROCESSES = 16_384, 4_096, 1_000, 1_024
+_MOST_PIXELS, _MOST_PROCESSES = 16_384, 1_024
 # YAML 1.1 reads 1e-5 as text, for want of a dot. 0.1 is text only where somebody has quoted it.
 _DOTLESS = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+", re.ASCII)
 
@@ -73,10 +73,10 @@ class Space(_Section):
     """
 
     name: Literal["darts", "nasbench201"] = "darts"
-    init_channels: int = _count(16, most=_MOST_CHANNELS)
-    num_cells: int = _count(8, most=_MOST_CELLS)
+    init_channels: int = _count(16, most=MAX_CHANNELS)
+    num_cells: int = _count(8, most=MAX_CELLS)
     stem: Literal["cifar", "imagenet"] = "cifar"
-    cells_per_stage: int = _count(5, most=_MOST_CELLS)
+    cells_per_stage: int = _count(5, most=MAX_CELLS)
     affine: bool = True
 
     def check(self) -> None:

@@ -151,7 +151,8 @@ def test_json_that_cannot_be_is_a_reason(text, tmp_path):
     (tmp_path / "genotype.json").write_text(text)
     with pytest.raises(ValueError, match=r"genotype\.json is not a JSON file"):
         find_genotype(tmp_path / "genotype.json")
-    (tmp_path / "history.jsonl").write_text(text + "\n")
+    # Not the last line, which a crash may have cut off.
+    (tmp_path / "history.jsonl").write_text(text + "\n{}\n")
     with pytest.raises(HistoryError, match="Line 1 of"):
         History(tmp_path / "history.jsonl")
 
