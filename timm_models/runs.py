@@ -11,7 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm import utils
 from timm.models import safe_model_name
 from timm.task import TrainingTask
@@ -19,6 +18,7 @@ from torch.optim import Optimizer
 
 from genas_plugins._messages import one_line
 from genas_plugins._optional import require
+from genas_plugins.checkpoints import CheckpointError, read_torch
 from genas_plugins.datasets import check_identity, write_identity
 from genas_plugins.files import write_text
 from genas_plugins.locking import lock_folder
@@ -238,10 +238,9 @@ def find_checkpoint(place: str | Path) -> Path | None:
     for candidate in candidates:
         try:
             # All of it, not only what is read at first.
-            torch.load(candidate, map_location="cpu", weights_only=True)
-        # What torch.load raises depends on where the damage is: IndexError and struct.error among others.
-        except Exception as error:
-            _logger.warning("%s is damaged: %s", candidate, one_line(error, 200))
+            read_torch(candidate)
+        except (CheckpointError, OSError) as error:
+            _logger.warning("%s", one_line(error, 500))
             continue
         return candidate
     earlier = [] if place.is_file() else sorted(place.glob("*.pth.tar"))
