@@ -113,7 +113,8 @@ class History:
                     record = json.loads(content, parse_constant=_no_number)
                 # Brackets a thousand deep are no record either.
                 except (ValueError, RecursionError) as error:
-                    if number == last and not cut.strip(_BLANK):
+                    # What was cut off begins as a record does; anything else is not ours to throw away.
+                    if number == last and not cut.strip(_BLANK) and content.startswith(b"{"):
                         found["cut-off last line"] += 1
                         continue
                     raise HistoryError(

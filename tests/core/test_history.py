@@ -128,6 +128,13 @@ def test_a_history_that_an_editor_has_saved_is_read_as_it_is(path, caplog, text)
     assert History(path).records == RECORDS and path.read_bytes() == before and caplog.text == ""
 
 
+def test_a_last_line_that_no_search_has_begun_is_refused(path):
+    path.write_bytes(b"".join(LINES) + b"not JSON\n")
+    with pytest.raises(HistoryError, match=r"Line 5 of .* is not JSON"):
+        History(path)
+    assert path.read_bytes() == b"".join(LINES) + b"not JSON\n"
+
+
 def test_two_writers_do_not_interleave(path):
     first, second = History(path), History(path)
     first.append({"index": 4})

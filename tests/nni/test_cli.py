@@ -223,10 +223,11 @@ def test_a_supernet_of_another_training_is_not_continued(genas: Any, copy: Path)
 
 
 def test_damaged_initial_weights_and_history_are_refused(genas: Any, copy: Path) -> None:
-    (copy / "history.jsonl").write_text('{"index": 0}\nnot JSON\n')
+    lines = (copy / "history.jsonl").read_text().splitlines()
+    (copy / "history.jsonl").write_text(f"{lines[0]}\nnot JSON\n")
     assert f"Line 2 of {copy}/history.jsonl is not JSON" in genas("search", "--output", copy, "--resume").error
     assert f"Line 2 of {copy}/history.jsonl is not JSON" in genas("plot", "search", copy, copy / "new.png").error
-    (copy / "history.jsonl").write_text('{"index": 0, "candidate": [1], "score": 1.0}\n')
+    (copy / "history.jsonl").write_text(json.dumps(json.loads(lines[0]) | {"candidate": [1]}) + "\n")
     message = genas("search", "--output", copy, "--resume", "--quiet").error
     assert "the history belongs to other settings or another seed" in message
     (copy / "initial.safetensors").write_bytes(b"x" * 100)
@@ -410,7 +411,9 @@ def test_plot_refuses_what_it_cannot_draw(genas: Any, finished: Any, tmp_path: P
     for what in ("search", "losses"):
         message = genas("plot", what, tmp_path, tmp_path / "x.png").error
         assert message == f"{tmp_path} is not the folder of a search: no history.jsonl."
-    (tmp_path / "history.jsonl").write_text('{"index": 0, "candidate": [1], "score": 0.5, "top1": 0.5}\n')
+    record = {"index": 0, "generation": 0, "origin": "random", "candidate": [1], "status": "ok", "seconds": 1.0}
+    record |= {"score": 0.5, "shares": {"accuracy": 1.0}, "top1": 0.5}
+    (tmp_path / "history.jsonl").write_text(json.dumps(record) + "\n")
     assert genas("plot", "losses", tmp_path, tmp_path / "x.png").error.endswith("did not measure flatness.")
     assert genas("plot", "losses", finished.path, tmp_path / "x.png", "--top", "0").error.startswith("--top must be")
     assert ".svg, .png or .pdf" in genas("plot", "cells", "genas_flatness_c10", tmp_path / "x.gif").error
