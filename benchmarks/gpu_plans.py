@@ -100,6 +100,13 @@ SPEED = Plan(
             _SMALL_SCORES,
         ),
         Step(
+            "scoring_contiguous",
+            "the same at batches that are not channels-last, which depthwise convolutions may like better",
+            12,
+            "benchmarks/scoring.py --device {device} --candidates 2 --contiguous",
+            _SMALL_SCORES,
+        ),
+        Step(
             "search",
             "a supernet of digits, for the next step",
             20,

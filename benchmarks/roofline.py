@@ -405,7 +405,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add_options(parser)
     # What the other benchmark's arms want, of which this script runs one.
-    parser.set_defaults(candidates=0, workers=0, sigmas=SIGMAS)
+    parser.set_defaults(candidates=0, workers=0, sigmas=SIGMAS, contiguous=False)
     args = parser.parse_args(arguments)
     cuda = torch.device(args.device).type == "cuda"
     args.batch_size = args.batch_size or (2048 if cuda else 64)

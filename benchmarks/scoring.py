@@ -193,7 +193,7 @@ class Benchmark:
         self.candidates = [space.sample(rng) for _ in range(args.candidates)]
         calibration = random_images(args.recalibration_images, args.image_size, args.seed + 1)
         validation = random_images(args.images, args.image_size, args.seed + 2)
-        settings = {"mean": MEAN, "std": STD, "device": self.device}
+        settings = {"mean": MEAN, "std": STD, "device": self.device, "channels_last": not args.contiguous}
         self.recalibration = TensorBatches(calibration, RECALIBRATION_BATCH, **settings)
         self.validation = TensorBatches(validation, args.batch_size, **settings)
         workers = {"num_workers": args.workers, "persistent_workers": args.workers > 0}
@@ -302,6 +302,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sigmas", type=float, nargs="+", default=SIGMAS, help="of the noise (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, help="of the validation (default: 64 on a CPU, 2048 on CUDA)")
     parser.add_argument("--recalibration-images", type=int, default=RECALIBRATION_IMAGES)
+    parser.add_argument("--contiguous", action="store_true", help="images of ours and bare are not channels-last")
     parser.add_argument("--workers", type=int, default=0, help="of the naive DataLoader (default: its own, 0)")
     parser.add_argument("--in-flight", type=int, nargs="+", default=[], help="also so many candidates at a time")
     parser.add_argument("--busy", type=int, metavar="N", help="also beside N processes that keep the cores busy")
