@@ -249,8 +249,9 @@ def tables(args: argparse.Namespace) -> None:
     """
     from genas_plugins.search import History
     from genas_plugins.truth import read_truth
-    from nni_strategy.correlate import MEASUREMENTS_FILE, load_settings
+    from nni_strategy.correlate import MEASUREMENTS_FILE
     from nni_strategy.report import score_table
+    from nni_strategy.settings import load_settings
 
     settings, sums = load_settings(*SETTINGS)
     scores = {}

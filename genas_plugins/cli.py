@@ -360,6 +360,7 @@ def _correlate(options: argparse.Namespace) -> int:
     from nni_strategy import config, correlate, report
     from nni_strategy.progress import Bar
     from nni_strategy.run import run_experiment
+    from nni_strategy.settings import Images, check_options, check_sums, load_settings
     from nni_strategy.trained import TrainedSupernet, load_data
 
     if (options.run is None) == (options.config is None):
@@ -372,12 +373,12 @@ def _correlate(options: argparse.Namespace) -> int:
         raise ValueError("--set belongs to --config; a run keeps the settings that it has.")
     # All that can be wrong is found before anything takes long.
     truth = read_truth(options.truth, options.dataset)
-    settings, sums = correlate.load_settings(*options.settings)
-    correlate.check_sums(sums, settings, options.training_free)
+    settings, sums = load_settings(*options.settings)
+    check_sums(sums, settings, options.training_free)
     if options.device is not None:
         check_device(options.device, "--device")
     wanted = {name: getattr(options, name) for name in ("seed", "resamples", "images", "training_free")}
-    correlate.check_options(settings, **wanted)
+    check_options(settings, **wanted)
     architectures = correlate.choose(truth, options.sample, options.seed)
     folder = Path(options.output)
     correlate.check_folder(folder, options.resume)
@@ -389,10 +390,10 @@ def _correlate(options: argparse.Namespace) -> int:
         experiment = config.load(options.config, options.overrides)
         if experiment.space.name != "nasbench201":
             raise ValueError(f"{options.config} searches the space {experiment.space.name}, expected nasbench201.")
-        there = correlate.Images.of(
+        there = Images.of(
             load_data(experiment), experiment.score.recalibration_images > 0, experiment.score.recalibration_batch_size
         )
-        correlate.check_options(settings, **wanted, available=there)
+        check_options(settings, **wanted, available=there)
     # The same command: --resume goes on where there is something, and begins where there is not.
     again = f"genas {shlex.join([*options.line, *['--resume'] * (not options.resume)])}"
     with _told_how_to_go_on(folder, lambda: True, again), lock_folder(folder):
@@ -400,10 +401,8 @@ def _correlate(options: argparse.Namespace) -> int:
             run_experiment(experiment, run, resume=options.resume and (run / "config.yaml").exists(), progress=progress)
         trained = TrainedSupernet.from_run(run, device=options.device, data_root=options.data_root)
         if experiment is None:
-            there = correlate.Images.of(
-                trained.data, trained.recalibration is not None, trained.recalibration_batch_size
-            )
-            correlate.check_options(settings, **wanted, available=there)
+            there = Images.of(trained.data, trained.recalibration is not None, trained.recalibration_batch_size)
+            check_options(settings, **wanted, available=there)
         raws = correlate.measure_all(
             trained,
             architectures,

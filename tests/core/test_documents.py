@@ -326,7 +326,7 @@ def test_a_setting_of_the_running_text_is_one(where: Block) -> None:
 def test_a_yaml_block_is_what_is_read(where: Block, tmp_path: Path) -> None:
     needs("genas")
     from nni_strategy import config
-    from nni_strategy.correlate import load_settings
+    from nni_strategy.settings import load_settings
 
     path = tmp_path / "block.yaml"
     path.write_text(where.text)

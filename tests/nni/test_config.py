@@ -13,7 +13,7 @@ import yaml
 import genas_plugins
 from genas_plugins.scoring import CombinedScore
 from nni_strategy.config import ConfigError, Experiment, config_names, dump, find_config, load, parse
-from nni_strategy.correlate import load_settings
+from nni_strategy.settings import load_settings
 from nni_strategy.trained import load_data
 
 SHIPPED = (

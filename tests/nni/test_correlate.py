@@ -24,9 +24,10 @@ from genas_plugins.scoring import CombinedScore
 from genas_plugins.scoring.training_free import synflow
 from genas_plugins.spaces import NasBench201Architecture, NasBench201SearchSpace
 from nni_strategy import config
-from nni_strategy.correlate import _training_free, check_sums, choose, load_settings, measure_all
+from nni_strategy.correlate import _training_free, choose, measure_all
 from nni_strategy.report import TRAINING_FREE, remarks, table_of, write_report
 from nni_strategy.run import Found, Outcome, run_experiment
+from nni_strategy.settings import check_sums, load_settings
 from nni_strategy.trained import TrainedSupernet
 
 SETTINGS = [

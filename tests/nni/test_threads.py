@@ -23,8 +23,9 @@ from genas_plugins.datasets import ImageTensors, SearchData
 from genas_plugins.genotype import Genotype
 from genas_plugins.spaces import NasBench201SearchSpace
 from nni_strategy import DartsSpace, GeNAS, config
-from nni_strategy.correlate import choose, load_settings, measure_all
+from nni_strategy.correlate import choose, measure_all
 from nni_strategy.run import run_experiment
+from nni_strategy.settings import load_settings
 from nni_strategy.threads import TrainingThreads
 from nni_strategy.trained import TrainedSupernet
 from nni_strategy.training import supernet_evaluator

@@ -1,0 +1,163 @@
+"""What ``genas correlate`` is to measure, columns and sums of their ranks, and whether a run has the images for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from genas_plugins._messages import listed, shown
+from genas_plugins._reading import ReadingError, read_yaml, user_path
+from genas_plugins.checks import MOST_IMAGES, check_count, check_seed
+from genas_plugins.correlation import Setting, columns
+from genas_plugins.datasets import SearchData
+from genas_plugins.files import packaged_configs
+from genas_plugins.ranking import fewest_resamples
+from genas_plugins.scoring import CombinedScore
+from nni_strategy import config
+from nni_strategy.report import ON_SUPERNET, TRAINING_FREE, RankSum, references
+
+__all__ = ["Images", "check_options", "check_sums", "load_settings"]
+
+_MOST_RESAMPLES = 100_000
+_RESERVED = {"architecture", "truth", "parameters", "live FLOPs", *TRAINING_FREE, *ON_SUPERNET}
+
+
+@dataclass(frozen=True)
+class Images:
+    """How many images a run has to train, to recalibrate and to score on."""
+
+    train: int
+    recalibration: int
+    validation: int
+    recalibration_batch_size: int
+
+    @classmethod
+    def of(cls, data: SearchData, recalibrates: bool, recalibration_batch_size: int) -> Images:
+        """Those of the data of a search, and what its score makes of them."""
+        recalibration = len(data.recalibration) if recalibrates else 0
+        return cls(len(data.train), recalibration, len(data.validation), recalibration_batch_size)
+
+
+def load_settings(*names_or_paths: str | Path) -> tuple[list[Setting], list[RankSum]]:
+    """Read settings from YAML files: lists, each item with a ``name`` and the fields of ``CombinedScore``.
+
+    One with ``rank_sum``, a list of columns, adds their ranks instead, and one with ``log_rank_sum`` their logarithms.
+    ``images`` and ``recalibration_images`` are those of :class:`genas_plugins.correlation.Setting`. What several files
+    say alike is measured once.
+
+    Raises:
+        ConfigError: There is no such file, or it says something that cannot be measured.
+    """
+    items: dict[str, Setting | RankSum] = {}
+    for name in names_or_paths:
+        for item in _read(name):
+            if items.setdefault(item.name, item) != item:
+                raise config.ConfigError(f"{name} says {shown(item.name)} otherwise than the files before it.")
+    if taken := sorted(_RESERVED.intersection(items)):
+        raise config.ConfigError(f"The table itself has columns of the name {', '.join(taken)}.")
+    settings = [item for item in items.values() if isinstance(item, Setting)]
+    if not settings:
+        raise config.ConfigError("The settings have nothing to measure: only sums of ranks.")
+    return settings, [item for item in items.values() if isinstance(item, RankSum)]
+
+
+def _read(name_or_path: str | Path) -> list[Setting | RankSum]:
+    known = packaged_configs("correlate")
+    path = user_path(name_or_path) if user_path(name_or_path).is_file() else known.get(str(name_or_path))
+    if path is None:
+        raise config.ConfigError(
+            f"There are no settings {shown(str(name_or_path))}; the package has: {', '.join(known)}."
+        )
+    try:
+        data = read_yaml(path)
+    except ReadingError as error:
+        raise config.ConfigError(f"{path} is not a YAML file: {error}.") from error
+    if not isinstance(data, list) or not data:
+        raise config.ConfigError(f"{path.name} must hold a list of settings, got {type(data).__name__}.")
+    items = [_setting(item, f"{path.name}, number {number}") for number, item in enumerate(data, 1)]
+    names = [item.name for item in items]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise config.ConfigError(f"{path.name} has several settings of the name {listed(sorted(twice))}.")
+    return items
+
+
+def check_sums(sums: Sequence[RankSum], settings: Sequence[Setting], training_free: bool) -> None:
+    """Refuse sums of columns that there will not be.
+
+    Raises:
+        ConfigError: The message has the column and those that there are.
+    """
+    there = [*references([]), *columns(settings, []), *((*TRAINING_FREE, *ON_SUPERNET) if training_free else ())]
+    for one in sums:
+        if missing := [name for name in one.of if name not in there]:
+            raise config.ConfigError(
+                f"{one.name}: there is no column {shown(missing[0])}; there are: {', '.join(there)}."
+            )
+
+
+def _setting(data: Any, where: str) -> Setting | RankSum:
+    if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
+        raise config.ConfigError(f"{where}: a setting holds keys and values, among them a name; got {shown(data)}.")
+    for kind in ("rank_sum", "log_rank_sum"):
+        if kind not in data:
+            continue
+        of = data[kind]
+        if set(data) != {"name", kind} or not isinstance(of, list) or len(of) < 2:
+            raise config.ConfigError(f"{where}: a sum has a name and, as {kind}, a list of two or more columns.")
+        return RankSum(data["name"], tuple(map(str, of)), logarithm=kind == "log_rank_sum")
+    own = {key: data[key] for key in ("images", "recalibration_images") if data.get(key) is not None}
+    rest = {key: value for key, value in data.items() if key not in ("name", "images", "recalibration_images")}
+    try:
+        if any(type(count) is not int for count in own.values()):
+            raise ValueError(f"images and recalibration_images must be integers, got {shown(own)}.")
+        return Setting(name=data["name"], score=config.build(CombinedScore, rest), **own)
+    except ValueError as error:
+        raise config.ConfigError(f"{where}: {error}") from error
+
+
+def check_options(
+    settings: Sequence[Setting],
+    *,
+    seed: int,
+    resamples: int,
+    images: int | None,
+    training_free: bool,
+    available: Images | None = None,
+) -> None:
+    """Refuse what :func:`measure_all` or the report would refuse after an hour.
+
+    Args:
+        settings: The columns.
+        seed: Of the sample and the bootstrap.
+        resamples: Of the bootstrap.
+        images: Validation images to score on; ``None`` for all.
+        training_free: Whether NASWOT, SynFlow and ZiCo are wanted, which need two batches of training images.
+        available: What the run has; ``None`` where that is not known yet.
+
+    Raises:
+        TypeError: A number is not whole.
+        ValueError: An option is out of its range, or asks for more than there is.
+    """
+    check_seed(seed, "--seed")
+    check_count("--resamples", resamples, fewest_resamples(), _MOST_RESAMPLES)
+    if images is not None:
+        check_count("--images", images, most=MOST_IMAGES)
+    if available is None:
+        return
+    if images is not None and images > available.validation:
+        raise ValueError(f"--images asks for {images} images, the validation half has {available.validation}.")
+    for setting in settings:
+        there = available.validation if images is None else images
+        if setting.images is not None and setting.images > there:
+            raise ValueError(f"The setting {setting.name!r} asks for {setting.images} images, there are {there}.")
+        wanted = setting.recalibration_images
+        if wanted is not None and (available.recalibration == 0 or wanted > available.train):
+            had = f"has {available.train} to train on" if available.recalibration else "does not recalibrate"
+            raise ValueError(f"The setting {setting.name!r} recalibrates on {wanted} images; the run {had}.")
+    if training_free and available.recalibration <= available.recalibration_batch_size:
+        raise ValueError(
+            f"--training-free needs two batches of {available.recalibration_batch_size} training images, "
+            f"score.recalibration_images is {available.recalibration}."
+        )
