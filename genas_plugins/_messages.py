@@ -11,9 +11,7 @@ __all__ = ["escaped", "listed", "message_of", "one_line", "shown"]
 
 _LONGEST_VALUE = 200
 _LONGEST_LINE = 2000
-_OF_ANOTHER_PROCESS = re.compile(
-    r"Caught \w+ in DataLoader worker process |-- Process \d+ terminated with the following error:"
-)
+_OF_ANOTHER_PROCESS = re.compile(r"Caught \w+ in DataLoader worker process |-- Process \d+ terminated")
 
 
 class _Bounded(reprlib.Repr):
