@@ -226,6 +226,8 @@ class Genas:
     def close(self) -> None:
         assert self._server.stdin is not None
         self._server.stdin.close()
+        # A loader's worker of another test may hold the other end of the pipe, so that it is not at its end.
+        self._server.terminate()
         self._server.wait(20)
 
 
