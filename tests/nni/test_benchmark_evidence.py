@@ -182,9 +182,9 @@ def test_the_whole_plan_is_rehearsed_on_a_cpu(kit: Path, genas: Any, tmp_path: P
     # Elsewhere, the file and the images are enough, the angle included: measurements are the same.
     run = ("--run", back / "seed0.safetensors", "--data-root", folder / "cifar10", "--device", "cpu", "--quiet")
     run += ("--truth", kit / "data" / "nasbench201_accuracy.csv", "--settings", "paper_tables", "label_free")
-    run += ("--training-free", "--sample", "15625", "--resamples", "10", "--output", tmp_path / "later")
+    run += ("--training-free", "--sample", "15625", "--resamples", "40", "--output", tmp_path / "later")
     stopped = genas("correlate", *run, "--minutes", "0.02")
-    assert stopped.status in (0, 1), stopped.stderr
+    assert stopped.status == 0 or "a correlation takes 3: go on with --resume" in stopped.stderr
     later = History(tmp_path / "later" / "measurements.jsonl").records
     assert 1 <= len(later) < 15625
     again = {name: value for name, value in later[0].items() if name != "training_free"}
