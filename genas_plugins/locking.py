@@ -38,6 +38,10 @@ _thread = threading.local()
 """``folders``: those that the thread has locked."""
 
 
+class _NoFlockError(Exception):
+    """This system, or this file system, has no flock."""
+
+
 class FolderInUseError(OSError):
     """Another process writes to the folder."""
 
@@ -105,7 +109,7 @@ def _lock(folder: Path) -> Iterator[None]:
     path = folder / LOCK_FILE
     try:
         descriptor = _acquire(folder, path)
-    except NotImplementedError:
+    except _NoFlockError:
         with _exclusive_file(folder):
             yield
         return
@@ -148,12 +152,12 @@ def _acquire(folder: Path, path: Path) -> int:
 
 def _flock(descriptor: int) -> bool:
     if fcntl is None:
-        raise NotImplementedError
+        raise _NoFlockError
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _UNSUPPORTED:
-            raise NotImplementedError from error
+            raise _NoFlockError from error
         # Some network file systems speak of a conflict as of a lack of rights.
         if isinstance(error, BlockingIOError | PermissionError):
             return False
