@@ -1,0 +1,77 @@
+"""The house: what stands at its public addresses, and which way the arrows between its rooms point."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# What README, the documents and DESIGN name. Hosts other than NNI and timm are looked at in their own tests.
+ADDRESSES = {
+    "genas_plugins": "ZOO CellNetwork Genotype SuperNet",
+    "genas_plugins.checkpoints": "CheckpointError load_supernet read_state save_supernet",
+    "genas_plugins.correlation": "Setting columns evaluate measure_raw slope_shares",
+    "genas_plugins.datasets": "ImageTensors SearchData load_search_data",
+    "genas_plugins.nasbench201": "NasBench201Architecture NasBench201Network NasBench201SearchSpace nasbench201_costs",
+    "genas_plugins.plotting": "LossCurve plot_cells plot_loss_curves plot_scatter plot_search",
+    "genas_plugins.ranking": "compare ndcg partial_kendall precision_at rank_correlation",
+    "genas_plugins.scoring": (
+        "METRICS CombinedScore CommonNoise Measurement MeasurementError accuracy angle flatness mean_loss "
+        "recalibrate_batchnorm top_eigenvectors"
+    ),
+    "genas_plugins.search": "Evolution History InFlight Race SearchSpace SharedSearch candidate_seed run_search",
+    "genas_plugins.search.racing": "Race check_confidence spared_images",
+    "genas_plugins.spaces": "DartsSearchSpace NasBench201Architecture NasBench201SearchSpace",
+    "nni_strategy": (
+        "CombinedEvaluator DartsSpace FlatnessEvaluator GeNAS NasBench201Space SupernetModule supernet_evaluator"
+    ),
+    "nni_strategy.trained": "TrainedSupernet load_data save_trained",
+    "timm_models.settings": "Settings",
+}
+
+# By package: which of ours it may import, and which hosts it may name.
+HOSTS = {"nni", "pytorch_lightning", "lightning", "timm", "mmseg", "mmengine", "mmcv", "detectron2", "fvcore"}
+ARROWS = {
+    "genas_plugins": (set(), set()),
+    "nni_strategy": ({"genas_plugins"}, {"nni", "pytorch_lightning"}),
+    "timm_models": ({"genas_plugins"}, {"timm"}),
+    "mmseg_backbones": ({"genas_plugins", "timm_models"}, {"mmseg", "mmengine", "mmcv"}),
+    "detectron2_backbones": ({"genas_plugins", "timm_models"}, {"detectron2", "fvcore"}),
+}
+# The command line knows the hosts, as long as it does not find their subcommands by entry points.
+EXEMPT = ["genas_plugins/cli.py"]
+
+
+@pytest.mark.parametrize("module", ADDRESSES)
+def test_public_names_stand_where_they_are_documented(module):
+    found = importlib.import_module(module)
+    assert [name for name in ADDRESSES[module].split() if not hasattr(found, name)] == []
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and top-level package of each import."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.partition(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            yield node.lineno, node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("package", ARROWS)
+def test_arrows_point_one_way(package):
+    ours, hosts = ARROWS[package]
+    forbidden = (ARROWS.keys() - ours - {package}) | (HOSTS - hosts)
+    against = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if str(path.relative_to(ROOT)) not in EXEMPT
+        for line, name in imported(path)
+        if name in forbidden
+    ]
+    assert against == []
