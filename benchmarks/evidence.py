@@ -39,8 +39,8 @@ import numpy as np  # noqa: E402
 from nasbench201 import PAPER, unpack  # noqa: E402
 from scipy.stats import rankdata  # noqa: E402
 
+from genas_plugins.correlation.statistics import kendall  # noqa: E402
 from genas_plugins.files import write_text  # noqa: E402
-from genas_plugins.ranking import kendall  # noqa: E402
 
 __all__ = ["PAPER_PAIRS", "TABLES", "choose_epochs", "main", "tables"]
 
@@ -172,7 +172,7 @@ def environment(processes: int) -> dict[str, str]:
 
 def pace(args: argparse.Namespace) -> None:
     """Print the seconds of a training step: what a process does while the others do the same."""
-    from nni_strategy import config
+    from genas_plugins.experiment import config
     from nni_strategy.run import run_experiment
 
     steps, epochs = (2, 3) if args.rehearse else (100, 10)
@@ -247,11 +247,11 @@ def tables(args: argparse.Namespace) -> None:
     Raises:
         ValueError: Fewer than three architectures have a score with every seed.
     """
+    from genas_plugins.correlation.report import score_table
+    from genas_plugins.correlation.settings import load_settings
+    from genas_plugins.nasbench201.truth import read_truth
     from genas_plugins.search import History
-    from genas_plugins.truth import read_truth
     from nni_strategy.correlate import MEASUREMENTS_FILE
-    from nni_strategy.report import score_table
-    from nni_strategy.settings import load_settings
 
     settings, sums = load_settings(*SETTINGS)
     scores = {}

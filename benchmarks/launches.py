@@ -37,10 +37,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import CLIP, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, plain_forward
 
 from genas_plugins.datasets import ImageTensors
-from genas_plugins.nasbench201 import NasBench201SuperNet, SuperCell
+from genas_plugins.nasbench201 import EDGES, NODES, NasBench201Architecture, NasBench201SuperNet, SuperCell
 from genas_plugins.scoring.batchnorm import recalibrate_batchnorm
 from genas_plugins.scoring.inference import InferenceNetwork
-from genas_plugins.spaces.nasbench201 import EDGES, NODES, NasBench201Architecture
 from nni_strategy import DartsSpace, NasBench201Space
 from nni_strategy.space import SupernetSpace
 from nni_strategy.training import SupernetModule, TrainBatches

@@ -35,9 +35,9 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import rankdata
 
+from genas_plugins.correlation.statistics import Estimate, compare, rank_correlation
 from genas_plugins.files import atomic_path, write_text
 from genas_plugins.locking import lock_folder
-from genas_plugins.ranking import Estimate, compare, rank_correlation
 
 __all__ = ["PAPER", "Scores", "main", "read_scores", "report"]
 

@@ -43,9 +43,9 @@ from timm.models.nasnet import NASNetALarge
 from torch import Tensor, nn
 
 from genas_plugins.counting import count_macs
-from genas_plugins.genotype import CellGene, Genotype
-from genas_plugins.network import AuxiliaryHead
-from genas_plugins.zoo import IMAGENET_CELLS, ZOO
+from genas_plugins.darts.genotype import CellGene, Genotype
+from genas_plugins.darts.network import AuxiliaryHead
+from genas_plugins.darts.zoo import IMAGENET_CELLS, ZOO
 from timm_models import GenasNet
 
 __all__ = ["PlainNetwork", "build", "check_agreement", "main"]

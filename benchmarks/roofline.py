@@ -63,8 +63,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from genas_plugins import Genotype, SuperNet
+from genas_plugins.darts.zoo import find_genotype
 from genas_plugins.spaces import DartsSearchSpace
-from genas_plugins.zoo import find_genotype
 
 __all__ = ["Cost", "Costs", "Rates", "count_scoring", "count_step", "floor", "main", "measure_rates"]
 

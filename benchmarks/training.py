@@ -53,11 +53,11 @@ from scoring import CLASSES, CLOCKS, MEAN, STD, add_options, print_table, random
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from genas_plugins.darts.genotype import Genotype, cell_edges
+from genas_plugins.darts.operations import FactorizedReduce
+from genas_plugins.darts.supernet import SuperNet
 from genas_plugins.datasets import ImageTensors, SearchData
-from genas_plugins.genotype import Genotype, cell_edges
-from genas_plugins.operations import FactorizedReduce
 from genas_plugins.spaces import DartsSearchSpace
-from genas_plugins.supernet import SuperNet
 from nni_strategy import DartsSpace, GeNAS, supernet_evaluator
 from nni_strategy.progress import Bar, TrainingProgress
 from nni_strategy.training import TrainBatches

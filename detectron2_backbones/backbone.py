@@ -11,7 +11,7 @@ from detectron2.layers import FrozenBatchNorm2d, get_norm
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
-from genas_plugins.zoo import ZOO
+from genas_plugins.darts.zoo import ZOO
 from timm_models import GenasNet
 
 __all__ = ["GeNASBackbone"]

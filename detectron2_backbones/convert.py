@@ -15,9 +15,9 @@ from pathlib import Path
 from genas_plugins._messages import message_of
 from genas_plugins._reading import expand_home
 from genas_plugins.checkpoints import convert_network
+from genas_plugins.darts.genotype import Genotype
+from genas_plugins.darts.zoo import find_genotype
 from genas_plugins.files import atomic_path
-from genas_plugins.genotype import Genotype
-from genas_plugins.zoo import find_genotype
 
 __all__ = ["convert", "main"]
 

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from genas_plugins._messages import listed, shown
 from genas_plugins._reading import ReadingError, parse_json, user_path
+from genas_plugins.darts.genotype import Genotype
+from genas_plugins.darts.network import CellNetwork
+from genas_plugins.darts.supernet import SuperNet
+from genas_plugins.darts.zoo import ZOO
 from genas_plugins.files import atomic_path
-from genas_plugins.genotype import Genotype
 from genas_plugins.nasbench201 import NasBench201SuperNet
-from genas_plugins.network import CellNetwork
 from genas_plugins.states import (
     CheckpointError,
     damaged,
@@ -37,8 +39,6 @@ from genas_plugins.states import (
     tensors_of,
     unwrapped,
 )
-from genas_plugins.supernet import SuperNet
-from genas_plugins.zoo import ZOO
 
 __all__ = [
     "CheckpointError",

@@ -238,7 +238,7 @@ def _search(options: argparse.Namespace) -> int:
     require("tqdm", extra="nni", purpose="the search's progress bars")
     require("matplotlib", extra="plots", purpose="the search's pictures")
     import nni_strategy  # noqa: F401  (a missing NNI is told before anything of it is needed)
-    from nni_strategy import config
+    from genas_plugins.experiment import config
     from nni_strategy.progress import Bar
     from nni_strategy.run import run_experiment
 
@@ -288,7 +288,7 @@ def _quiet_hosts() -> None:
 
 
 def _report(outcome: Outcome) -> Iterable[str]:
-    from nni_strategy.report import LEAST_SLOPE
+    from genas_plugins.correlation.report import LEAST_SLOPE
 
     failed = f", {outcome.failed} failed" if outcome.failed else ""
     failed += f", {outcome.dropped} dropped" if outcome.dropped else ""
@@ -322,8 +322,8 @@ def _report(outcome: Outcome) -> Iterable[str]:
 
 def _score(options: argparse.Namespace) -> int:
     import nni_strategy  # noqa: F401
+    from genas_plugins.darts.zoo import find_genotype
     from genas_plugins.spaces import NasBench201Architecture
-    from genas_plugins.zoo import find_genotype
     from nni_strategy.trained import TrainedSupernet
 
     # A string of NAS-Bench-201 begins with a bar.
@@ -355,12 +355,12 @@ def _correlate(options: argparse.Namespace) -> int:
     require("matplotlib", extra="plots", purpose="the pictures")
     import nni_strategy  # noqa: F401
     from genas_plugins.checks import check_device
+    from genas_plugins.correlation.settings import Images, check_options, check_sums, load_settings
+    from genas_plugins.experiment import config, correlate, report
     from genas_plugins.locking import lock_folder
-    from genas_plugins.truth import read_truth
-    from nni_strategy import config, correlate, report
+    from genas_plugins.nasbench201.truth import read_truth
     from nni_strategy.progress import Bar
     from nni_strategy.run import run_experiment
-    from nni_strategy.settings import Images, check_options, check_sums, load_settings
     from nni_strategy.trained import TrainedSupernet, load_data
 
     if (options.run is None) == (options.config is None):
@@ -428,7 +428,7 @@ def _zoo(options: argparse.Namespace) -> int:
     import torch
 
     from genas_plugins.counting import count_macs, count_parameters
-    from genas_plugins.zoo import ZOO
+    from genas_plugins.darts.zoo import ZOO
 
     rows = [("name", "searched on", "metric", "C", "params (M)", "paper", "MACs (M)", "paper", "top-1", "top-5")]
     for entry in ZOO.values():
@@ -462,8 +462,8 @@ def _fit(options: argparse.Namespace) -> int:
     import torch
 
     from genas_plugins.counting import count_macs, count_parameters, fit_channels
-    from genas_plugins.network import CellNetwork
-    from genas_plugins.zoo import IMAGENET_CELLS, find_genotype
+    from genas_plugins.darts.network import CellNetwork
+    from genas_plugins.darts.zoo import IMAGENET_CELLS, find_genotype
 
     if options.image_size < 32:
         raise ValueError(f"--image-size must be at least 32, got {options.image_size}.")
@@ -485,7 +485,7 @@ def _fit(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     from genas_plugins.checkpoints import convert_network
     from genas_plugins.counting import count_parameters
-    from genas_plugins.zoo import find_genotype
+    from genas_plugins.darts.zoo import find_genotype
 
     genotype = None if options.genotype is None else find_genotype(options.genotype)
     network = convert_network(options.checkpoint, options.output, genotype, auxiliary=not options.drop_auxiliary)
@@ -498,9 +498,9 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _plot(options: argparse.Namespace) -> int:
+    from genas_plugins.darts.zoo import find_genotype
     from genas_plugins.plotting import LossCurve, plot_cells, plot_loss_curves, plot_search
     from genas_plugins.search import History, check_records
-    from genas_plugins.zoo import find_genotype
 
     if options.what == "cells":
         print(plot_cells(find_genotype(options.source), options.output))

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from genas_plugins._messages import shown
-from genas_plugins.genotype import Genotype
-from genas_plugins.network import MAX_CHANNELS, CellNetwork
+from genas_plugins.darts.genotype import Genotype
+from genas_plugins.darts.network import MAX_CHANNELS, CellNetwork
 from genas_plugins.scoring.batchnorm import evaluation_mode
 
 __all__ = ["count_macs", "count_parameters", "fit_channels"]
@@ -50,7 +50,7 @@ def fit_channels(genotype: Genotype, macs: float = 600e6, image_size: int = 224,
 
     Raises:
         ValueError: Even the narrowest network needs more; the message says how much. Or ``macs`` is not a finite
-            number, or more than the widest network of :func:`~genas_plugins.network.cell_shapes` needs; or
+            number, or more than the widest network of :func:`~genas_plugins.darts.network.cell_shapes` needs; or
             ``image_size`` is not from 1 to 65,536.
     """
     if not math.isfinite(macs):

@@ -13,7 +13,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from genas_plugins.zoo import ZOO
+from genas_plugins.darts.zoo import ZOO
 from mmseg_backbones.weights import is_pretrained, read_pretrained
 from timm_models import GenasNet
 

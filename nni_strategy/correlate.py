@@ -19,19 +19,18 @@ from torch import nn
 from genas_plugins._messages import one_line, shown
 from genas_plugins._reading import read_json, read_text
 from genas_plugins.correlation import Setting, columns, measure_raw
+from genas_plugins.correlation.report import ON_SUPERNET, TRAINING_FREE
+from genas_plugins.correlation.training_free import naswot, synflow, zico
 from genas_plugins.datasets import DATA_FILE, check_identity, write_identity
+from genas_plugins.experiment import config
+from genas_plugins.experiment.resuming import state_digest
 from genas_plugins.files import write_text
 from genas_plugins.interrupts import raise_pending
 from genas_plugins.locking import lock_folder
-from genas_plugins.nasbench201 import NasBench201Network
+from genas_plugins.nasbench201 import NasBench201Architecture, NasBench201Network, NasBench201SearchSpace
+from genas_plugins.nasbench201.truth import lookup
 from genas_plugins.scoring import CommonNoise
-from genas_plugins.scoring.training_free import naswot, synflow, zico
 from genas_plugins.search import History, candidate_seed
-from genas_plugins.spaces.nasbench201 import NasBench201Architecture, NasBench201SearchSpace
-from genas_plugins.truth import lookup
-from nni_strategy import config
-from nni_strategy.report import ON_SUPERNET, TRAINING_FREE
-from nni_strategy.resuming import state_digest
 from nni_strategy.space import NasBench201Space
 from nni_strategy.trained import TrainedSupernet
 

@@ -15,10 +15,10 @@ from nni.nas.space import ExecutableModelSpace
 
 from genas_plugins.checkpoints import load_supernet
 from genas_plugins.checks import check_count, check_device, check_seed
+from genas_plugins.darts.genotype import Genotype
 from genas_plugins.datasets import load_search_data
-from genas_plugins.genotype import Genotype
+from genas_plugins.nasbench201 import NasBench201Architecture
 from genas_plugins.scoring import CombinedScore, Measurement
-from genas_plugins.spaces.nasbench201 import NasBench201Architecture
 from nni_strategy.samples import SampleSpace
 from nni_strategy.space import SupernetSpace, space_around
 from nni_strategy.strategy import GeNAS

@@ -24,20 +24,20 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 import genas_plugins
 from genas_plugins.checkpoints import CheckpointError, load_supernet, read_state, save_supernet
+from genas_plugins.darts.genotype import Genotype
 from genas_plugins.datasets import SearchData, check_identity
+from genas_plugins.experiment import config
+from genas_plugins.experiment.profiling import SearchProfile
+from genas_plugins.experiment.resuming import RunHistory, begin, check_began, check_weights, difference
 from genas_plugins.files import atomic_path, write_text
-from genas_plugins.genotype import Genotype
 from genas_plugins.interrupts import raise_pending
 from genas_plugins.locking import lock_folder
+from genas_plugins.nasbench201 import NasBench201Architecture
 from genas_plugins.plotting import LossCurve, plot_cells, plot_loss_curves, plot_search
-from genas_plugins.profiling import SearchProfile
 from genas_plugins.scoring import mean_loss, recalibrate_batchnorm
 from genas_plugins.search import InFlight, check_records
 from genas_plugins.search.racing import spared_images
-from genas_plugins.spaces.nasbench201 import NasBench201Architecture
-from nni_strategy import config
 from nni_strategy.progress import SearchProgress, TrainingProgress
-from nni_strategy.resuming import RunHistory, begin, check_began, check_weights, difference
 from nni_strategy.space import DartsSpace, NasBench201Space, SupernetSpace
 from nni_strategy.strategy import GeNAS
 from nni_strategy.trained import (
@@ -106,7 +106,7 @@ def run_experiment(
     """Train, search and write the run folder.
 
     The folder holds ``config.yaml`` (every setting), ``run.json`` and ``data.json`` (what a resumed run must have in
-    common with it, see :mod:`nni_strategy.resuming`), ``initial.safetensors``, ``supernet.ckpt``,
+    common with it, see :mod:`genas_plugins.experiment.resuming`), ``initial.safetensors``, ``supernet.ckpt``,
     ``history.jsonl``, ``genotype.json``, ``cells.svg``, ``cells.png``, ``search.png`` and
     ``loss_curves.png``; Lightning's figures lie under ``training``. In the NAS-Bench-201 space the best is in
     ``architecture.json``, as the benchmark's string, and not drawn. A killed run continues with ``resume`` and
@@ -118,7 +118,8 @@ def run_experiment(
         resume: Continue the run that the folder holds.
         progress: Makes the progress displays, see :mod:`nni_strategy.progress`; ``None`` for none.
         profile: Trace so many of the training steps and of the candidates that this run has to do, after a short
-            warm-up, into ``profile/`` and ``profile.txt``; see :mod:`genas_plugins.profiling`. ``None`` for none.
+            warm-up, into ``profile/`` and ``profile.txt``; see
+            :mod:`genas_plugins.experiment.profiling`. ``None`` for none.
         train_only: Stop when the supernet is trained, with which architectures can then be scored and correlated; a
             resumed run without it goes on with the search. The outcome has no architectures.
 

@@ -17,14 +17,18 @@ from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
 from nni.nas.space import current_model
 from torch import Tensor, nn
 
-from genas_plugins.genotype import NODES, OPERATIONS, Genotype, cell_edges
-from genas_plugins.nasbench201 import NasBench201Network, NasBench201SuperNet
-from genas_plugins.network import CellNetwork, Stem
+from genas_plugins.darts.genotype import NODES, OPERATIONS, Genotype, cell_edges
+from genas_plugins.darts.network import CellNetwork, Stem
+from genas_plugins.darts.supernet import SuperNet
+from genas_plugins.nasbench201 import (
+    NasBench201Architecture,
+    NasBench201Network,
+    NasBench201SearchSpace,
+    NasBench201SuperNet,
+)
+from genas_plugins.nasbench201 import architecture as cell201
 from genas_plugins.scoring import angle
 from genas_plugins.spaces import DartsSearchSpace
-from genas_plugins.spaces import nasbench201 as cell201
-from genas_plugins.spaces.nasbench201 import NasBench201Architecture, NasBench201SearchSpace
-from genas_plugins.supernet import SuperNet
 
 __all__ = [
     "DartsSpace",
@@ -250,7 +254,7 @@ class DartsSpace(SupernetSpace):
         stem: ``"cifar"`` or ``"imagenet"``.
 
     Raises:
-        ValueError: See :func:`genas_plugins.network.cell_shapes`.
+        ValueError: See :func:`genas_plugins.darts.network.cell_shapes`.
     """
 
     candidate = Genotype

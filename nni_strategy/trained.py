@@ -21,14 +21,14 @@ from genas_plugins.checkpoints import (
     unwrapped,
 )
 from genas_plugins.checks import check_count, check_device, check_seed
+from genas_plugins.darts.supernet import SuperNet
 from genas_plugins.datasets import ImageTensors, SearchData, load_search_data, read_identity, refuse_change
+from genas_plugins.experiment import config
+from genas_plugins.experiment.resuming import check_began, state_digest
 from genas_plugins.nasbench201 import NasBench201SuperNet
 from genas_plugins.scoring import Accuracy, CombinedScore, Measurement, accuracy, recalibrate_batchnorm
 from genas_plugins.scoring.data import TensorBatches
 from genas_plugins.search import InFlight, torch_threads
-from genas_plugins.supernet import SuperNet
-from nni_strategy import config
-from nni_strategy.resuming import check_began, state_digest
 from nni_strategy.samples import SupernetPaths
 from nni_strategy.space import space_around
 from nni_strategy.strategy import measure_candidate

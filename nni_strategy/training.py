@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from genas_plugins.checks import check_count, check_flag, check_real, check_seed
 from genas_plugins.datasets import ImageTensors, SearchData
-from genas_plugins.path_sgd import PathSGD
 from genas_plugins.scoring.data import TensorBatches
 from genas_plugins.scoring.precision import in_parameter_type
+from genas_plugins.training.path_sgd import PathSGD
 from nni_strategy.space import SupernetSpace
 from nni_strategy.threads import TrainingThreads
 
@@ -34,8 +34,8 @@ class SupernetModule(LightningModule):
     """Classification with the supernet recipe of the official code (clovaai/GeNAS@fd3cba8).
 
     SGD with momentum 0.9 and a cosine learning rate, one step of the schedule per epoch. On the spaces of this package
-    the optimizer is :class:`genas_plugins.path_sgd.PathSGD`: weights that the present path does not use may be some
-    steps behind until :meth:`on_train_epoch_end`.
+    the optimizer is :class:`genas_plugins.training.path_sgd.PathSGD`: weights that the present path does not use may be
+    some steps behind until :meth:`on_train_epoch_end`.
 
     Args:
         epochs: Length of the schedule.

@@ -22,10 +22,10 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from genas_plugins.counting import fit_channels
-from genas_plugins.genotype import Genotype
-from genas_plugins.network import AuxiliaryHead, Cell, build_imagenet_stem, cell_shapes
-from genas_plugins.operations import Layers
-from genas_plugins.zoo import IMAGENET_CELLS, ZOO, find_genotype
+from genas_plugins.darts.genotype import Genotype
+from genas_plugins.darts.network import AuxiliaryHead, Cell, build_imagenet_stem, cell_shapes
+from genas_plugins.darts.operations import Layers
+from genas_plugins.darts.zoo import IMAGENET_CELLS, ZOO, find_genotype
 from timm_models.weights import check_pretrained, fit_state
 
 __all__ = ["GenasNet"]

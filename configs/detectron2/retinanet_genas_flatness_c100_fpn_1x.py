@@ -3,7 +3,7 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 
 from detectron2_backbones import GeNASBackbone
-from genas_plugins.zoo import ZOO
+from genas_plugins.darts.zoo import ZOO
 
 ARCH = "genas_flatness_c100"
 

@@ -15,12 +15,17 @@ import numpy as np
 from scipy.stats import rankdata
 
 from genas_plugins.correlation import Setting, columns, slope_shares
+from genas_plugins.correlation.statistics import (
+    Estimate,
+    Ranking,
+    correlation_matrix,
+    partial_kendall,
+    rank_correlation,
+)
 from genas_plugins.files import write_text
-from genas_plugins.nasbench201 import nasbench201_costs
+from genas_plugins.nasbench201 import NasBench201Architecture, nasbench201_costs
+from genas_plugins.nasbench201.truth import lookup
 from genas_plugins.plotting import plot_scatter
-from genas_plugins.ranking import Estimate, Ranking, correlation_matrix, partial_kendall, rank_correlation
-from genas_plugins.spaces.nasbench201 import NasBench201Architecture
-from genas_plugins.truth import lookup
 
 __all__ = [
     "LEAST_SLOPE",

@@ -11,12 +11,12 @@ from genas_plugins._messages import listed, shown
 from genas_plugins._reading import ReadingError, read_yaml, user_path
 from genas_plugins.checks import MOST_IMAGES, check_count, check_seed
 from genas_plugins.correlation import Setting, columns
+from genas_plugins.correlation.report import ON_SUPERNET, TRAINING_FREE, RankSum, references
+from genas_plugins.correlation.statistics import fewest_resamples
 from genas_plugins.datasets import SearchData
+from genas_plugins.experiment import config
 from genas_plugins.files import packaged_configs
-from genas_plugins.ranking import fewest_resamples
 from genas_plugins.scoring import CombinedScore
-from nni_strategy import config
-from nni_strategy.report import ON_SUPERNET, TRAINING_FREE, RankSum, references
 
 __all__ = ["Images", "check_options", "check_sums", "load_settings"]
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genas_plugins._messages import shown
-from genas_plugins.genotype import NODES, CellGene, Genotype, cell_edges
-from genas_plugins.operations import FactorizedReduce, Identity, Layers, ReLUConvBN, build_operation, drop_path
+from genas_plugins.darts.genotype import NODES, CellGene, Genotype, cell_edges
+from genas_plugins.darts.operations import FactorizedReduce, Identity, Layers, ReLUConvBN, build_operation, drop_path
 
 __all__ = [
     "AuxiliaryHead",

@@ -348,7 +348,7 @@ def build_operation(
     """Build one operation, ``(N, C, H, W)`` to ``(N, C, ceil(H / stride), ceil(W / stride))``.
 
     Args:
-        name: One of :data:`genas_plugins.genotype.OPERATIONS` but ``none``.
+        name: One of :data:`genas_plugins.darts.genotype.OPERATIONS` but ``none``.
         channels: C, in and out.
         stride: 1, or 2 on the edges that leave the inputs of a reduction cell.
         layers: What it is made of.

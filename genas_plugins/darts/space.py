@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from genas_plugins.genotype import EDGES_PER_CELL, NODES, OPERATIONS, Genotype, node_edges
+from genas_plugins.darts.genotype import EDGES_PER_CELL, NODES, OPERATIONS, Genotype, node_edges
 
 __all__ = ["DartsSearchSpace"]
 

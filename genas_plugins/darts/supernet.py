@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from genas_plugins.genotype import EDGES, OPERATIONS, CellGene, Genotype, cell_edges, edge_index
-from genas_plugins.network import (
+from genas_plugins.darts.genotype import EDGES, OPERATIONS, CellGene, Genotype, cell_edges, edge_index
+from genas_plugins.darts.network import (
     Cell,
     CellShape,
     CellStack,
@@ -21,7 +21,7 @@ from genas_plugins.network import (
     cell_shapes,
     operation_stride,
 )
-from genas_plugins.operations import build_operation
+from genas_plugins.darts.operations import build_operation
 
 __all__ = ["SubNet", "SuperNet"]
 
@@ -83,7 +83,7 @@ class SuperNet(CellStack):
         stem: ``"cifar"`` or ``"imagenet"``.
 
     Raises:
-        ValueError: See :func:`genas_plugins.network.cell_shapes`.
+        ValueError: See :func:`genas_plugins.darts.network.cell_shapes`.
     """
 
     def __init__(self, num_classes: int, init_channels: int = 16, num_cells: int = 8, stem: Stem = "cifar") -> None:

@@ -17,8 +17,8 @@ from types import MappingProxyType
 
 from genas_plugins._messages import shown
 from genas_plugins._reading import user_path
-from genas_plugins.genotype import Genotype
-from genas_plugins.network import CellNetwork
+from genas_plugins.darts.genotype import Genotype
+from genas_plugins.darts.network import CellNetwork
 
 __all__ = ["ZOO", "ZooEntry", "find_genotype"]
 

@@ -18,9 +18,9 @@ import yaml
 from genas_plugins._messages import listed, one_line, shown
 from genas_plugins._reading import ReadingError, parse_yaml, read_yaml, user_path
 from genas_plugins.checks import MOST_IMAGES, check_count, check_real, check_seed
+from genas_plugins.darts.network import MAX_CELLS, MAX_CHANNELS, cell_shapes
 from genas_plugins.files import packaged_configs
 from genas_plugins.nasbench201 import check_sizes
-from genas_plugins.network import MAX_CELLS, MAX_CHANNELS, cell_shapes
 from genas_plugins.scoring import CombinedScore
 from genas_plugins.search import Evolution, InFlight
 from genas_plugins.search.racing import check_confidence

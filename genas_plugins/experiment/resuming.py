@@ -16,9 +16,9 @@ from genas_plugins._messages import escaped
 from genas_plugins._reading import ReadingError, read_json
 from genas_plugins.checkpoints import load_supernet
 from genas_plugins.datasets import check_identity, write_identity
+from genas_plugins.experiment import config
 from genas_plugins.files import write_text
 from genas_plugins.search import History
-from nni_strategy import config
 
 __all__ = [
     "MAY_CHANGE",

@@ -1,18 +1,15 @@
-"""The NAS-Bench-201 space (Dong and Yang, ICLR 2020, arXiv 2001.00326): six edges, five operations."""
+"""Architectures of NAS-Bench-201 (Dong and Yang, ICLR 2020, arXiv 2001.00326): six edges, five operations."""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from genas_plugins._messages import shown
 
-__all__ = ["EDGES", "NODES", "OPERATIONS", "NasBench201Architecture", "NasBench201SearchSpace"]
+__all__ = ["EDGES", "NODES", "OPERATIONS", "NasBench201Architecture"]
 
 OPERATIONS: tuple[str, ...] = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 """The benchmark's operation names in its order."""
@@ -104,7 +101,7 @@ class NasBench201Architecture:
 
     @property
     def index(self) -> int:
-        """Position in the order of :meth:`NasBench201SearchSpace.architectures`; the benchmark's own is shuffled.
+        """Position in the order of :meth:`~.NasBench201SearchSpace.architectures`; the benchmark's own is shuffled.
 
         A number in base 5 whose digits are the operations, the first edge leading.
         """
@@ -195,62 +192,6 @@ class NasBench201Architecture:
             else:
                 values[node][f"{operation}#{numbers[edge]}({_sum(terms)})"] += 1
         return _sum(values[_OUTPUT])
-
-
-class NasBench201SearchSpace:
-    """Draws, mutates and crosses architectures. All randomness comes from the generator passed in."""
-
-    @property
-    def size(self) -> int:
-        """Number of architectures: 5 operations to the power of 6 edges, 15,625."""
-        return len(OPERATIONS) ** len(EDGES)
-
-    def architectures(self) -> Iterator[NasBench201Architecture]:
-        """All architectures, in the order of their index."""
-        for operations in itertools.product(OPERATIONS, repeat=len(EDGES)):
-            yield NasBench201Architecture(operations)
-
-    def sample(self, rng: np.random.Generator) -> NasBench201Architecture:
-        """Draw uniformly; unconnected cells are part of the space."""
-        return NasBench201Architecture(tuple(OPERATIONS[n] for n in rng.integers(len(OPERATIONS), size=len(EDGES))))
-
-    def mutate(
-        self, architecture: NasBench201Architecture, probability: float, rng: np.random.Generator
-    ) -> NasBench201Architecture:
-        """Redraw each of the six edges with ``probability``, from all five operations."""
-        operations = list(architecture.operations)
-        for edge in range(len(EDGES)):
-            if rng.random() < probability:
-                operations[edge] = OPERATIONS[int(rng.integers(len(OPERATIONS)))]
-        return NasBench201Architecture(tuple(operations))
-
-    def crossover(
-        self, first: NasBench201Architecture, second: NasBench201Architecture, rng: np.random.Generator
-    ) -> NasBench201Architecture:
-        """Take each edge from either parent with equal chance."""
-        triples = zip(first.operations, second.operations, rng.random(len(EDGES)) < 0.5, strict=True)
-        return NasBench201Architecture(tuple(a if pick else b for a, b, pick in triples))
-
-    def neighbours(self, architecture: NasBench201Architecture) -> Iterator[NasBench201Architecture]:
-        """The 24 architectures that differ in the operation of one edge."""
-        operations = architecture.operations
-        for edge, present in enumerate(operations):
-            for operation in OPERATIONS:
-                if operation != present:
-                    yield NasBench201Architecture((*operations[:edge], operation, *operations[edge + 1 :]))
-
-    def to_json(self, architecture: NasBench201Architecture) -> str:
-        """The benchmark's string, for a history or a state."""
-        return str(architecture)
-
-    def from_json(self, data: Any) -> NasBench201Architecture:
-        """The inverse of :meth:`to_json`.
-
-        Raises:
-            ValueError: Not an architecture of this space.
-            TypeError: Not a string.
-        """
-        return NasBench201Architecture.from_string(data)
 
 
 def _sum(terms: Counter[str]) -> str:

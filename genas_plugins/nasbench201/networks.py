@@ -8,28 +8,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from genas_plugins.checks import check_count
-from genas_plugins.network import MAX_CELLS, MAX_CHANNELS, MAX_CLASSES
-from genas_plugins.spaces.nasbench201 import EDGES, NODES, OPERATIONS, NasBench201Architecture
-from genas_plugins.supernet import share_parameters
+from genas_plugins.darts.network import MAX_CELLS, MAX_CHANNELS, MAX_CLASSES
+from genas_plugins.darts.supernet import share_parameters
+from genas_plugins.nasbench201.architecture import EDGES, NODES, OPERATIONS, NasBench201Architecture
+from genas_plugins.nasbench201.costs import stage_channels
 
 __all__ = [
-    "NasBench201Costs",
     "NasBench201Network",
     "NasBench201SubNet",
     "NasBench201SuperNet",
     "SuperCell",
     "check_sizes",
-    "nasbench201_costs",
     "reaching_edges",
 ]
 
-_STAGES = 3
 # Of a list of operations as torch's containers name them.
 _KEYS = {name: str(number) for number, name in enumerate(OPERATIONS)}
 
@@ -204,7 +201,7 @@ def check_sizes(init_channels: int, cells_per_stage: int, num_classes: int = 1) 
 
     Raises:
         TypeError: One is no whole number.
-        ValueError: One is below 1, or beyond the limits of :mod:`genas_plugins.network`.
+        ValueError: One is below 1, or beyond the limits of :mod:`genas_plugins.darts.network`.
     """
     limits = {
         "init_channels": (init_channels, MAX_CHANNELS),
@@ -228,7 +225,7 @@ class _Stack(nn.Module):
         self.num_classes = num_classes
         self.stem = nn.Sequential(nn.Conv2d(3, init_channels, 3, padding=1, bias=False), nn.BatchNorm2d(init_channels))
         self.cells = nn.ModuleList()
-        for channels in _stage_channels(init_channels):
+        for channels in stage_channels(init_channels):
             if channels > init_channels:
                 self.cells.append(_ResidualBlock(channels // 2))
             self.cells.extend(build_cell(channels) for _ in range(cells_per_stage))
@@ -352,58 +349,3 @@ class NasBench201SubNet(nn.Module):
 
     head = _Stack.head
     forward = NasBench201Network.forward
-
-
-@dataclass(frozen=True)
-class NasBench201Costs:
-    """What one architecture costs.
-
-    Attributes:
-        parameters: Number of parameters.
-        flops: Multiply-adds of one image: convolutions, and the classifier with its bias, as the benchmark counts.
-    """
-
-    parameters: int
-    flops: int
-
-
-def nasbench201_costs(
-    architecture: NasBench201Architecture,
-    init_channels: int = 16,
-    cells_per_stage: int = 5,
-    num_classes: int = 10,
-    image_size: int = 32,
-    live: bool = False,
-) -> NasBench201Costs:
-    """Parameters and FLOPs of :class:`NasBench201Network`, without building it.
-
-    Args:
-        architecture: The cell.
-        init_channels: C, channels of the first stage.
-        cells_per_stage: N, cells in each of the three stages.
-        num_classes: Outputs of the classifier.
-        image_size: Pixels, square.
-        live: Count only what reaches the output: edges on a path of operations that are not ``none``. The
-            benchmark's own figures count every edge.
-    """
-    counted = (architecture.live() if live else architecture).operations
-    kernels = [9] * counted.count("nor_conv_3x3") + [1] * counted.count("nor_conv_1x1")
-    size = image_size
-    parameters = 27 * init_channels + 2 * init_channels
-    flops = 27 * init_channels * size**2
-    for channels in _stage_channels(init_channels):
-        if channels > init_channels:
-            size = (size + 1) // 2
-            # Two 3x3 convolutions, the second with twice the inputs, and the shortcut's 1x1.
-            weights = (9 + 18 + 1) * channels // 2 * channels
-            parameters += weights + 2 * 2 * channels
-            flops += weights * size**2
-        weights = cells_per_stage * sum(kernels) * channels**2
-        parameters += weights + cells_per_stage * len(kernels) * 2 * channels
-        flops += weights * size**2
-    classifier = (channels + 1) * num_classes
-    return NasBench201Costs(parameters + 2 * channels + classifier, flops + classifier)
-
-
-def _stage_channels(init_channels: int) -> list[int]:
-    return [init_channels * 2**stage for stage in range(_STAGES)]

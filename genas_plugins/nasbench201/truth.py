@@ -22,7 +22,7 @@ from genas_plugins._messages import listed, one_line, shown
 from genas_plugins._optional import require
 from genas_plugins._pickles import load_known
 from genas_plugins._reading import ReadingError, read_text, user_path
-from genas_plugins.spaces.nasbench201 import EDGES, OPERATIONS, NasBench201Architecture
+from genas_plugins.nasbench201 import EDGES, OPERATIONS, NasBench201Architecture
 
 __all__ = ["DATASETS", "lookup", "read_truth"]
 

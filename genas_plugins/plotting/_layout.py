@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import lsq_linear
 
-from genas_plugins.genotype import NODES, CellGene, cell_edges
+from genas_plugins.darts.genotype import NODES, CellGene, cell_edges
 
 __all__ = ["LABEL_SIZE", "NODE_SIZE", "OUTPUT", "CellLayout", "Point", "bends", "cell_layout"]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from genas_plugins.genotype import NODES, CellGene, Genotype
+from genas_plugins.darts.genotype import NODES, CellGene, Genotype
 from genas_plugins.plotting._layout import (
     LABEL_SIZE,
     NODE_SIZE,

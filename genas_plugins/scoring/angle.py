@@ -14,12 +14,11 @@ from functools import singledispatch
 import torch
 from torch import Tensor, nn
 
-from genas_plugins.genotype import NODES, CellGene, Genotype, cell_edges
-from genas_plugins.nasbench201 import NasBench201SuperNet, SuperCell
-from genas_plugins.operations import Identity
+from genas_plugins.darts.genotype import NODES, CellGene, Genotype, cell_edges
+from genas_plugins.darts.operations import Identity
+from genas_plugins.darts.supernet import SuperNet
+from genas_plugins.nasbench201 import NasBench201Architecture, NasBench201SuperNet, SuperCell
 from genas_plugins.scoring.flatness import MeasurementError
-from genas_plugins.spaces.nasbench201 import NasBench201Architecture
-from genas_plugins.supernet import SuperNet
 
 __all__ = ["angle", "parameter_angle", "path_counts"]
 

@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genas_plugins.nasbench201 import NasBench201Network, NasBench201SubNet
-from genas_plugins.network import Cell, CellNetwork
-from genas_plugins.operations import FactorizedReduce
+from genas_plugins.darts.network import Cell, CellNetwork
+from genas_plugins.darts.operations import FactorizedReduce
+from genas_plugins.darts.supernet import SubNet
+from genas_plugins.nasbench201 import EDGES, NODES, NasBench201Network, NasBench201SubNet
 from genas_plugins.scoring.layers import Branch, Layer, Parts, Step, as_parts, fused_convolutions, pooling
-from genas_plugins.spaces.nasbench201 import EDGES, NODES
-from genas_plugins.supernet import SubNet
 
 __all__ = ["InferenceNetwork"]
 

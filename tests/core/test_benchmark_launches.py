@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from genas_plugins.nasbench201 import NasBench201SuperNet
-from genas_plugins.spaces.nasbench201 import NasBench201SearchSpace
+from genas_plugins.nasbench201 import NasBench201SearchSpace, NasBench201SuperNet
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = ["--init-channels", "4", "--num-cells", "3", "--cells-per-stage", "1"]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from genas_plugins import Genotype
 from genas_plugins.counting import count_macs
-from genas_plugins.zoo import ZOO
+from genas_plugins.darts.zoo import ZOO
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--device", "cpu", "--image-size", "32", "--batch-size", "4", "--warmup", "1"]

@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from genas_plugins import SuperNet
+from genas_plugins.darts.zoo import find_genotype
 from genas_plugins.spaces import DartsSearchSpace
-from genas_plugins.zoo import find_genotype
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = ["--init-channels", "4", "--num-cells", "3", "--image-size", "8", "--device", "cpu", "--rounds", "1"]

@@ -22,10 +22,10 @@ from genas_plugins.checkpoints import (
     save_network,
     save_supernet,
 )
-from genas_plugins.genotype import Genotype
-from genas_plugins.network import CellNetwork
-from genas_plugins.supernet import SuperNet
-from genas_plugins.zoo import ZOO
+from genas_plugins.darts.genotype import Genotype
+from genas_plugins.darts.network import CellNetwork
+from genas_plugins.darts.supernet import SuperNet
+from genas_plugins.darts.zoo import ZOO
 
 GENOTYPE = ZOO["genas_flatness_c100"].genotype
 PREFIX = "training_module._model.network.supernet."

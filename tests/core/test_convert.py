@@ -17,9 +17,9 @@ from genas_plugins.checkpoints import (
     read_metadata,
     save_network,
 )
-from genas_plugins.genotype import Genotype
-from genas_plugins.network import CellNetwork
-from genas_plugins.zoo import ZOO
+from genas_plugins.darts.genotype import Genotype
+from genas_plugins.darts.network import CellNetwork
+from genas_plugins.darts.zoo import ZOO
 
 # No published network: all convolutions are of one kind.
 FOREIGN = Genotype([("sep_conv_3x3", 0), ("sep_conv_3x3", 1)] * 4, [("dil_conv_5x5", 0), ("dil_conv_5x5", 1)] * 4)

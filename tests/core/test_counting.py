@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from genas_plugins.counting import count_macs, count_parameters, fit_channels
-from genas_plugins.network import CellNetwork
-from genas_plugins.zoo import ZOO
+from genas_plugins.darts.network import CellNetwork
+from genas_plugins.darts.zoo import ZOO
 
 
 def macs(name: str, channels: int, size: int = 64, cells: int = 3) -> int:

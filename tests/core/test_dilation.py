@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from genas_plugins.genotype import OPERATIONS
-from genas_plugins.network import AuxiliaryHead, build_imagenet_stem, cell_shapes
-from genas_plugins.operations import DilatedAvgPool, FactorizedReduce, Layers, build_operation
+from genas_plugins.darts.genotype import OPERATIONS
+from genas_plugins.darts.network import AuxiliaryHead, build_imagenet_stem, cell_shapes
+from genas_plugins.darts.operations import DilatedAvgPool, FactorizedReduce, Layers, build_operation
 
 C = 4
 

@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 import yaml
 
+from genas_plugins.darts.zoo import find_genotype
 from genas_plugins.files import packaged_configs
-from genas_plugins.zoo import find_genotype
 
 ROOT = Path(__file__).resolve().parents[2]
 # The list of changes names options of the time.
@@ -236,7 +236,7 @@ def check_names(program: str, options: argparse.Namespace, where: Block) -> None
     given = {name: value for name, value in vars(options).items() if value is not None}
     if program == "genas":
         if isinstance(name := given.get("config"), str) and not is_placeholder(name):
-            from nni_strategy import config
+            from genas_plugins.experiment import config
 
             overrides = [item for item in given.get("overrides", []) if not is_placeholder(item.partition("=")[2])]
             config.load(name, overrides)
@@ -309,7 +309,7 @@ def test_a_command_meets_its_parser(
 )
 def test_a_setting_of_the_running_text_is_one(where: Block) -> None:
     needs("genas")
-    from nni_strategy import config
+    from genas_plugins.experiment import config
 
     override = where.text.removeprefix("--set ")
     key, _, value = override.partition("=")
@@ -325,8 +325,8 @@ def test_a_setting_of_the_running_text_is_one(where: Block) -> None:
 @pytest.mark.parametrize("where", [pytest.param(block, id=str(block)) for block in blocks("yaml")])
 def test_a_yaml_block_is_what_is_read(where: Block, tmp_path: Path) -> None:
     needs("genas")
-    from nni_strategy import config
-    from nni_strategy.settings import load_settings
+    from genas_plugins.correlation.settings import load_settings
+    from genas_plugins.experiment import config
 
     path = tmp_path / "block.yaml"
     path.write_text(where.text)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from genas_plugins import Genotype
-from genas_plugins.genotype import EDGES, OPERATIONS, edge_index, node_edges
+from genas_plugins.darts.genotype import EDGES, OPERATIONS, edge_index, node_edges
 
 # Code and cells of two architectures as the official GeNAS repository publishes them.
 FLATNESS_C100 = (

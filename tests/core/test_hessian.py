@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from genas_plugins import ZOO
+from genas_plugins.darts.supernet import SuperNet
 from genas_plugins.nasbench201 import NasBench201SuperNet
 from genas_plugins.scoring import MeasurementError, flatness, mean_loss, recalibrate_batchnorm, top_eigenvectors
 from genas_plugins.scoring.flatness import perturbed_losses
 from genas_plugins.scoring.hessian import HESSIAN_IMAGES, noise_directions
 from genas_plugins.scoring.noise import perturbations
 from genas_plugins.spaces import NasBench201Architecture
-from genas_plugins.supernet import SuperNet
 
 SIGMAS = (0.01, 0.03, 0.06)
 FULL = "|nor_conv_3x3~0|+|avg_pool_3x3~0|nor_conv_1x1~1|+|skip_connect~0|none~1|nor_conv_1x1~2|"

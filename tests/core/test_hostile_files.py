@@ -25,11 +25,11 @@ import genas_plugins
 from genas_plugins import ZOO
 from genas_plugins.checkpoints import CheckpointError, load_official_network, load_official_supernet, read_state
 from genas_plugins.counting import count_macs, fit_channels
+from genas_plugins.darts.network import CellNetwork, cell_shapes
+from genas_plugins.darts.supernet import SuperNet
 from genas_plugins.datasets._imagenet16 import load_array_pickle
 from genas_plugins.nasbench201 import NasBench201SuperNet
-from genas_plugins.network import CellNetwork, cell_shapes
-from genas_plugins.supernet import SuperNet
-from genas_plugins.truth import read_truth
+from genas_plugins.nasbench201.truth import read_truth
 
 GENOTYPE = ZOO["genas_flatness_c10"].genotype
 GIGABYTE = 2**30

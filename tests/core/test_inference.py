@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genas_plugins import ZOO, CellNetwork, SuperNet
-from genas_plugins.nasbench201 import NasBench201Network, NasBench201SuperNet
+from genas_plugins.nasbench201 import OPERATIONS, NasBench201Architecture, NasBench201Network, NasBench201SuperNet
 from genas_plugins.scoring import flatness, layers, mean_loss, recalibrate_batchnorm
 from genas_plugins.scoring.inference import InferenceNetwork
 from genas_plugins.scoring.layers import fused_convolutions, pooling
 from genas_plugins.scoring.noise import perturbations
 from genas_plugins.spaces import DartsSearchSpace
-from genas_plugins.spaces.nasbench201 import OPERATIONS, NasBench201Architecture
 
 SIGMAS = (1e-5, 5e-5, 1e-4)
 

@@ -18,10 +18,16 @@ from scipy.stats import chisquare
 from torch import Tensor, nn
 
 from genas_plugins.counting import count_macs, count_parameters
-from genas_plugins.nasbench201 import NasBench201Network, NasBench201SuperNet, nasbench201_costs, reaching_edges
+from genas_plugins.nasbench201 import (
+    NasBench201Architecture,
+    NasBench201Network,
+    NasBench201SearchSpace,
+    NasBench201SuperNet,
+    nasbench201_costs,
+    reaching_edges,
+)
 from genas_plugins.scoring import CombinedScore, accuracy, angle, flatness, mean_loss, recalibrate_batchnorm
 from genas_plugins.search import Evolution
-from genas_plugins.spaces.nasbench201 import NasBench201Architecture, NasBench201SearchSpace
 
 OPS = ["none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3"]
 EDGES = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]

@@ -7,7 +7,7 @@ import torch
 
 from genas_plugins import CellNetwork, Genotype
 from genas_plugins.counting import count_macs, count_parameters
-from genas_plugins.network import AuxiliaryHead, cell_shapes
+from genas_plugins.darts.network import AuxiliaryHead, cell_shapes
 
 FLATNESS_C100 = Genotype.from_code([3, 5, 0, 4, 4, 0, 0, 4, 5, 0, 4, 0, 0, 7, 6, 3, 2, 0, 5, 0, 5, 0, 7, 0, 1, 1, 0, 0])
 ANGLE_FLATNESS_C100 = Genotype.from_code(

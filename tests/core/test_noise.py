@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from genas_plugins import ZOO
+from genas_plugins.darts.supernet import SuperNet
 from genas_plugins.nasbench201 import NasBench201SuperNet
 from genas_plugins.scoring import CommonNoise
 from genas_plugins.scoring.noise import noise_shares, perturbations
 from genas_plugins.spaces import NasBench201Architecture
-from genas_plugins.supernet import SuperNet
 
 SIGMAS = (0.01, 0.03, 0.06)
 NOISES = ("cumulative", "independent", "shared", "random_walk")

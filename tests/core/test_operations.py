@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
-from genas_plugins.operations import (
+from genas_plugins.darts.operations import (
     FactorizedReduce,
     ReLUConvBN,
     build_operation,

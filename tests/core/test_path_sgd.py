@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from genas_plugins.path_sgd import PathSGD
+from genas_plugins.training.path_sgd import PathSGD
 
 SHAPES = ((3, 4), (5,), (2, 2, 3, 3), (7,), (1,))
 TOLERANCES = {torch.float64: {"rtol": 1e-12, "atol": 1e-13}, torch.float32: {"rtol": 2e-6, "atol": 1e-6}}

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from genas_plugins import ZOO, Genotype
-from genas_plugins.genotype import OPERATIONS
+from genas_plugins.darts.genotype import OPERATIONS
 from genas_plugins.plotting import LossCurve, cells, curves, plot_cells, plot_loss_curves, plot_search, search
 from genas_plugins.plotting._layout import LABEL_SIZE, NODE_SIZE, CellLayout, bends, cell_layout
 from genas_plugins.plotting._style import short_number

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genas_plugins import ZOO, SuperNet
+from genas_plugins.correlation.training_free import naswot, synflow, zico
 from genas_plugins.scoring import accuracy, flatness, mean_loss, precision, recalibrate_batchnorm, top_eigenvectors
 from genas_plugins.scoring.noise import perturbations
 from genas_plugins.scoring.precision import exact_float32, parameter_types_alone
-from genas_plugins.scoring.training_free import naswot, synflow, zico
 
 needs_switches = pytest.mark.skipif(
     not hasattr(torch.backends.cudnn, "conv"), reason="PyTorch before 2.9 has other switches"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from genas_plugins import ranking
-from genas_plugins.ranking import (
+from genas_plugins.correlation import statistics as ranking
+from genas_plugins.correlation.statistics import (
     Estimate,
     compare,
     correlation_matrix,

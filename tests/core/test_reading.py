@@ -16,10 +16,10 @@ from genas_plugins import ZOO
 from genas_plugins._messages import listed, one_line, shown
 from genas_plugins._reading import ReadingError, expand_home, parse_json, parse_yaml, read_text
 from genas_plugins.cli import main
+from genas_plugins.darts.zoo import find_genotype
 from genas_plugins.datasets import load_search_data
+from genas_plugins.nasbench201.truth import read_truth
 from genas_plugins.search import History, HistoryError
-from genas_plugins.truth import read_truth
-from genas_plugins.zoo import find_genotype
 
 GENOTYPE = ZOO["genas_flatness_c10"].genotype
 ARCHITECTURE = "|none~0|+|none~0|none~1|+|none~0|none~1|none~2|"

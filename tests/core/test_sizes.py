@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 
 from genas_plugins import ZOO, CellNetwork, SuperNet
-from genas_plugins.nasbench201 import NasBench201Network, NasBench201SuperNet
+from genas_plugins.nasbench201 import NasBench201Architecture, NasBench201Network, NasBench201SuperNet
 from genas_plugins.scoring import accuracy, flatness, recalibrate_batchnorm, top_eigenvectors
 from genas_plugins.scoring.data import without_single_images
-from genas_plugins.spaces.nasbench201 import NasBench201Architecture
 
 GENOTYPE = ZOO["genas_flatness_c10"].genotype
 CELL = NasBench201Architecture.from_index(9_930)

@@ -12,11 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from genas_plugins import ZOO, SuperNet
 from genas_plugins.datasets import ImageTensors
-from genas_plugins.nasbench201 import NasBench201SuperNet
+from genas_plugins.nasbench201 import OPERATIONS, NasBench201Architecture, NasBench201SuperNet
 from genas_plugins.scoring import CommonNoise, accuracy, flatness, mean_loss, recalibrate_batchnorm
 from genas_plugins.scoring.data import TensorBatches, sum_over_batches
 from genas_plugins.scoring.inference import InferenceNetwork
-from genas_plugins.spaces.nasbench201 import OPERATIONS, NasBench201Architecture
 
 SIGMAS = (1e-3, 2e-3, 3e-3)
 aten = torch.ops.aten

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genas_plugins.nasbench201 import NasBench201Network
+from genas_plugins.correlation.training_free import naswot, synflow, zico
+from genas_plugins.nasbench201 import NasBench201Architecture, NasBench201Network
 from genas_plugins.scoring import MeasurementError
-from genas_plugins.scoring.training_free import naswot, synflow, zico
-from genas_plugins.spaces.nasbench201 import NasBench201Architecture
 
 ARCHITECTURE = "|nor_conv_3x3~0|+|nor_conv_1x1~0|avg_pool_3x3~1|+|skip_connect~0|nor_conv_3x3~1|none~2|"
 EMPTY = "|none~0|+|none~0|none~1|+|none~0|none~1|none~2|"

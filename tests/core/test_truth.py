@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import genas_plugins
-from genas_plugins.truth import DATASETS, lookup, read_truth
+from genas_plugins.nasbench201.truth import DATASETS, lookup, read_truth
 
 HEADER = "arch,cifar10,cifar100,imagenet16_120"
 # Three rows of the published benchmark.
@@ -245,7 +245,7 @@ def test_nats_bench_itself(tmp_path):
 MISSING = """
 import sys
 sys.modules.update(dict.fromkeys(sys.argv[1].split()))
-from genas_plugins.truth import read_truth
+from genas_plugins.nasbench201.truth import read_truth
 try:
     read_truth(sys.argv[2])
 except ImportError as error:

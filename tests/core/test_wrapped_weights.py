@@ -21,8 +21,8 @@ from genas_plugins.checkpoints import (
     unwrapped,
 )
 from genas_plugins.cli import main
-from genas_plugins.network import CellNetwork
-from genas_plugins.supernet import SuperNet
+from genas_plugins.darts.network import CellNetwork
+from genas_plugins.darts.supernet import SuperNet
 
 NAME = "genas_flatness_c10"
 GENOTYPE = ZOO[NAME].genotype

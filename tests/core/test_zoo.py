@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from genas_plugins.counting import count_macs, count_parameters
-from genas_plugins.genotype import Genotype
-from genas_plugins.zoo import ZOO, ZooEntry, find_genotype
+from genas_plugins.darts.genotype import Genotype
+from genas_plugins.darts.zoo import ZOO, ZooEntry, find_genotype
 
 # Codes in clovaai/GeNAS@fd3cba8, retrain_architecture/genotypes.py, and the network sizes that the paper's
 # tables print: millions of parameters and multiply-adds.

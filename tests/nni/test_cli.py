@@ -20,8 +20,8 @@ from PIL import Image
 from torch import nn
 
 from genas_plugins.cli import main
-from genas_plugins.zoo import ZOO
-from nni_strategy import config
+from genas_plugins.darts.zoo import ZOO
+from genas_plugins.experiment import config
 
 
 @pytest.fixture

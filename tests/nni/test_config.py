@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 import genas_plugins
+from genas_plugins.correlation.settings import load_settings
+from genas_plugins.experiment.config import ConfigError, Experiment, config_names, dump, find_config, load, parse
 from genas_plugins.scoring import CombinedScore
-from nni_strategy.config import ConfigError, Experiment, config_names, dump, find_config, load, parse
-from nni_strategy.settings import load_settings
 from nni_strategy.trained import load_data
 
 SHIPPED = (

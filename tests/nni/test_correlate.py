@@ -19,15 +19,15 @@ from scipy.stats import kendalltau, rankdata
 from genas_plugins.checkpoints import load_supernet
 from genas_plugins.cli import _report
 from genas_plugins.correlation import Setting
+from genas_plugins.correlation.report import TRAINING_FREE, remarks, table_of, write_report
+from genas_plugins.correlation.settings import check_sums, load_settings
+from genas_plugins.correlation.training_free import synflow
+from genas_plugins.experiment import config
 from genas_plugins.nasbench201 import NasBench201Network
 from genas_plugins.scoring import CombinedScore
-from genas_plugins.scoring.training_free import synflow
 from genas_plugins.spaces import NasBench201Architecture, NasBench201SearchSpace
-from nni_strategy import config
 from nni_strategy.correlate import _training_free, choose, measure_all
-from nni_strategy.report import TRAINING_FREE, remarks, table_of, write_report
 from nni_strategy.run import Found, Outcome, run_experiment
-from nni_strategy.settings import check_sums, load_settings
 from nni_strategy.trained import TrainedSupernet
 
 SETTINGS = [

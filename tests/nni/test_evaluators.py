@@ -22,12 +22,13 @@ from nni.tools.nnictl.config_utils import Experiments
 from torch import nn
 
 from genas_plugins.checkpoints import CheckpointError, save_supernet
-from genas_plugins.genotype import Genotype
+from genas_plugins.darts.genotype import Genotype
+from genas_plugins.darts.supernet import SuperNet
+from genas_plugins.darts.zoo import ZOO
+from genas_plugins.experiment import config
 from genas_plugins.scoring import CommonNoise
 from genas_plugins.spaces import DartsSearchSpace
-from genas_plugins.supernet import SuperNet
-from genas_plugins.zoo import ZOO
-from nni_strategy import CombinedEvaluator, DartsSpace, FlatnessEvaluator, GeNAS, config
+from nni_strategy import CombinedEvaluator, DartsSpace, FlatnessEvaluator, GeNAS
 from nni_strategy.run import _score_arguments
 from nni_strategy.samples import SampleSpace
 from nni_strategy.space import genotype_to_sample, sample_to_genotype

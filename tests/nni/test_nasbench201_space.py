@@ -19,11 +19,12 @@ from nni.nas.strategy import RegularizedEvolution
 from nni.tools.nnictl.config_utils import Experiments
 
 from genas_plugins.checkpoints import load_supernet, save_supernet
+from genas_plugins.darts.zoo import ZOO
+from genas_plugins.experiment import config
 from genas_plugins.nasbench201 import NasBench201Network, NasBench201SuperNet
 from genas_plugins.scoring import angle
 from genas_plugins.spaces import NasBench201Architecture, NasBench201SearchSpace
-from genas_plugins.zoo import ZOO
-from nni_strategy import NasBench201Space, config
+from nni_strategy import NasBench201Space
 from nni_strategy.run import run_experiment
 from nni_strategy.space import architecture_to_sample, sample_to_architecture
 from nni_strategy.trained import TrainedSupernet

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from genas_plugins.profiling import StageProfile
+from genas_plugins.experiment.profiling import StageProfile
 
 TRACES = ["profile/scoring.json.gz", "profile/training.json.gz"]
 # Time to hit a process in.

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from genas_plugins.datasets import ImageTensors
+from genas_plugins.experiment.config import ConfigError, load
 from genas_plugins.scoring import CombinedScore
 from genas_plugins.search import Evolution, InFlight
 from genas_plugins.spaces import DartsSearchSpace
 from nni_strategy import CombinedEvaluator, GeNAS
-from nni_strategy.config import ConfigError, load
 from nni_strategy.training import SupernetModule, TrainBatches, supernet_evaluator
 
 IMAGES = ImageTensors(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 2, ("a", "b"))

@@ -18,11 +18,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from genas_plugins.experiment import config
+from genas_plugins.experiment.resuming import MAY_CHANGE, difference
 from genas_plugins.locking import lock_folder
+from genas_plugins.nasbench201 import NasBench201Architecture, NasBench201SearchSpace
 from genas_plugins.search import History, HistoryError
-from genas_plugins.spaces.nasbench201 import NasBench201Architecture, NasBench201SearchSpace
-from nni_strategy import config
-from nni_strategy.resuming import MAY_CHANGE, difference
 from nni_strategy.strategy import GeNAS
 
 STATE = ("config.yaml", "run.json", "data.json", "initial.safetensors", "supernet.ckpt", "history.jsonl")

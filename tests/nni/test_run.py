@@ -18,9 +18,9 @@ import yaml
 from PIL import Image
 
 from genas_plugins.checkpoints import load_supernet
-from genas_plugins.genotype import Genotype
+from genas_plugins.darts.genotype import Genotype
+from genas_plugins.experiment import config
 from genas_plugins.search import History
-from nni_strategy import config
 from nni_strategy.run import run_experiment
 from nni_strategy.trained import TrainedSupernet
 

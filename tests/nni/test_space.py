@@ -24,8 +24,8 @@ from nni.tools.nnictl.config_utils import Experiments
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from genas_plugins.genotype import NODES, OPERATIONS, Genotype
-from genas_plugins.network import CellNetwork
+from genas_plugins.darts.genotype import NODES, OPERATIONS, Genotype
+from genas_plugins.darts.network import CellNetwork
 from genas_plugins.scoring import angle
 from genas_plugins.spaces import DartsSearchSpace
 from nni_strategy.space import DartsSpace, genotype_to_sample, sample_to_genotype

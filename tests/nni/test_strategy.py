@@ -27,8 +27,8 @@ from nni.tools.nnictl.config_utils import Experiments
 from scipy.stats import chisquare
 from torch import Tensor, nn
 
+from genas_plugins.darts.genotype import Genotype
 from genas_plugins.datasets import ImageTensors, SearchData
-from genas_plugins.genotype import Genotype
 from genas_plugins.scoring import angle, flatness
 from genas_plugins.search import History, candidate_seed
 from nni_strategy.oneshot import UniformPathModule

@@ -19,13 +19,13 @@ from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.hub.pytorch import NasBench201
 from nni.nas.space import RawFormatModelSpace
 
+from genas_plugins.correlation.settings import load_settings
+from genas_plugins.darts.genotype import Genotype
 from genas_plugins.datasets import ImageTensors, SearchData
-from genas_plugins.genotype import Genotype
 from genas_plugins.spaces import NasBench201SearchSpace
 from nni_strategy import DartsSpace, GeNAS, config
 from nni_strategy.correlate import choose, measure_all
 from nni_strategy.run import run_experiment
-from nni_strategy.settings import load_settings
 from nni_strategy.threads import TrainingThreads
 from nni_strategy.trained import TrainedSupernet
 from nni_strategy.training import supernet_evaluator

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from genas_plugins import SuperNet
 from genas_plugins.checkpoints import CheckpointError, load_supernet, read_metadata, save_supernet
+from genas_plugins.darts.genotype import Genotype
 from genas_plugins.datasets import DataChangedError
-from genas_plugins.genotype import Genotype
 from nni_strategy.trained import TrainedSupernet, save_trained
 
 

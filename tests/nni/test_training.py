@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset, TensorDataset
 
+from genas_plugins.darts.genotype import Genotype
+from genas_plugins.darts.supernet import SuperNet
 from genas_plugins.datasets import ImageTensors, SearchData
-from genas_plugins.genotype import Genotype
-from genas_plugins.path_sgd import PathSGD
 from genas_plugins.spaces import DartsSearchSpace
-from genas_plugins.supernet import SuperNet
+from genas_plugins.training.path_sgd import PathSGD
 from nni_strategy import training
 from nni_strategy.progress import TrainingProgress
 from nni_strategy.space import DartsSpace, NasBench201Space

@@ -11,7 +11,7 @@ from timm.models import group_parameters, model_parameters
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from genas_plugins.zoo import ZOO
+from genas_plugins.darts.zoo import ZOO
 
 
 def hooked(model: nn.Module, x: Tensor) -> dict[str, Tensor]:

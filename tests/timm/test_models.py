@@ -21,10 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import genas_plugins
 from genas_plugins import Genotype
 from genas_plugins.counting import count_parameters
-from genas_plugins.operations import Identity
+from genas_plugins.darts.operations import Identity
 
 # The data file itself, not what the package makes of it.
-ZOO = json.loads(Path(genas_plugins.__file__).with_name("zoo.json").read_text(encoding="utf-8"))
+ZOO = json.loads(Path(genas_plugins.__file__).with_name("darts") / "zoo.json".read_text(encoding="utf-8"))
 NAMES = list(ZOO)
 
 IMPORT = """

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from genas_plugins import Genotype
-from genas_plugins.genotype import OPERATIONS
+from genas_plugins.darts.genotype import OPERATIONS
+from genas_plugins.darts.zoo import ZOO
 from genas_plugins.spaces import DartsSearchSpace
-from genas_plugins.zoo import ZOO
 
 
 def random_genotypes(count: int) -> list[Genotype]:

@@ -17,8 +17,8 @@ from PIL import Image
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 
 import timm_models
+from genas_plugins.darts.zoo import ZOO
 from genas_plugins.files import packaged_configs
-from genas_plugins.zoo import ZOO
 from timm_models.settings import Settings, from_options, read_config
 from timm_models.train import main
 from timm_models.training import Trainer, processes

@@ -30,7 +30,7 @@ from torch.utils.data import DistributedSampler, IterableDataset
 
 import timm_models  # noqa: F401
 from genas_plugins.checkpoints import read_state
-from genas_plugins.network import Cell
+from genas_plugins.darts.network import Cell
 from timm_models.data import Lighting
 from timm_models.settings import from_options, read_config
 from timm_models.train import main

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from genas_plugins.checkpoints import convert_network, load_official_network, read_state
-from genas_plugins.network import CellNetwork
-from genas_plugins.zoo import ZOO
+from genas_plugins.darts.network import CellNetwork
+from genas_plugins.darts.zoo import ZOO
 from timm_models.validate import load_model
 
 NAME = "genas_flatness_c100"

@@ -1,0 +1,1 @@
+"""One search as a file of settings and a folder of results."""

@@ -1,0 +1,69 @@
+"""How the space of NAS-Bench-201 is drawn from, mutated and crossed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from genas_plugins.nasbench201.architecture import EDGES, OPERATIONS, NasBench201Architecture
+
+__all__ = ["NasBench201SearchSpace"]
+
+
+class NasBench201SearchSpace:
+    """Draws, mutates and crosses architectures. All randomness comes from the generator passed in."""
+
+    @property
+    def size(self) -> int:
+        """Number of architectures: 5 operations to the power of 6 edges, 15,625."""
+        return len(OPERATIONS) ** len(EDGES)
+
+    def architectures(self) -> Iterator[NasBench201Architecture]:
+        """All architectures, in the order of their index."""
+        for operations in itertools.product(OPERATIONS, repeat=len(EDGES)):
+            yield NasBench201Architecture(operations)
+
+    def sample(self, rng: np.random.Generator) -> NasBench201Architecture:
+        """Draw uniformly; unconnected cells are part of the space."""
+        return NasBench201Architecture(tuple(OPERATIONS[n] for n in rng.integers(len(OPERATIONS), size=len(EDGES))))
+
+    def mutate(
+        self, architecture: NasBench201Architecture, probability: float, rng: np.random.Generator
+    ) -> NasBench201Architecture:
+        """Redraw each of the six edges with ``probability``, from all five operations."""
+        operations = list(architecture.operations)
+        for edge in range(len(EDGES)):
+            if rng.random() < probability:
+                operations[edge] = OPERATIONS[int(rng.integers(len(OPERATIONS)))]
+        return NasBench201Architecture(tuple(operations))
+
+    def crossover(
+        self, first: NasBench201Architecture, second: NasBench201Architecture, rng: np.random.Generator
+    ) -> NasBench201Architecture:
+        """Take each edge from either parent with equal chance."""
+        triples = zip(first.operations, second.operations, rng.random(len(EDGES)) < 0.5, strict=True)
+        return NasBench201Architecture(tuple(a if pick else b for a, b, pick in triples))
+
+    def neighbours(self, architecture: NasBench201Architecture) -> Iterator[NasBench201Architecture]:
+        """The 24 architectures that differ in the operation of one edge."""
+        operations = architecture.operations
+        for edge, present in enumerate(operations):
+            for operation in OPERATIONS:
+                if operation != present:
+                    yield NasBench201Architecture((*operations[:edge], operation, *operations[edge + 1 :]))
+
+    def to_json(self, architecture: NasBench201Architecture) -> str:
+        """The benchmark's string, for a history or a state."""
+        return str(architecture)
+
+    def from_json(self, data: Any) -> NasBench201Architecture:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: Not an architecture of this space.
+            TypeError: Not a string.
+        """
+        return NasBench201Architecture.from_string(data)

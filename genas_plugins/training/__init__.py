@@ -1,0 +1,1 @@
+"""What the training of a supernet needs beside a host's trainer."""
