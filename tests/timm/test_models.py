@@ -24,7 +24,7 @@ from genas_plugins.counting import count_parameters
 from genas_plugins.darts.operations import Identity
 
 # The data file itself, not what the package makes of it.
-ZOO = json.loads(Path(genas_plugins.__file__).with_name("darts") / "zoo.json".read_text(encoding="utf-8"))
+ZOO = json.loads((Path(genas_plugins.__file__).with_name("darts") / "zoo.json").read_text(encoding="utf-8"))
 NAMES = list(ZOO)
 
 IMPORT = """
