@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from genas_plugins.scoring import Flatness, flatness, flatness_from_losses, recalibrate_batchnorm
 from genas_plugins.scoring.noise import perturbations
+from genas_plugins.scoring.perturbation import Perturbation
 from nni_strategy.trained import TrainedSupernet
 
 __all__ = ["exact", "main"]
@@ -39,7 +40,9 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 def exact(model: nn.Module, recalibration: Batches, batches: Batches, sigmas: Sequence[float], seed: int) -> Flatness:
     """Eq. 4 of a network in float64, layer by layer as it stands, with the noise that the library draws."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    noises = list(perturbations(model, [name for name, _ in model.named_parameters()], sigmas, generator=generator))
+    noises = list(
+        perturbations(model, [name for name, _ in model.named_parameters()], Perturbation(sigmas=sigmas), generator)
+    )
     network = copy.deepcopy(model).double().eval()
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:

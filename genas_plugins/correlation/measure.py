@@ -65,7 +65,7 @@ class _Statistics:
 
     @classmethod
     def of(cls, setting: Setting) -> _Statistics:
-        return cls(setting.score.momentum, setting.recalibration_images, setting.images)
+        return cls(setting.score.recalibration_momentum, setting.recalibration_images, setting.images)
 
     @property
     def suffix(self) -> str:
@@ -249,15 +249,10 @@ def _losses(
         draws = perturbed_losses(
             model,
             batches,
-            score.sigmas,
-            score.noise,
-            score.where,
-            torch.Generator(next(model.parameters()).device).manual_seed(seed),
-            relative=score.relative,
-            draws=score.draws,
+            score,
+            generator=torch.Generator(next(model.parameters()).device).manual_seed(seed),
             common=common if score.common else None,
             parameters=parameters,
-            hessian_directions=score.hessian_directions,
             known=known,
         )
     except MeasurementError:

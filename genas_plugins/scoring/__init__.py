@@ -8,6 +8,7 @@ from genas_plugins.scoring.errors import MeasurementError
 from genas_plugins.scoring.flatness import Flatness, flatness, flatness_from_losses, mean_loss
 from genas_plugins.scoring.hessian import Eigenpairs, top_eigenvectors
 from genas_plugins.scoring.noise import CommonNoise
+from genas_plugins.scoring.perturbation import Perturbation, Recalibration
 
 __all__ = [
     "METRICS",
@@ -18,6 +19,8 @@ __all__ = [
     "Flatness",
     "Measurement",
     "MeasurementError",
+    "Perturbation",
+    "Recalibration",
     "accuracy",
     "angle",
     "flatness",

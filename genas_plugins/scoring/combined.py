@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from genas_plugins.checks import check_count, check_flag, check_real
+from genas_plugins._keywords import renamed
+from genas_plugins.checks import check_real
 from genas_plugins.scoring.accuracy import Accuracy, accuracy
 from genas_plugins.scoring.batchnorm import recalibrate_batchnorm
 from genas_plugins.scoring.errors import MeasurementError
-from genas_plugins.scoring.flatness import Flatness, Where, check_sigmas, flatness
+from genas_plugins.scoring.flatness import Flatness, flatness
 from genas_plugins.scoring.losses import Loss
-from genas_plugins.scoring.noise import CommonNoise, Noise, check_noise
+from genas_plugins.scoring.noise import CommonNoise
+from genas_plugins.scoring.perturbation import Perturbation, check_momentum
 
 __all__ = ["METRICS", "CombinedScore", "Measurement"]
 
@@ -28,7 +30,7 @@ METRICS: tuple[str, ...] = (
     "accuracy+flatness",
     "angle+accuracy",
 )
-_MOST_WEIGHT, _MOST_DRAWS = 1e9, 10_000
+_MOST_WEIGHT = 1e9
 
 
 @dataclass(frozen=True)
@@ -68,59 +70,42 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CombinedScore:
+class CombinedScore(Perturbation):
     """The settings of a score, and the call that measures it on one network.
+
+    >>> sorted(CombinedScore(metric="angle+flatness", sigmas=(0.001, 0.003)).metrics)
+    ['angle', 'flatness']
+
+    Beside its own settings it has those of :class:`Perturbation`, which flatness is measured with.
 
     Args:
         metric: One of :data:`METRICS`. With flatness, ``S + gamma * F / s_1`` (Eq. 5), where ``S`` is the
             angle as a fraction of pi or the top-1 accuracy as a fraction; ``"angle+accuracy"`` is ``angle +
             gamma_accuracy * top1`` (Table 10).
-        sigmas: Standard deviations of the noise, strictly increasing.
         alpha: Weight of the depth term of Eq. 4.
         gamma: Weight of the flatness term (the paper: 16 with angle, Table 8; 32 with accuracy, Table 9).
         gamma_accuracy: Weight of the accuracy in ``"angle+accuracy"`` (Table 10: 0.1 is best).
-        noise: See :func:`genas_plugins.scoring.flatness`.
-        where: See :func:`genas_plugins.scoring.flatness`.
-        relative: See :func:`genas_plugins.scoring.flatness`.
-        draws: See :func:`genas_plugins.scoring.flatness`.
-        common: The same noise for all candidates on what they share, see
-            :class:`genas_plugins.scoring.noise.CommonNoise`; it lowers the noise of comparisons.
-        hessian_directions: See :func:`genas_plugins.scoring.flatness`.
-        momentum: Of the recalibration; ``None`` for the cumulative average, 0.1 for the official code's.
+        recalibration_momentum: ``None`` for the cumulative average of batch statistics, 0.1 for the official code's
+            running average; was called ``momentum``, which is still taken.
 
     Raises:
         TypeError: A setting is not of its kind.
-        ValueError: An unknown metric or mode, sigmas that do not increase, a weight that is negative or not finite, no
-            draw or direction or more than anybody would wait for, or noise along eigenvectors that is to be common.
+        ValueError: An unknown metric, a weight that is negative or not finite, or what :class:`Perturbation` refuses.
     """
 
     metric: str = "flatness"
-    sigmas: tuple[float, ...] = (2e-3, 1e-2, 2e-2)
     alpha: float = 1.0
     gamma: float = 16.0
     gamma_accuracy: float = 0.1
-    noise: Noise = "cumulative"
-    where: Where = "all"
-    relative: bool = False
-    draws: int = 1
-    common: bool = False
-    hessian_directions: int = 1
-    momentum: float | None = None
+    recalibration_momentum: float | None = None
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise ValueError(f"Unknown metric {self.metric!r}; valid metrics: {', '.join(METRICS)}.")
-        object.__setattr__(self, "sigmas", check_sigmas(self.sigmas))
-        check_noise(self.noise, self.common, self.hessian_directions)
-        if self.where not in get_args(Where):
-            raise ValueError(f"Unknown where {self.where!r}; valid choices: {', '.join(get_args(Where))}.")
+        super().__post_init__()
         for name in ("alpha", "gamma", "gamma_accuracy"):
             check_real(name, getattr(self, name), least=0, most=_MOST_WEIGHT)
-        for name in ("relative", "common"):
-            check_flag(name, getattr(self, name))
-        check_count("draws", self.draws, most=_MOST_DRAWS)
-        if self.momentum is not None and not 0.0 < check_real("momentum", self.momentum) <= 1.0:
-            raise ValueError(f"momentum must be None (cumulative average) or in (0, 1], got {self.momentum}.")
+        check_momentum(self.recalibration_momentum)
 
     @property
     def metrics(self) -> frozenset[str]:
@@ -159,23 +144,18 @@ class CombinedScore:
         """
         self.check_sources(angle, common)
         if recalibration is not None and self.metrics != {"angle"}:
-            recalibrate_batchnorm(model, recalibration, self.momentum)
+            recalibrate_batchnorm(model, recalibration, self.recalibration_momentum)
         top = accuracy(model, batches) if "accuracy" in self.metrics else None
         flat = None
         if "flatness" in self.metrics:
             flat = flatness(
                 model,
                 batches,
-                self.sigmas,
+                self,
                 self.alpha,
-                self.noise,
-                self.where,
-                generator,
-                relative=self.relative,
-                draws=self.draws,
+                generator=generator,
                 common=common if self.common else None,
                 parameters=parameters,
-                hessian_directions=self.hessian_directions,
                 loss=loss,
             )
         return self.combine(flat, angle() if "angle" in self.metrics and angle is not None else None, top)
@@ -213,3 +193,6 @@ class CombinedScore:
         if flat is not None:
             shares["slope"] = flat.slope_share
         return Measurement(score, shares, flat, angle, top)
+
+
+CombinedScore.__init__ = renamed(CombinedScore.__init__, momentum="recalibration_momentum")  # type: ignore[method-assign]

@@ -6,22 +6,24 @@ less its validation loss moves (flat) and the lower it is (deep).
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from genas_plugins._keywords import keywords_of
 from genas_plugins.scoring.batchnorm import evaluation_mode
 from genas_plugins.scoring.errors import MeasurementError
 from genas_plugins.scoring.hessian import noise_directions
 from genas_plugins.scoring.inference import InferenceNetwork
 from genas_plugins.scoring.losses import Loss, SummedLoss, check_summed, loss_of_each, loss_of_image, summed_loss
-from genas_plugins.scoring.noise import CommonNoise, Noise, check_noise, noise_shares, perturbations
+from genas_plugins.scoring.noise import CommonNoise, noise_shares, perturbations
+from genas_plugins.scoring.perturbation import Noise, Perturbation, Where, check_sigmas
 
 __all__ = [
     "Flatness",
@@ -35,10 +37,8 @@ __all__ = [
     "perturbed_losses",
 ]
 
-Where = Literal["all", "cells"]
 Result = TypeVar("Result")
 _EPSILON = 1e-5
-_LEAST_SIGMA, _MOST_SIGMA, _MOST_SIGMAS = 1e-12, 1e6, 100
 
 
 @dataclass(frozen=True)
@@ -67,31 +67,6 @@ class Flatness:
         return self.slope * self.score
 
 
-def check_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
-    """Return the sigmas as a tuple of floats.
-
-    Raises:
-        TypeError: Text or truth values.
-        ValueError: Fewer than two or more than a hundred, not finite, not positive, not strictly increasing also as
-            float32, or so small or large that no weight would notice or survive.
-    """
-    if any(isinstance(sigma, str | bytes | bool) for sigma in sigmas):
-        raise TypeError(f"sigmas must be numbers, got {list(sigmas)[:_MOST_SIGMAS]}.")
-    values = tuple(float(sigma) for sigma in sigmas)
-    increasing = all(low < high for low, high in itertools.pairwise(torch.tensor(values).tolist()))
-    if not 2 <= len(values) <= _MOST_SIGMAS or not all(map(math.isfinite, values)) or not increasing:
-        raise ValueError(
-            f"sigmas must be at least two positive, strictly increasing numbers, for instance (0.001, 0.003, 0.006), "
-            f"and at most {_MOST_SIGMAS}; got {list(sigmas)[:_MOST_SIGMAS]}."
-        )
-    if values[0] < _LEAST_SIGMA or values[-1] > _MOST_SIGMA:
-        raise ValueError(
-            f"sigmas must be positive, from {_LEAST_SIGMA:g} to {_MOST_SIGMA:g}: what weights of float32 can notice "
-            f"and survive; got {list(values)}."
-        )
-    return values
-
-
 def flatness_from_losses(losses: Sequence[float], sigmas: Sequence[float], alpha: float = 1.0) -> Flatness:
     """Eq. 4 from losses that are known already.
 
@@ -118,21 +93,20 @@ def flatness_from_losses(losses: Sequence[float], sigmas: Sequence[float], alpha
     return Flatness(1.0 / (slope + alpha * depth + _EPSILON), losses, sigmas, slope, depth, alpha)
 
 
+@keywords_of(Perturbation)
 def flatness(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
-    sigmas: Sequence[float],
+    sigmas: Perturbation | Sequence[float],
     alpha: float = 1.0,
-    noise: Noise = "cumulative",
-    where: Where = "all",
+    noise: Noise | None = None,
+    where: Where | None = None,
     generator: torch.Generator | None = None,
     *,
-    relative: bool = False,
-    draws: int = 1,
     common: CommonNoise | None = None,
     parameters: Collection[str] | None = None,
-    hessian_directions: int = 1,
     loss: Loss | None = None,
+    **settings: Any,
 ) -> Flatness:
     """Measure Eq. 4 of GeNAS on a network whose batch normalisation is calibrated.
 
@@ -143,72 +117,46 @@ def flatness(
     Args:
         model: Maps images ``(N, 3, H, W)`` to logits ``(N, num_classes)``.
         batches: Validation images and labels ``(N,)`` on the model's device; iterated once per sigma.
-        sigmas: Standard deviations of the noise, strictly increasing.
+        sigmas: A :class:`Perturbation`, or standard deviations of the noise, strictly increasing, with its other
+            settings as keywords.
         alpha: Weight of the depth term.
-        noise: ``"cumulative"`` (the published results): ``theta_1 = theta + N(0, s_1)``, ``theta_{i+1} =
-            theta_i + N(0, s_{i+1} - s_i)``, standard deviations. ``"independent"`` (the formula as printed):
-            ``theta + N(0, s_i)``, a new draw for each sigma. ``"shared"``: one draw, scaled by each sigma.
-            ``"random_walk"``: as the first with steps of ``sqrt(s_{i+1}^2 - s_i^2)``, which make the noise as large
-            as sigma says. ``"hessian"``: ``theta + s_i * sum_j z_j v_j`` with one draw of ``z_j ~ N(0, 1)`` for all
-            sigmas, Gaussian noise in the span of the eigenvectors ``v_j`` of the Hessian with the largest absolute
-            eigenvalues. The Hessian is that of the mean cross-entropy of the first 256 images with respect to all
-            perturbed parameters together, over which the eigenvectors have length 1 (Table 7; see
-            :func:`genas_plugins.scoring.hessian.top_eigenvectors`).
-        where: ``"all"`` parameters, or only those of the ``"cells"`` (Table 7), which spares stem and
-            classifier.
+        noise: Kind of the noise, see :class:`Perturbation`.
+        where: Which parameters are perturbed, see :class:`Perturbation`.
         generator: Source of the noise, on any device. ``None`` is a generator with seed 0.
+        common: Noise that all candidates share, in place of ``generator``.
         parameters: Names to perturb; ``None`` for all. For a supernet that runs with one path fixed: the
             names on that path.
-        relative: Sigmas are fractions of each tensor's root mean square, as in the directions of Li et al.
-            (NeurIPS 2018), there for each filter. A tensor of zeros gets no noise. Along eigenvectors they are
-            fractions of the norm of all perturbed parameters together, ``theta + s_i * |theta| * sum_j z_j v_j /
-            sqrt(k)``, which makes that noise as long as this one.
-        draws: How often the noise is drawn; Eq. 4 is computed from the mean losses. Draw number ``d`` has the seed of
-            ``generator`` plus ``d``. Eigenvectors are the same for all draws.
-        common: Noise that all candidates share, in place of ``generator``.
-        hessian_directions: Number of eigenvectors ``k`` of the noise ``"hessian"``.
-        loss: Of outputs and labels: one number an image, or their mean; PyTorch's losses are asked for the former.
-            ``None`` is cross-entropy in nats of class numbers. There an image with the label -100 or 255 has none and
-            does not enter the mean, unless that is one of the network's classes; another loss gets all images.
+        loss: Function of outputs and labels: one number an image, or their mean; PyTorch's losses are asked for the
+            former. ``None`` is cross-entropy in nats of class numbers. There an image with the label -100 or 255 has
+            none and does not enter the mean, unless that is one of the network's classes; another loss gets all images.
+        **settings: The other settings of :class:`Perturbation`.
 
     Raises:
-        ValueError: Wrong sigmas or alpha, an unknown noise mode or ``where``, names that do not exist, no
-            parameter left to perturb, fewer draws or directions than one, common noise along eigenvectors, no
-            batches, or labels that do not fit the network or the loss.
+        TypeError: Settings that :class:`Perturbation` does not have.
+        ValueError: Settings that it refuses, a negative alpha, names that do not exist, no parameter left to perturb,
+            no batches, or labels that do not fit the network or the loss.
         MeasurementError: A loss, or the Hessian, is not finite.
     """
+    perturbation = Perturbation.of(sigmas, noise=noise, where=where, **settings)
     losses = perturbed_losses(
-        model,
-        batches,
-        sigmas,
-        noise,
-        where,
-        generator,
-        relative=relative,
-        draws=draws,
-        common=common,
-        parameters=parameters,
-        hessian_directions=hessian_directions,
-        loss=loss,
+        model, batches, perturbation, generator=generator, common=common, parameters=parameters, loss=loss
     )
-    return flatness_from_losses([sum(column) / draws for column in zip(*losses, strict=True)], sigmas, alpha)
+    means = [sum(column) / perturbation.draws for column in zip(*losses, strict=True)]
+    return flatness_from_losses(means, perturbation.sigmas, alpha)
 
 
+@keywords_of(Perturbation)
 def perturbed_losses(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
-    sigmas: Sequence[float],
-    noise: Noise = "cumulative",
-    where: Where = "all",
-    generator: torch.Generator | None = None,
+    sigmas: Perturbation | Sequence[float],
     *,
-    relative: bool = False,
-    draws: int = 1,
+    generator: torch.Generator | None = None,
     common: CommonNoise | None = None,
     parameters: Collection[str] | None = None,
-    hessian_directions: int = 1,
     loss: Loss | None = None,
     known: dict[Any, Any] | None = None,
+    **settings: Any,
 ) -> list[list[float]]:
     """What :func:`flatness` is computed from: for each draw of the noise the mean loss in nats at each sigma.
 
@@ -218,29 +166,23 @@ def perturbed_losses(
         known: What earlier calls measured with the same weights, images, loss, ``parameters``, ``common`` and seed of
             the generator; this call reads it and adds to it. Most noises are the same at the same first sigma.
     """
-    pairs = _at_each_noise(
-        *(summed_loss, model, batches, sigmas, noise, where, generator, relative, draws, common, parameters),
-        hessian_directions=hessian_directions,
-        loss=loss,
-        known=known,
-    )
-    losses = _means(pairs)
-    return [losses[start : start + len(sigmas)] for start in range(0, len(losses), len(sigmas))]
+    perturbation = Perturbation.of(sigmas, **settings)
+    pairs = _at_each_noise(summed_loss, model, batches, perturbation, generator, common, parameters, loss, known)
+    losses, count = _means(pairs), len(perturbation.sigmas)
+    return [losses[start : start + count] for start in range(0, len(losses), count)]
 
 
+@keywords_of(Perturbation)
 def perturbed_image_losses(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
-    sigmas: Sequence[float],
-    noise: Noise = "cumulative",
-    where: Where = "all",
-    generator: torch.Generator | None = None,
+    sigmas: Perturbation | Sequence[float],
     *,
-    relative: bool = False,
-    draws: int = 1,
+    generator: torch.Generator | None = None,
     common: CommonNoise | None = None,
     parameters: Collection[str] | None = None,
     loss: Loss | None = None,
+    **settings: Any,
 ) -> tuple[Tensor, Tensor]:
     """The losses behind :func:`perturbed_losses`, image by image and batch by batch.
 
@@ -251,18 +193,16 @@ def perturbed_image_losses(
         ``(draws, sigmas, batches)``. Added up in the order of the batches and divided by ``N``, the sums give
         what :func:`perturbed_losses` returns, bit for bit.
     """
+    perturbation = Perturbation.of(sigmas, **settings)
     state = None if generator is None else generator.get_state()
     while True:
-        pairs = _at_each_noise(
-            *(loss_of_each, model, batches, sigmas, noise, where, generator, relative, draws, common, parameters),
-            loss=loss,
-        )
+        pairs = _at_each_noise(loss_of_each, model, batches, perturbation, generator, common, parameters, loss)
         if len({len(sums) for _, sums in pairs}) == 1:
             break
         # A pass that did not fit the memory has halved the batches on the way.
         if generator is not None:
             generator.set_state(state)
-    images, sums = (torch.stack(part).unflatten(0, (draws, -1)) for part in zip(*pairs, strict=True))
+    images, sums = (torch.stack(part).unflatten(0, (perturbation.draws, -1)) for part in zip(*pairs, strict=True))
     return images, sums
 
 
@@ -270,37 +210,28 @@ def _at_each_noise(
     measure: Callable[..., Result],
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
-    sigmas: Sequence[float],
-    noise: Noise,
-    where: Where,
+    perturbation: Perturbation,
     generator: torch.Generator | None,
-    relative: bool,
-    draws: int,
     common: CommonNoise | None,
     parameters: Collection[str] | None,
-    hessian_directions: int = 1,
-    loss: Loss | None = None,
+    loss: Loss | None,
     known: dict[Any, Result] | None = None,
 ) -> list[Result]:
     """What ``measure`` gives of the perturbed network, for each draw and each sigma of it."""
-    sigmas = check_sigmas(sigmas)
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws}.")
-    check_noise(noise, common is not None, hessian_directions)
-    names = _perturbed_names(model, where, parameters)
+    # The source decides: noise along eigenvectors is refused with one that is common.
+    perturbation = dataclasses.replace(perturbation, common=common is not None)
+    names = _perturbed_names(model, perturbation.where, parameters)
     directions: Sequence[dict[str, Tensor]] = ()
-    if noise == "hessian":
-        directions = noise_directions(model, batches, names, hessian_directions, generator, loss)
+    if perturbation.noise == "hessian":
+        directions = noise_directions(model, batches, names, perturbation.hessian_directions, generator, loss)
     network = InferenceNetwork.of(model) or model
     loss = loss_of_image(loss)
-    found = known if known is not None and noise != "hessian" else {}
+    found = known if known is not None and perturbation.noise != "hessian" else {}
     results = []
-    for draw in range(draws):
-        each = perturbations(
-            model, names, sigmas, noise, generator, relative, draw=draw, common=common, directions=directions
-        )
-        for shares, noisy in zip(noise_shares(sigmas, noise), each, strict=True):
-            key = (where, relative, common is None, draw, shares)
+    for draw in range(perturbation.draws):
+        each = perturbations(model, names, perturbation, generator, draw=draw, common=common, directions=directions)
+        for shares, noisy in zip(noise_shares(perturbation), each, strict=True):
+            key = (perturbation.where, perturbation.relative, common is None, draw, shares)
             if key not in found:
                 found[key] = _perturbed(measure, network, noisy, batches, loss)
             results.append(found[key])
@@ -365,8 +296,6 @@ def _perturbed(
 
 
 def _perturbed_names(model: nn.Module, where: Where, parameters: Collection[str] | None) -> list[str]:
-    if where not in get_args(Where):
-        raise ValueError(f"Unknown where {where!r}; valid choices: {', '.join(get_args(Where))}.")
     existing = [name for name, _ in model.named_parameters()]
     if parameters is not None:
         unknown = sorted(set(parameters) - set(existing))

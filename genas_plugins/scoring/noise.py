@@ -7,17 +7,13 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from genas_plugins.checks import check_count
+from genas_plugins.scoring.perturbation import Perturbation
 
-__all__ = ["CommonNoise", "Noise", "check_noise", "noise_shares", "perturbations"]
-
-Noise = Literal["cumulative", "independent", "shared", "random_walk", "hessian"]
-_MOST_DIRECTIONS = 1_000
+__all__ = ["CommonNoise", "noise_shares", "perturbations"]
 
 
 class CommonNoise:
@@ -63,36 +59,15 @@ class CommonNoise:
         return drawn
 
 
-def check_noise(noise: str, common: bool, hessian_directions: int) -> None:
-    """Refuse noise that there is not.
-
-    Args:
-        noise: The mode.
-        common: Whether candidates are to have it in common.
-        hessian_directions: Of the mode ``"hessian"``.
-
-    Raises:
-        TypeError: The number of directions is no whole number.
-        ValueError: An unknown mode, common noise along eigenvectors, or fewer directions than one.
-    """
-    if noise not in get_args(Noise):
-        raise ValueError(f"Unknown noise {noise!r}; valid choices: {', '.join(get_args(Noise))}.")
-    if noise == "hessian" and common:
-        raise ValueError(
-            "The noise 'hessian' cannot be common: it is along eigenvectors that each candidate has for itself. "
-            "Set common to false, or take another noise."
-        )
-    check_count("hessian_directions", hessian_directions, most=_MOST_DIRECTIONS)
-
-
-def noise_shares(sigmas: Sequence[float], noise: Noise) -> list[tuple[float, ...]]:
+def noise_shares(perturbation: Perturbation) -> list[tuple[float, ...]]:
     """What the noise at each sigma is made of: the factors of its standard normal draws, in their order.
 
     Modes and sigmas with the same factors, for instance at the first sigma, give the same noisy weights.
     """
+    noise = perturbation.noise
     shares: list[tuple[float, ...]] = []
     previous = 0.0
-    for step, sigma in enumerate(sigmas):
+    for step, sigma in enumerate(perturbation.sigmas):
         before = shares[-1] if shares else ()
         if noise == "cumulative":
             shares.append((*before, sigma - previous))
@@ -107,10 +82,8 @@ def noise_shares(sigmas: Sequence[float], noise: Noise) -> list[tuple[float, ...
 def perturbations(
     model: nn.Module,
     names: Collection[str],
-    sigmas: Sequence[float],
-    noise: Noise = "cumulative",
+    perturbation: Perturbation,
     generator: torch.Generator | None = None,
-    relative: bool = False,
     *,
     draw: int = 0,
     common: CommonNoise | None = None,
@@ -120,21 +93,18 @@ def perturbations(
 
     Args:
         model: Has the parameters; it is not changed.
-        names: Of the parameters.
-        sigmas: Standard deviations, strictly increasing.
-        noise: See :func:`genas_plugins.scoring.flatness`.
+        names: Names of the parameters.
+        perturbation: Sigmas, and the kind of the noise.
         generator: Source of the noise; ``None`` is a generator with seed 0.
-        relative: See :func:`genas_plugins.scoring.flatness`.
         draw: Number of the draw: the first comes from ``generator`` as it stands, number ``d`` from a new generator
             whose seed is that of ``generator`` plus ``d``.
         common: Source of the noise in place of ``generator``.
         directions: Of the noise ``"hessian"``: orthogonal unit vectors, by the names of the parameters.
 
     Raises:
-        ValueError: See :func:`check_noise`; the noise ``"hessian"`` without directions, or a parameter that is not
-            the supernet's of ``common``.
+        ValueError: The noise ``"hessian"`` without directions, or a parameter that is not the supernet's of ``common``.
     """
-    check_noise(noise, common is not None, 1)
+    noise, relative = perturbation.noise, perturbation.relative
     if noise == "hessian" and not directions:
         raise ValueError("The noise 'hessian' needs directions; pass those of top_eigenvectors as directions=.")
     chosen = set(names)
@@ -157,7 +127,7 @@ def perturbations(
             whole = torch.stack(torch._foreach_norm(list(tensors.values()))).norm()
             fixed = list(torch._foreach_mul(fixed, whole / math.sqrt(len(directions))))
     noisy = tensors
-    for step, (*_, share) in enumerate(noise_shares(sigmas, noise)):
+    for step, (*_, share) in enumerate(noise_shares(perturbation)):
         start = noisy if noise in ("cumulative", "random_walk") else tensors
         noisy = _add(start, normals(step) if fixed is None else fixed, share)
         yield noisy

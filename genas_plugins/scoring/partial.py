@@ -161,7 +161,7 @@ class PartialScore:
         if self._statistics is not None:
             load_statistics(model, self._statistics)
         elif recalibration is not None:
-            recalibrate_batchnorm(model, recalibration, score.momentum)
+            recalibrate_batchnorm(model, recalibration, score.recalibration_momentum)
             self._statistics = saved_statistics(model)
         if "accuracy" in score.metrics:
             hits = image_hits(model, batches)
@@ -172,12 +172,8 @@ class PartialScore:
             images, sums = perturbed_image_losses(
                 model,
                 batches,
-                score.sigmas,
-                score.noise,
-                score.where,
-                generator,
-                relative=score.relative,
-                draws=score.draws,
+                score,
+                generator=generator,
                 common=common if score.common else None,
                 parameters=parameters,
                 loss=loss,

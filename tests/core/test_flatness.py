@@ -22,6 +22,7 @@ from genas_plugins.scoring import (
 )
 from genas_plugins.scoring.flatness import perturbed_losses
 from genas_plugins.scoring.noise import perturbations
+from genas_plugins.scoring.perturbation import Perturbation
 
 SIGMAS = (0.01, 0.03, 0.06)
 GENOTYPE = Genotype.from_code([3, 5, 0, 4, 4, 0, 0, 4, 5, 0, 4, 0, 0, 7, 6, 3, 2, 0, 5, 0, 5, 0, 7, 0, 1, 1, 0, 0])
@@ -137,7 +138,11 @@ def test_relative_noise_is_as_large_as_a_share_of_each_tensor(noise: str) -> Non
     model = nn.ParameterDict(tensors)
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     drawn, scaled = (
-        list(perturbations(model, ["a", "b", "zero"], (0.1, 0.2), noise, generator, relative))
+        list(
+            perturbations(
+                model, ["a", "b", "zero"], Perturbation(sigmas=(0.1, 0.2), noise=noise, relative=relative), generator
+            )
+        )
         for generator, relative in zip(generators, (False, True), strict=True)
     )
     for plain, ours in zip(drawn, scaled, strict=True):

@@ -23,6 +23,7 @@ from genas_plugins.scoring import MeasurementError, flatness, mean_loss, recalib
 from genas_plugins.scoring.flatness import perturbed_losses
 from genas_plugins.scoring.hessian import HESSIAN_IMAGES, noise_directions
 from genas_plugins.scoring.noise import perturbations
+from genas_plugins.scoring.perturbation import Perturbation
 from genas_plugins.spaces import NasBench201Architecture
 
 SIGMAS = (0.01, 0.03, 0.06)
@@ -336,7 +337,7 @@ def test_each_draw_has_steps_of_its_own_along_the_same_eigenvectors(monkeypatch:
         lambda *arguments: calls.append(arguments) or noise_directions(*arguments),
     )
     losses = perturbed_losses(
-        model, data, SIGMAS, "hessian", generator=torch.Generator().manual_seed(5), draws=3, hessian_directions=2
+        model, data, SIGMAS, noise="hessian", generator=torch.Generator().manual_seed(5), draws=3, hessian_directions=2
     )
     assert np.array(losses) == pytest.approx(np.array(expected), rel=1e-12)
     assert len(calls) == 1
@@ -350,7 +351,15 @@ def test_steps_are_normal_numbers_and_relative_ones_as_long_as_isotropic_noise()
     def noise(mode: str, relative: bool, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         chosen = directions if mode == "hessian" else ()
-        last = list(perturbations(model, ["a", "b"], SIGMAS, mode, generator, relative, directions=chosen))[-1]
+        last = list(
+            perturbations(
+                model,
+                ["a", "b"],
+                Perturbation(sigmas=SIGMAS, noise=mode, relative=relative),
+                generator,
+                directions=chosen,
+            )
+        )[-1]
         return torch.cat([(last[name] - model[name]).flatten() for name in ("a", "b")]).detach()
 
     plain = torch.stack([basis @ noise("hessian", False, seed) for seed in range(500)])
@@ -398,4 +407,4 @@ def test_bad_arguments_are_refused(change: dict[str, object], message: str) -> N
 
 def test_noise_along_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="pass those of top_eigenvectors as directions="):
-        next(perturbations(tiny(), ["0.weight"], SIGMAS, "hessian"))
+        next(perturbations(tiny(), ["0.weight"], Perturbation(sigmas=SIGMAS, noise="hessian")))

@@ -17,6 +17,7 @@ from genas_plugins.scoring import flatness, layers, mean_loss, recalibrate_batch
 from genas_plugins.scoring.inference import InferenceNetwork
 from genas_plugins.scoring.layers import fused_convolutions, pooling
 from genas_plugins.scoring.noise import perturbations
+from genas_plugins.scoring.perturbation import Perturbation
 from genas_plugins.spaces import DartsSearchSpace
 
 SIGMAS = (1e-5, 5e-5, 1e-4)
@@ -93,7 +94,10 @@ def test_losses_under_noise_are_those_of_a_float64_brute_force(space: str, noise
     batches = [(x[:40], labels[:40]), (x[40:], labels[40:])]
     ours = flatness(subnet, batches, SIGMAS, noise=noise, generator=torch.Generator().manual_seed(4)).losses
     drawn = perturbations(
-        subnet, [n for n, _ in subnet.named_parameters()], SIGMAS, noise, torch.Generator().manual_seed(4)
+        subnet,
+        [n for n, _ in subnet.named_parameters()],
+        Perturbation(sigmas=SIGMAS, noise=noise),
+        torch.Generator().manual_seed(4),
     )
     noisy = list(drawn)
     with torch.no_grad():

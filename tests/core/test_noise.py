@@ -14,6 +14,7 @@ from genas_plugins.darts.supernet import SuperNet
 from genas_plugins.nasbench201 import NasBench201SuperNet
 from genas_plugins.scoring import CommonNoise
 from genas_plugins.scoring.noise import noise_shares, perturbations
+from genas_plugins.scoring.perturbation import Perturbation
 from genas_plugins.spaces import NasBench201Architecture
 
 SIGMAS = (0.01, 0.03, 0.06)
@@ -30,7 +31,9 @@ def test_standard_deviations_are_those_of_the_definition(noise: str, common: boo
     model = tensors()
     shared = CommonNoise(model, 3) if common else None
     steps = {"cumulative": (0.01, 0.02, 0.03)}.get(noise)
-    found = perturbations(model, ["a"], SIGMAS, noise, torch.Generator().manual_seed(3), common=shared)
+    found = perturbations(
+        model, ["a"], Perturbation(sigmas=SIGMAS, noise=noise), torch.Generator().manual_seed(3), common=shared
+    )
     for step, (sigma, noisy) in enumerate(zip(SIGMAS, found, strict=True)):
         # Variances of independent steps add up.
         expected = sigma if steps is None else math.sqrt(sum(s**2 for s in steps[: step + 1]))
@@ -47,7 +50,7 @@ def test_the_stream_is_one_draw_for_all_tensors_at_each_sigma(noise: str) -> Non
     draws = [torch.randn(6000, generator=generator) for _ in SIGMAS]
     expected = torch.cat([model["a"].flatten(), model["b"]]).detach()
     weights, previous = expected, 0.0
-    found = perturbations(model, ["a", "b"], SIGMAS, noise, torch.Generator().manual_seed(8))
+    found = perturbations(model, ["a", "b"], Perturbation(sigmas=SIGMAS, noise=noise), torch.Generator().manual_seed(8))
     for sigma, draw, noisy in zip(SIGMAS, draws, found, strict=True):
         if noise == "cumulative":
             expected = torch.add(expected, draw, alpha=sigma - previous)
@@ -65,8 +68,8 @@ def test_noise_is_its_shares_of_the_draws_and_as_large_as_its_definition(noise: 
     generator = torch.Generator().manual_seed(8)
     draws = [torch.randn(6000, generator=generator, dtype=torch.float64) for _ in SIGMAS]
     weights = torch.cat([model["a"].flatten(), model["b"]]).detach()
-    found = perturbations(model, ["a", "b"], SIGMAS, noise, torch.Generator().manual_seed(8))
-    shares = noise_shares(SIGMAS, noise)
+    found = perturbations(model, ["a", "b"], Perturbation(sigmas=SIGMAS, noise=noise), torch.Generator().manual_seed(8))
+    shares = noise_shares(Perturbation(sigmas=SIGMAS, noise=noise))
     assert shares[0] == SIGMAS[:1]
     for noisy, factors in zip(found, shares, strict=True):
         expected = weights + sum(factor * draw for factor, draw in zip(factors, draws, strict=False))
@@ -80,7 +83,9 @@ def test_draws_have_streams_of_their_own() -> None:
 
     def first(seed: int, draw: int, common: CommonNoise | None = None) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return next(perturbations(model, ["a", "b"], SIGMAS, generator=generator, draw=draw, common=common))["a"]
+        return next(perturbations(model, ["a", "b"], Perturbation(sigmas=SIGMAS), generator, draw=draw, common=common))[
+            "a"
+        ]
 
     assert torch.equal(first(5, 2), first(7, 0))
     assert torch.equal(first(5, 2, CommonNoise(model, 1)), first(9, 2, CommonNoise(model, 1)))
@@ -92,7 +97,7 @@ def noise_of(supernet: nn.Module, subnet: nn.Module, noise: str = "cumulative") 
     """The noise at each sigma by the supernet's name, whatever the subnet calls it."""
     names = {id(parameter): name for name, parameter in supernet.named_parameters()}
     parameters = dict(subnet.named_parameters())
-    found = perturbations(subnet, parameters, SIGMAS, noise, common=CommonNoise(supernet, 4))
+    found = perturbations(subnet, parameters, Perturbation(sigmas=SIGMAS, noise=noise), common=CommonNoise(supernet, 4))
     return [
         {names[id(parameters[name])]: tensor - parameters[name].detach() for name, tensor in noisy.items()}
         for noisy in found
@@ -138,7 +143,11 @@ def test_genotypes_of_the_darts_space_too_and_a_supernet_is_its_own_path() -> No
 def test_relative_sigmas_scale_common_noise() -> None:
     model = tensors(1000)
     plain, scaled = (
-        next(perturbations(model, ["a", "b"], SIGMAS, relative=relative, common=CommonNoise(model, 0)))
+        next(
+            perturbations(
+                model, ["a", "b"], Perturbation(sigmas=SIGMAS, relative=relative), common=CommonNoise(model, 0)
+            )
+        )
         for relative in (False, True)
     )
     torch.testing.assert_close(scaled["a"] - model["a"], 3.0 * (plain["a"] - model["a"]), rtol=1e-4, atol=1e-6)

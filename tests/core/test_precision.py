@@ -18,6 +18,7 @@ from genas_plugins import ZOO, SuperNet
 from genas_plugins.correlation.training_free import naswot, synflow, zico
 from genas_plugins.scoring import accuracy, flatness, mean_loss, precision, recalibrate_batchnorm, top_eigenvectors
 from genas_plugins.scoring.noise import perturbations
+from genas_plugins.scoring.perturbation import Perturbation
 from genas_plugins.scoring.precision import exact_float32, parameter_types_alone
 
 needs_switches = pytest.mark.skipif(
@@ -223,7 +224,7 @@ def test_the_smallest_sigmas_of_the_paper_are_seen_on_a_gpu() -> None:
     measured = flatness(model, [(images, labels)], sigmas, generator=torch.Generator("cuda").manual_seed(1))
     names = [name for name, _ in model.named_parameters()]
     exact = copy.deepcopy(model).double().eval()
-    noise = perturbations(model, names, sigmas, generator=torch.Generator("cuda").manual_seed(1))
+    noise = perturbations(model, names, Perturbation(sigmas=sigmas), torch.Generator("cuda").manual_seed(1))
     for loss, noisy in zip(measured.losses, noise, strict=True):
         exact.load_state_dict(noisy, strict=False)
         assert loss == pytest.approx(F.cross_entropy(exact(images.double()), labels).item(), rel=1e-5)
@@ -321,7 +322,7 @@ def test_a_network_of_several_types_is_measured_in_them() -> None:
     model = plain().bfloat16()
     model[1].float()
     recalibrate_batchnorm(model, images_and_labels())
-    noisy = next(perturbations(model, [name for name, _ in model.named_parameters()], (0.1, 0.2)))
+    noisy = next(perturbations(model, [name for name, _ in model.named_parameters()], Perturbation(sigmas=(0.1, 0.2))))
     assert {name: value.dtype for name, value in noisy.items()} == {
         name: value.dtype for name, value in model.named_parameters()
     }
