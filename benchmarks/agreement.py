@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from scipy.stats import kendalltau
 from torch import Tensor, nn
 
+from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.scoring import Flatness, flatness, flatness_from_losses, recalibrate_batchnorm
 from genas_plugins.scoring.noise import perturbations
 from genas_plugins.scoring.perturbation import Perturbation
-from nni_strategy.trained import TrainedSupernet
 
 __all__ = ["exact", "main"]
 
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="default: CUDA where there is one")
     parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
     args = parser.parse_args(arguments)
-    trained = TrainedSupernet.from_run(args.run, device=args.device)
+    trained = Scorer.from_run(args.run, device=args.device)
     validation = trained.validation.limit(args.images) if args.images else trained.validation
     rng = np.random.default_rng(args.seed)
     candidates = [trained.paths.search_space.sample(rng) for _ in range(args.candidates)]

@@ -187,7 +187,7 @@ def pace(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train all seeds at once, and write their supernets."""
-    from nni_strategy.trained import save_trained
+    from genas_plugins.experiment.run_folder import save_trained
 
     end = START + args.seconds - AROUND_TRAINING
     unpack(args.source, args.output / "cifar10")
@@ -248,10 +248,10 @@ def tables(args: argparse.Namespace) -> None:
         ValueError: Fewer than three architectures have a score with every seed.
     """
     from genas_plugins.correlation.report import score_table
+    from genas_plugins.correlation.run import MEASUREMENTS_FILE
     from genas_plugins.correlation.settings import load_settings
     from genas_plugins.nasbench201.truth import read_truth
     from genas_plugins.search import History
-    from nni_strategy.correlate import MEASUREMENTS_FILE
 
     settings, sums = load_settings(*SETTINGS)
     scores = {}

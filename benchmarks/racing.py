@@ -21,12 +21,10 @@ from collections.abc import Sequence
 import torch
 from scoring import CLOCKS, print_table
 
+from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.scoring import METRICS
 from genas_plugins.search import Evolution, run_search
 from genas_plugins.search.racing import spared_images
-from nni_strategy.racing import supernet_race
-from nni_strategy.strategy import measure_candidate
-from nni_strategy.trained import TrainedSupernet
 
 __all__ = ["compare", "main"]
 
@@ -50,7 +48,7 @@ class Pair:
     seconds: tuple[float, float]
 
 
-def compare(trained: TrainedSupernet, search: argparse.Namespace, seed: int) -> Pair:
+def compare(trained: Scorer, search: argparse.Namespace, seed: int) -> Pair:
     """Search twice from the same seed.
 
     Args:
@@ -58,12 +56,12 @@ def compare(trained: TrainedSupernet, search: argparse.Namespace, seed: int) -> 
         search: ``population``, ``generations``, ``parents``, ``confidence`` and ``clock``.
         seed: Of evolution and noise.
     """
-    settings = (trained.paths, trained.score, trained.recalibration, trained.validation, seed)
-    paths, *measured_by = settings
+    images = {"validation": trained.validation, "recalibration": trained.recalibration}
+    scorer = Scorer(trained.paths, trained.score, **images, seed=seed)
     tops, seconds, records = [], [], []
     for raced in (False, True):
         evolution = Evolution(
-            paths.search_space,
+            scorer.paths.search_space,
             population=search.population,
             generations=search.generations,
             parents=search.parents,
@@ -72,8 +70,8 @@ def compare(trained: TrainedSupernet, search: argparse.Namespace, seed: int) -> 
             seed=seed,
         )
         start = search.clock()
-        race = supernet_race(*settings, confidence=search.confidence, keep=search.parents) if raced else None
-        records = run_search(evolution, lambda candidate: measure_candidate(paths, candidate, *measured_by), race=race)
+        race = scorer.race(search.confidence, search.parents) if raced else None
+        records = run_search(evolution, scorer.measure, race=race)
         seconds.append(search.clock() - start)
         tops.append(evolution.best(search.parents))
     dropped = sum(record["status"] == "dropped" for record in records)
@@ -101,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.clock = CLOCKS[args.clock]
-    trained = TrainedSupernet.from_run(args.run, device=args.device)
+    trained = Scorer.from_run(args.run, device=args.device)
     if args.metric:
         trained.score = dataclasses.replace(trained.score, metric=args.metric)
     print(

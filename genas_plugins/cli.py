@@ -323,13 +323,13 @@ def _report(outcome: Outcome) -> Iterable[str]:
 def _score(options: argparse.Namespace) -> int:
     import nni_strategy  # noqa: F401
     from genas_plugins.darts.zoo import find_genotype
+    from genas_plugins.experiment.scorer import Scorer
     from genas_plugins.spaces import NasBench201Architecture
-    from nni_strategy.trained import TrainedSupernet
 
     # A string of NAS-Bench-201 begins with a bar.
     is_cell = options.genotype.startswith("|")
     candidate = NasBench201Architecture.from_string(options.genotype) if is_cell else find_genotype(options.genotype)
-    trained = TrainedSupernet.from_run(options.run, device=options.device, data_root=options.data_root)
+    trained = Scorer.from_run(options.run, device=options.device, data_root=options.data_root)
     changes = {name: getattr(options, name) for name in ("metric", "sigmas") if getattr(options, name) is not None}
     score = dataclasses.replace(trained.score, **changes)
     measured = trained.measure(candidate, score)
@@ -357,11 +357,12 @@ def _correlate(options: argparse.Namespace) -> int:
     from genas_plugins.checks import check_device
     from genas_plugins.correlation.settings import Images, check_options, check_sums, load_settings
     from genas_plugins.experiment import config, correlate, report
+    from genas_plugins.experiment.run_folder import load_data
+    from genas_plugins.experiment.scorer import Scorer
     from genas_plugins.locking import lock_folder
     from genas_plugins.nasbench201.truth import read_truth
     from nni_strategy.progress import Bar
     from nni_strategy.run import run_experiment
-    from nni_strategy.trained import TrainedSupernet, load_data
 
     if (options.run is None) == (options.config is None):
         raise ValueError("Name either --run, the folder of a search, or --config, to train first.")
@@ -399,7 +400,7 @@ def _correlate(options: argparse.Namespace) -> int:
     with _told_how_to_go_on(folder, lambda: True, again), lock_folder(folder):
         if experiment is not None:
             run_experiment(experiment, run, resume=options.resume and (run / "config.yaml").exists(), progress=progress)
-        trained = TrainedSupernet.from_run(run, device=options.device, data_root=options.data_root)
+        trained = Scorer.from_run(run, device=options.device, data_root=options.data_root)
         if experiment is None:
             there = Images.of(trained.data, trained.recalibration is not None, trained.recalibration_batch_size)
             check_options(settings, **wanted, available=there)

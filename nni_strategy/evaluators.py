@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,18 @@ from nni.nas.evaluator import Evaluator
 from nni.nas.nn.pytorch import ModelSpace
 from nni.nas.space import ExecutableModelSpace
 
+from genas_plugins._keywords import keywords_of
 from genas_plugins.checkpoints import load_supernet
 from genas_plugins.checks import check_count, check_device, check_seed
 from genas_plugins.darts.genotype import Genotype
 from genas_plugins.datasets import load_search_data
+from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.nasbench201 import NasBench201Architecture
 from genas_plugins.scoring import CombinedScore, Measurement
 from nni_strategy.samples import SampleSpace
-from nni_strategy.space import SupernetSpace, space_around
+from nni_strategy.space import FROM_SAMPLE, space_around
 from nni_strategy.strategy import GeNAS
-from nni_strategy.trained import TrainedSupernet, load_space_weights
+from nni_strategy.trained import load_space_weights, scorer_of
 
 __all__ = ["CombinedEvaluator", "FlatnessEvaluator"]
 
@@ -38,19 +40,7 @@ class CombinedEvaluator(Evaluator):
     Args:
         supernet: The run folder of ``genas search``, or a checkpoint: the official supernet's, one of this
             package, or (with ``space``) the state dict of a mutated space.
-        metric: See :class:`genas_plugins.scoring.CombinedScore`, as for the settings that follow. Where one is
-            ``None``, the run folder's is taken, or that class's default with a checkpoint.
-        sigmas: Strictly increasing.
-        alpha: Weight of the depth term.
-        gamma: Weight of flatness in a combination.
-        gamma_accuracy: Weight of accuracy in ``"angle+accuracy"``.
-        noise: ``"cumulative"``, ``"independent"``, ``"shared"``, ``"random_walk"`` or ``"hessian"``.
-        where: ``"all"`` or ``"cells"``.
-        relative: Sigmas are fractions of each tensor's root mean square.
-        draws: How often the noise is drawn; the losses are averaged.
-        common: The same noise for all candidates on what they share.
-        hessian_directions: Number of eigenvectors that the noise ``"hessian"`` is along.
-        recalibration_momentum: Of the running average.
+        metric: See :class:`genas_plugins.scoring.CombinedScore`.
         data: With a checkpoint: keyword arguments of
             :func:`genas_plugins.datasets.load_search_data`. A run folder knows its own.
         space: With a checkpoint of another space than those of this package: the model space, unmutated. It is
@@ -59,7 +49,9 @@ class CombinedEvaluator(Evaluator):
         seed: Of the noise, with a checkpoint. With a run folder, the run's.
         batch_size: Validation images a batch, with a checkpoint; ``None`` chooses by the device.
         device: To score on; ``None`` for CUDA where there is one.
-        threads: PyTorch's threads on a CPU; see :class:`nni_strategy.trained.TrainedSupernet`.
+        threads: PyTorch's threads on a CPU; see :meth:`genas_plugins.experiment.scorer.Scorer.on_data`.
+        **settings: Other settings of :class:`genas_plugins.scoring.CombinedScore`. Where one is missing or ``None``,
+            the run folder's is taken, or that class's default with a checkpoint.
 
     Raises:
         ValueError: A wrong setting; ``data`` is missing with a checkpoint; or ``data``, ``space``, ``initial`` or
@@ -69,22 +61,12 @@ class CombinedEvaluator(Evaluator):
         FileNotFoundError: ``supernet`` or ``initial`` does not exist.
     """
 
+    @keywords_of(CombinedScore, **dict.fromkeys(CombinedScore.__dataclass_fields__))
     def __init__(
         self,
         supernet: str | Path,
         metric: str = "angle+flatness",
         *,
-        sigmas: Sequence[float] | None = None,
-        alpha: float | None = None,
-        gamma: float | None = None,
-        gamma_accuracy: float | None = None,
-        noise: str | None = None,
-        where: str | None = None,
-        relative: bool | None = None,
-        draws: int | None = None,
-        common: bool | None = None,
-        hessian_directions: int | None = None,
-        recalibration_momentum: float | None = None,
         data: Mapping[str, Any] | None = None,
         space: ModelSpace | None = None,
         initial: str | Path | None = None,
@@ -92,23 +74,13 @@ class CombinedEvaluator(Evaluator):
         batch_size: int | None = None,
         device: str | None = None,
         threads: int | None = None,
+        **settings: Any,
     ) -> None:
         self.supernet = str(supernet)
-        settings: dict[str, Any] = {
-            "metric": metric,
-            "sigmas": None if sigmas is None else tuple(sigmas),
-            "alpha": alpha,
-            "gamma": gamma,
-            "gamma_accuracy": gamma_accuracy,
-            "noise": noise,
-            "where": where,
-            "relative": relative,
-            "draws": draws,
-            "common": common,
-            "hessian_directions": hessian_directions,
-            "momentum": recalibration_momentum,
-        }
-        self.settings = {name: value for name, value in settings.items() if value is not None}
+        given = {name: value for name, value in settings.items() if value is not None}
+        if "sigmas" in given:
+            given["sigmas"] = tuple(given["sigmas"])
+        self.settings = {"metric": metric, **given}
         CombinedScore(**self.settings)
         path = Path(supernet)
         if not path.exists():
@@ -133,13 +105,13 @@ class CombinedEvaluator(Evaluator):
         if device is not None:
             check_device(device)
         self._arguments = (data, initial, check_seed(seed), batch_size, device, threads)
-        self._trained: TrainedSupernet | None = None
+        self._trained: Scorer | None = None
 
     def extra_repr(self) -> str:
         return f"supernet={self.supernet!r}, " + ", ".join(f"{k}={v!r}" for k, v in self.settings.items())
 
     @property
-    def trained(self) -> TrainedSupernet:
+    def trained(self) -> Scorer:
         """The supernet with its data, loaded at first use and kept for the trials that follow."""
         if self._trained is None:
             self._trained = self._load()
@@ -155,11 +127,10 @@ class CombinedEvaluator(Evaluator):
         if isinstance(model, Genotype | NasBench201Architecture):
             return trained.measure(model)
         if isinstance(model, Mapping):
-            if isinstance(trained.space, SupernetSpace):
-                return trained.measure(trained.space.from_sample(model))
-            search_space = trained.paths.search_space
-            assert isinstance(search_space, SampleSpace)
-            return trained.measure(search_space.from_json(dict(model)))
+            space = trained.paths.search_space
+            if isinstance(space, SampleSpace):
+                return trained.measure(space.from_json(dict(model)))
+            return trained.measure(FROM_SAMPLE[space.candidate](model))
         network = getattr(model, "network", model)
         for own in (getattr(network, name, None) for name in ("genotype", "architecture")):
             if isinstance(own, Genotype | NasBench201Architecture):
@@ -180,11 +151,11 @@ class CombinedEvaluator(Evaluator):
         # The sample says it all; building the proposed network would be lost time.
         return self.evaluate(model.sample)
 
-    def _load(self) -> TrainedSupernet:
+    def _load(self) -> Scorer:
         data, initial, seed, batch_size, device, threads = self._arguments
         path = Path(self.supernet)
         if path.is_dir():
-            trained = TrainedSupernet.from_run(path, device=device, threads=threads)
+            trained = Scorer.from_run(path, device=device, threads=threads)
             trained.score = dataclasses.replace(trained.score, **self.settings)
             return trained
         # In place of a space NNI gives a traced class its default model; the space stays in what is recorded.
@@ -196,7 +167,7 @@ class CombinedEvaluator(Evaluator):
         if initial is not None:
             before = {name: tensor.clone() for name, tensor in _opened(space, initial).named_parameters()}
         space = _opened(space, path)
-        return TrainedSupernet(
+        return scorer_of(
             space,
             load_search_data(**(data or {})),
             CombinedScore(**self.settings),

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from genas_plugins.experiment.racing import check_race_images
+from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.scoring import CombinedScore, MeasurementError, recalibrate_batchnorm
 from genas_plugins.scoring.batchnorm import evaluation_mode
 from genas_plugins.scoring.data import TensorBatches
 from genas_plugins.scoring.losses import IGNORED_LABELS, Loss, check_classes, labelled, read_images
 from nni_strategy.batches import EvaluatorBatches, smallest_batch
-from nni_strategy.racing import check_race_images, opened
 from nni_strategy.samples import SupernetPaths
 
 __all__ = ["Preflight"]
@@ -102,7 +103,8 @@ class Preflight:
         calibrating = None
         if recalibration is not None:
             calibrating = [(recalibration.images[:count], recalibration.labels[:count])]
-        with opened(self.paths, candidate, score, chosen, self.seed, self.loss) as (model, sources):
+        scorer = Scorer(self.paths, score, validation=chosen, seed=self.seed, loss=self.loss)
+        with scorer.open(candidate) as (model, sources):
             self._check_single_images(model, recalibration or validation)
             if self.loss is None and score.metrics != {"angle"}:
                 self._check_labels(model, chosen[0], validation)
@@ -138,7 +140,7 @@ class Preflight:
                 raise ValueError(f"The images have {len(names)} classes, and the network has {classes}.")
 
     def _seen(self, training: bool, given: Batches | None, count: int | None) -> _Seen | None:
-        parameter = next(self.paths.space.parameters())
+        parameter = next(self.paths.supernet.parameters())
         if isinstance(given, TensorBatches):
             images, labels = next(iter(given))
             return _Seen(images.to(parameter.device), labels.to(parameter.device), given.labels_of_batches)

@@ -29,31 +29,31 @@ from genas_plugins.datasets import SearchData, check_identity
 from genas_plugins.experiment import config
 from genas_plugins.experiment.profiling import SearchProfile
 from genas_plugins.experiment.resuming import RunHistory, begin, check_began, check_weights, difference
+from genas_plugins.experiment.run_folder import (
+    ARCHITECTURE_FILE,
+    CONFIG_FILE,
+    GENOTYPE_FILE,
+    HISTORY_FILE,
+    INITIAL_FILE,
+    SUPERNET_FILE,
+    load_data,
+)
+from genas_plugins.experiment.scorer import Scorer, search_batches
 from genas_plugins.files import atomic_path, write_text
 from genas_plugins.interrupts import raise_pending
 from genas_plugins.locking import lock_folder
 from genas_plugins.nasbench201 import NasBench201Architecture
 from genas_plugins.plotting import LossCurve, plot_cells, plot_loss_curves, plot_search
-from genas_plugins.scoring import mean_loss, recalibrate_batchnorm
+from genas_plugins.scoring import mean_loss
 from genas_plugins.search import InFlight, check_records
 from genas_plugins.search.racing import spared_images
 from nni_strategy.progress import SearchProgress, TrainingProgress
 from nni_strategy.space import DartsSpace, NasBench201Space, SupernetSpace
 from nni_strategy.strategy import GeNAS
-from nni_strategy.trained import (
-    CONFIG_FILE,
-    HISTORY_FILE,
-    INITIAL_FILE,
-    SUPERNET_FILE,
-    TrainedSupernet,
-    load_data,
-)
 from nni_strategy.training import supernet_evaluator
 
 __all__ = ["Found", "Outcome", "run_experiment"]
 
-GENOTYPE_FILE = "genotype.json"
-ARCHITECTURE_FILE = "architecture.json"
 _TOP = 5
 
 
@@ -179,26 +179,18 @@ def _run(
     evaluator = _evaluator(experiment, data, folder, shown, profiler)
     device = evaluator.trainer.strategy.root_device
     score = experiment.score
-    scorer = TrainedSupernet(
-        space,
-        data,
-        score.build(),
-        seed=experiment.seed,
-        recalibrate=score.recalibration_images > 0,
-        recalibration_batch_size=score.recalibration_batch_size,
-        batch_size=score.batch_size,
-        device=device,
-    )
+    space.to(device)
+    recalibration, validation = search_batches(data, device, score.recalibration, score.batch_size)
     in_flight: int | InFlight | None = experiment.search.in_flight
     if profile is not None:
         # One by one, and each as a search without a profile measures it.
         in_flight = InFlight(1, device, InFlight(in_flight, device).threads)
     total = experiment.search.population * experiment.search.generations
     strategy = (_TrainingOnly if train_only else GeNAS)(
-        **_score_arguments(score),
-        recalibration_images=score.recalibration_images,
-        recalibration_batches=scorer.recalibration,
-        validation_batches=scorer.validation,
+        score=score.build(),
+        recalibration=score.recalibration,
+        recalibration_batches=recalibration,
+        validation_batches=validation,
         **{**vars(experiment.search), "in_flight": in_flight},
         seed=experiment.seed,
         history=history,
@@ -217,7 +209,8 @@ def _run(
         (folder / HISTORY_FILE).touch()
     if train_only or not primary:
         return Outcome(folder, (), 0, 0)
-    return _hand_over(folder, experiment, strategy, scorer, time.time() - start)
+    strategy.scorer.data = data
+    return _hand_over(folder, experiment, strategy, time.time() - start)
 
 
 def _check_scored(folder: Path, data: SearchData, history: RunHistory) -> None:
@@ -321,24 +314,6 @@ def _initial_weights(space: SupernetSpace, path: Path, primary: bool) -> None:
         save_supernet(space.supernet, path)
 
 
-def _score_arguments(score: config.Score) -> dict[str, Any]:
-    names = (
-        "metric",
-        "sigmas",
-        "alpha",
-        "gamma",
-        "gamma_accuracy",
-        "noise",
-        "where",
-        "relative",
-        "draws",
-        "common",
-        "hessian_directions",
-        "recalibration_momentum",
-    )
-    return {name: getattr(score, name) for name in names}
-
-
 def _listener(
     progress: Callable[[str, int, int], Any] | None, total: int, profiler: SearchProfile | None, known: int
 ) -> Callable[[dict[str, Any]], None]:
@@ -428,10 +403,8 @@ def _run_nni(space: SupernetSpace, evaluator: Any, strategy: GeNAS, folder: Path
         experiment.stop()
 
 
-def _hand_over(
-    folder: Path, experiment: config.Experiment, strategy: GeNAS, scorer: TrainedSupernet, seconds: float
-) -> Outcome:
-    records = strategy.records
+def _hand_over(folder: Path, experiment: config.Experiment, strategy: GeNAS, seconds: float) -> Outcome:
+    scorer, records = strategy.scorer, strategy.records
     plain = strategy.paths.search_space.to_json
     by_candidate = {json.dumps(record["candidate"]): record for record in records}
     best = []
@@ -442,8 +415,7 @@ def _hand_over(
         (f"#{rank}", genotype, by_candidate[json.dumps(plain(genotype))])
         for rank, (genotype, _) in enumerate(strategy.evolution.best(certain), 1)
     ]
-    in_flight = InFlight(experiment.search.in_flight, scorer.device)
-    for found, curve in in_flight.map(lambda item: _looked_at(scorer, *item), ranked):
+    for found, curve in scorer.in_flight.map(lambda item: _looked_at(scorer, *item), ranked):
         best.append(found)
         curves += [curve] if curve is not None else []
     failed, dropped = (sum(record["status"] == status for record in records) for status in ("failed", "dropped"))
@@ -485,17 +457,12 @@ def _hand_over(
     return Outcome(folder, tuple(best), len(records), failed, dropped, spared)
 
 
-def _looked_at(
-    scorer: TrainedSupernet, label: str, genotype: Any, record: dict[str, Any]
-) -> tuple[Found, LossCurve | None]:
+def _looked_at(scorer: Scorer, label: str, genotype: Any, record: dict[str, Any]) -> tuple[Found, LossCurve | None]:
     """One of the best, on the test images and, where the noise was measured, without any."""
     accuracy = scorer.test_accuracy(genotype)
     found = Found(genotype, record, None if accuracy is None else accuracy.top1)
     if "losses" not in record:
         return found, None
-    example, _ = next(iter(scorer.validation))
-    with scorer.paths.open(genotype, example) as (model, _):
-        if scorer.recalibration is not None:
-            recalibrate_batchnorm(model, scorer.recalibration, scorer.score.momentum)
+    with scorer.calibrated(genotype) as model:
         unperturbed = mean_loss(model, scorer.validation)
     return found, LossCurve(label, (0.0, *record["sigmas"]), (unperturbed, *record["losses"]), record["score"])

@@ -15,9 +15,10 @@ from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
 from nni.nas.oneshot.pytorch.supermodule.operation import MixedBatchNorm2d
 from torch import Tensor, nn
 
-from genas_plugins.scoring import parameter_angle
+from genas_plugins.scoring import CommonNoise, parameter_angle
 from genas_plugins.scoring.batchnorm import evaluation_mode, preserve_batchnorm
 from genas_plugins.scoring.losses import check_classes, read_images
+from genas_plugins.scoring.paths import SubnetPaths
 from genas_plugins.scoring.precision import in_parameter_type, parameter_types_alone
 
 __all__ = ["SampleSpace", "SupernetPaths", "active_parameters", "fix_path"]
@@ -95,11 +96,10 @@ class SampleSpace:
 
 
 class SupernetPaths:
-    """Paths of a mutated NNI supernet, as networks to measure.
+    """Paths of a mutated NNI supernet, as networks to measure (:class:`genas_plugins.scoring.paths.Paths`).
 
-    A space that brings ``search_space``, ``to_sample``, ``subnet`` and ``angle`` (as :class:`DartsSpace` does) is
-    measured through its subnets. Every other one is measured itself, with a path fixed, and left bit for bit
-    as it was.
+    A space around a supernet of this package, as :class:`DartsSpace` is, is measured through its subnets. Every other
+    one is measured itself, with a path fixed, and left bit for bit as it was.
 
     Args:
         space: The mutated space.
@@ -107,21 +107,21 @@ class SupernetPaths:
     """
 
     def __init__(self, space: ModelSpace, initial: Mapping[str, Tensor] | None = None) -> None:
-        self.space = space
-        self.initial = initial
-        self._own = hasattr(space, "subnet")
+        self.supernet = space
+        self._subnets = SubnetPaths(space.supernet) if hasattr(space, "subnet") else None
         # A training step does not have the time to look through thousands of modules.
         self._choices = [module for module in space.modules() if isinstance(module, BaseSuperNetModule)]
-        self.search_space: Any = space.search_space if self._own else SampleSpace(space)
+        self.search_space: Any = SampleSpace(space) if self._subnets is None else space.search_space
+        self.initial = initial
 
     @property
     def side_by_side(self) -> bool:
         """Whether several threads may have paths open at the same time: what :meth:`open` yields is each one's own."""
-        return self._own
+        return self._subnets is not None
 
     def to_sample(self, candidate: Any) -> dict[str, Any]:
         """The NNI sample of a candidate."""
-        return (self.space if self._own else self.search_space).to_sample(candidate)
+        return (self.search_space if self._subnets is None else self.supernet).to_sample(candidate)
 
     def fix(self, candidate: Any) -> None:
         """Make the supernet run the candidate's path from now on."""
@@ -132,45 +132,51 @@ class SupernetPaths:
         """Yield a network for the candidate and the names of its parameters (``None``: all of them).
 
         Args:
-            candidate: Of :attr:`search_space`.
-            example: A batch of images ``(N, 3, H, W)`` to find out which parameters take part.
+            candidate: Architecture of :attr:`search_space`.
+            example: Batch of images ``(N, 3, H, W)``, to find out which parameters take part.
         """
-        if self._own:
-            yield self.space.subnet(candidate), None
+        if self._subnets is not None:
+            with self._subnets.open(candidate, example) as opened:
+                yield opened
             return
-        with preserve_batchnorm(self.space), _own_momentum(self.space):
+        with preserve_batchnorm(self.supernet), _own_momentum(self.supernet):
             self.fix(candidate)
-            yield self.space, active_parameters(self.space, example[:2])
+            yield self.supernet, active_parameters(self.supernet, example[:2])
 
     def num_classes(self, images: Tensor, labels: Tensor) -> int:
         """Number of classes that the supernet tells apart.
 
         Args:
-            images: A batch ``(N, 3, H, W)``.
+            images: Batch ``(N, 3, H, W)``.
             labels: Its labels.
 
         Raises:
             ValueError: Logits and labels are not those of a classification.
         """
-        if self._own:
-            return self.space.supernet.num_classes
+        if self._subnets is not None:
+            return self._subnets.num_classes(images, labels)
         candidate = self.search_space.sample(np.random.default_rng(0))
         with self.open(candidate, images) as (model, _), evaluation_mode(model), torch.no_grad():
             return check_classes(read_images(model, images[:2]), labels[:2])
 
+    def common_noise(self, seed: int) -> CommonNoise:
+        """Noise that all candidates share."""
+        return CommonNoise(self.supernet, seed)
+
     def angle(self, candidate: Any, names: frozenset[str] | None) -> float:
         """Angle between initial and present weights of the candidate as a fraction of pi.
 
-        For spaces without an angle of their own: of the parameters that take part, each counted once.
+        For spaces without an angle of their own: that of the parameters that take part, each counted once.
 
         Raises:
             ValueError: The initial weights are not known.
         """
+        if self._subnets is not None:
+            self._subnets.initial = self.initial
+            return self._subnets.angle(candidate)
         if self.initial is None:
             raise ValueError("The angle needs the weights before training, which this supernet comes without.")
-        if self._own:
-            return self.space.angle(self.initial, candidate)
-        return parameter_angle(self.initial, self.space, names, normalize=True)
+        return parameter_angle(self.initial, self.supernet, names, normalize=True)
 
 
 def fix_path(modules: Iterable[nn.Module], sample: dict[str, Any]) -> None:

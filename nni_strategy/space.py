@@ -27,10 +27,11 @@ from genas_plugins.nasbench201 import (
     NasBench201SuperNet,
 )
 from genas_plugins.nasbench201 import architecture as cell201
-from genas_plugins.scoring import angle
+from genas_plugins.scoring.paths import SubnetPaths
 from genas_plugins.spaces import DartsSearchSpace
 
 __all__ = [
+    "FROM_SAMPLE",
     "DartsSpace",
     "NasBench201Space",
     "SupernetSpace",
@@ -87,6 +88,10 @@ def sample_to_architecture(sample: Mapping[str, Any]) -> NasBench201Architecture
 def architecture_to_sample(architecture: NasBench201Architecture) -> dict[str, Any]:
     """The NNI sample of an architecture: the operation of each edge."""
     return dict(zip(_EDGE_LABELS, architecture.operations, strict=True))
+
+
+FROM_SAMPLE = {Genotype: sample_to_genotype, NasBench201Architecture: sample_to_architecture}
+"""How NNI's samples are read, by the type of the candidates."""
 
 
 def _darts_choices() -> Iterable[Categorical | CategoricalMultiple]:
@@ -149,7 +154,7 @@ class SupernetSpace(ModelSpace, disable_init_wrapper=True):
 
     network: nn.Module
     candidate: type
-    _before: tuple[Mapping[str, Tensor], torch.device, Any] | None = None
+    _measured: SubnetPaths | None = None
 
     @property
     def supernet(self) -> Any:
@@ -207,25 +212,9 @@ class SupernetSpace(ModelSpace, disable_init_wrapper=True):
         Raises:
             ValueError: ``initial`` lacks a parameter.
         """
-        device = next(self.parameters()).device
-        # Building a supernet takes longer than the angle, and a search asks for a thousand.
-        if self._before is None or self._before[0] is not initial or self._before[1] != device:
-            self._before = (initial, device, self._supernet_with(initial, device))
-        return angle(self._before[2], self.supernet, candidate, normalize=True)
-
-    def _supernet_with(self, values: Mapping[str, Tensor], device: torch.device) -> Any:
-        # On the meta device nothing is drawn from the global generator. Statistics stay there: nobody reads them.
-        with torch.device("meta"):
-            supernet = type(self.supernet)(**self.supernet.arguments)
-        prefix = "network.supernet."
-        own = {name: values.get(prefix + name) for name, _ in supernet.named_parameters()}
-        missing = [name for name, value in own.items() if value is None]
-        if missing:
-            raise ValueError(
-                f"The initial weights lack {len(missing)} of {len(own)} parameters, for instance {prefix}{missing[0]}."
-            )
-        supernet.load_state_dict({name: value.to(device) for name, value in own.items()}, strict=False, assign=True)
-        return supernet
+        if self._measured is None or self._measured.initial is not initial:
+            self._measured = SubnetPaths(self.supernet, initial)
+        return self._measured.angle(candidate)
 
     def freeze(self, sample: dict[str, Any]) -> nn.Module:
         """One path with a copy of the supernet's trained weights."""

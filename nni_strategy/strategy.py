@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,21 +13,21 @@ from nni.nas.oneshot.pytorch.strategy import MutationHook, RandomOneShot, is_sup
 from nni.nas.space import ExecutableModelSpace, RawFormatModelSpace, SimplifiedModelSpace
 from torch import Tensor
 
+from genas_plugins._keywords import keywords_of
 from genas_plugins.checks import MOST_IMAGES, check_count, check_device
-from genas_plugins.scoring import CombinedScore, Measurement
+from genas_plugins.experiment.racing import check_race
+from genas_plugins.experiment.scorer import Scorer
+from genas_plugins.scoring import CombinedScore, Recalibration
 from genas_plugins.scoring.data import TensorBatches
-from genas_plugins.scoring.flatness import Where
 from genas_plugins.scoring.losses import Loss, loss_of_image
-from genas_plugins.scoring.noise import Noise
 from genas_plugins.search import Evolution, History, InFlight, SharedSearch, run_search
 from genas_plugins.spaces import DartsSearchSpace
 from nni_strategy.batches import BatchParts, EvaluatorBatches, check_loss
 from nni_strategy.oneshot import UniformPathModule
 from nni_strategy.preflight import Preflight
-from nni_strategy.racing import check_race, opened, supernet_race
 from nni_strategy.samples import SupernetPaths
 
-__all__ = ["GeNAS", "measure_candidate"]
+__all__ = ["GeNAS"]
 
 _logger = logging.getLogger(__name__)
 
@@ -44,21 +45,12 @@ class GeNAS(RandomOneShot):
     candidates, each on its own device, with the result of a search in one.
 
     Args:
-        metric: ``"flatness"``, ``"angle"``, ``"accuracy"``, ``"angle+flatness"``, ``"accuracy+flatness"`` or
-            ``"angle+accuracy"``.
-        sigmas: Standard deviations of the noise on the weights, strictly increasing.
-        alpha: Weight of the depth term of Eq. 4.
-        gamma: Weight of flatness in a combination (Eq. 5).
-        gamma_accuracy: Weight of accuracy in ``"angle+accuracy"``.
-        noise: ``"cumulative"``, ``"independent"``, ``"shared"``, ``"random_walk"`` or ``"hessian"``.
-        where: Perturb ``"all"`` parameters or those of the ``"cells"``.
-        relative: Sigmas are fractions of each tensor's root mean square.
-        draws: How often the noise is drawn; the losses are averaged.
-        common: The same noise for all candidates on what they share.
-        hessian_directions: Number of eigenvectors that the noise ``"hessian"`` is along.
+        score: What is measured: a :class:`genas_plugins.scoring.CombinedScore`, or its settings as keywords
+            (``metric``, ``sigmas``, ``alpha``, ``gamma``, ``noise``, ``recalibration_momentum`` and so on).
+        recalibration: Number of training images and momentum, in place of ``recalibration_images`` and
+            ``recalibration_momentum``; the batches are those of the loader.
         recalibration_images: Training images for the statistics of batch normalisation; 0 keeps the
             supernet's.
-        recalibration_momentum: ``None`` for the cumulative average, 0.1 for the official code's behaviour.
         validation_images: Validation images to score on; ``None`` for all that the evaluator's loader gives.
         recalibration_batches: Pairs of images and labels on the scoring device to use instead of the first
             batches of the evaluator's training loader.
@@ -88,28 +80,20 @@ class GeNAS(RandomOneShot):
         on_record: Called with each candidate's record, for progress.
         device: To score on; ``None`` for the one that the trainer uses.
         mutation_hooks: NNI's extra hooks for primitives of your own.
+        **settings: Settings of the score.
 
     Raises:
         TypeError: A setting is not of its kind.
         ValueError: A setting out of its range; the message names it and the valid choices.
     """
 
+    @keywords_of(CombinedScore)
     def __init__(
         self,
         *,
-        metric: str = "flatness",
-        sigmas: Iterable[float] = (2e-3, 1e-2, 2e-2),
-        alpha: float = 1.0,
-        gamma: float = 16.0,
-        gamma_accuracy: float = 0.1,
-        noise: Noise = "cumulative",
-        where: Where = "all",
-        relative: bool = False,
-        draws: int = 1,
-        common: bool = False,
-        hessian_directions: int = 1,
+        score: CombinedScore | None = None,
+        recalibration: Recalibration | None = None,
         recalibration_images: int = 850,
-        recalibration_momentum: float | None = None,
         validation_images: int | None = None,
         recalibration_batches: Batches | None = None,
         validation_batches: Batches | None = None,
@@ -128,22 +112,15 @@ class GeNAS(RandomOneShot):
         on_record: Callable[[dict[str, Any]], None] | None = None,
         device: torch.device | str | None = None,
         mutation_hooks: list[MutationHook] | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__(mutation_hooks=mutation_hooks)
-        self.score = CombinedScore(
-            metric=metric,
-            sigmas=tuple(sigmas),
-            alpha=alpha,
-            gamma=gamma,
-            gamma_accuracy=gamma_accuracy,
-            noise=noise,
-            where=where,
-            relative=relative,
-            draws=draws,
-            common=common,
-            hessian_directions=hessian_directions,
-            momentum=recalibration_momentum,
-        )
+        if score is not None and settings:
+            raise TypeError(f"score has its own {', '.join(settings)}: pass one or the other.")
+        self.score = score or CombinedScore(**settings)
+        if recalibration is not None:
+            recalibration_images = recalibration.images
+            self.score = dataclasses.replace(self.score, recalibration_momentum=recalibration.momentum)
         check_count("recalibration_images", recalibration_images, 0, MOST_IMAGES)
         if validation_images is not None and check_count("validation_images", validation_images, 0, MOST_IMAGES) == 0:
             raise ValueError("validation_images must be at least 1, or None for all, got 0.")
@@ -169,6 +146,7 @@ class GeNAS(RandomOneShot):
         self._validation_batches = validation_batches
         self.batch_parts = batch_parts
         self.loss = loss_of_image(loss)
+        self.scorer: Scorer | None = None
         self._paths: SupernetPaths | None = None
         # The experiment's space takes the place of this one; wrong settings are refused before it starts.
         self._evolution: Evolution[Any] = Evolution(
@@ -263,25 +241,25 @@ class GeNAS(RandomOneShot):
         try:
             supernet.to(device)
             recalibration, validation = self._batches(evaluator, device)
-            in_flight = self._flight(device, recalibration, validation)
-            race = None
-            if self.racing is not None:
-                settings = {"confidence": self.racing, "keep": self._evolution.parents, "in_flight": in_flight}
-                race = supernet_race(
-                    self.paths, self.score, recalibration, validation, self.seed, loss=self.loss, **settings
-                )
+            scorer = self.scorer = Scorer(
+                self.paths,
+                self.score,
+                validation=validation,
+                recalibration=recalibration,
+                seed=self.seed,
+                loss=self.loss,
+                in_flight=self._flight(device, recalibration, validation),
+            )
             # A generation that was cut off is measured anew.
             del self.records[self._evolution.scored :]
             run_search(
                 self._evolution,
-                lambda candidate: measure_candidate(
-                    self.paths, candidate, self.score, recalibration, validation, self.seed, self.loss
-                ),
+                scorer.measure,
                 history=self.history,
                 on_record=self._remember,
-                race=race,
+                race=None if self.racing is None else scorer.race(self.racing, self._evolution.parents),
                 shared=SharedSearch.current(),
-                in_flight=in_flight,
+                in_flight=scorer.in_flight,
             )
         finally:
             supernet.to(home)
@@ -394,27 +372,3 @@ def check_scores(history: History, score: CombinedScore) -> None:
         if "flatness" in score.metrics and record.get("sigmas") != list(score.sigmas):
             told = f"{record.get('sigmas')!r:.100}, this search measures at {list(score.sigmas)}"
             raise history.error(number, f"was measured at the sigmas {told}")
-
-
-def measure_candidate(
-    paths: SupernetPaths,
-    candidate: Any,
-    score: CombinedScore,
-    recalibration: Batches | None,
-    validation: Batches,
-    seed: int,
-    loss: Loss | None = None,
-) -> Measurement:
-    """Score one path of a supernet, which is left as it was.
-
-    Args:
-        paths: The supernet's paths.
-        candidate: Of ``paths.search_space``.
-        score: What to measure.
-        recalibration: Training images for batch normalisation, or ``None``.
-        validation: Images and labels to score on.
-        seed: Of the search; the noise is a function of it and the candidate, or of it alone where it is common.
-        loss: See :func:`genas_plugins.scoring.flatness`; ``None`` for cross-entropy.
-    """
-    with opened(paths, candidate, score, validation, seed, loss) as (model, sources):
-        return score(model, validation, recalibration=recalibration, **sources)

@@ -110,7 +110,7 @@ def write_report(
 
     Args:
         folder: Where to.
-        raws: Of :func:`nni_strategy.correlate.measure_all`.
+        raws: Measurements of :func:`genas_plugins.correlation.run.measure_all`.
         settings: The columns.
         truth: Accuracy in percent by architecture.
         sums: Further columns, of those that there are.
@@ -164,7 +164,7 @@ def score_table(
     A column with one value for all of them is left out, and a training-free score that is not finite is the lowest.
 
     Args:
-        raws: Of :func:`nni_strategy.correlate.measure_all`.
+        raws: Measurements of :func:`genas_plugins.correlation.run.measure_all`.
         settings: The columns.
         sums: Further columns, of those that there are.
 

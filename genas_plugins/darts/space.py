@@ -19,6 +19,8 @@ _REAL = len(OPERATIONS) - 1
 class DartsSearchSpace:
     """Draws, mutates and crosses genotypes. All randomness comes from the generator passed in."""
 
+    candidate = Genotype
+
     @property
     def size(self) -> int:
         """Number of genotypes: the square, for two cells, of the product over nodes of pairs times operations."""

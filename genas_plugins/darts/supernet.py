@@ -22,6 +22,7 @@ from genas_plugins.darts.network import (
     operation_stride,
 )
 from genas_plugins.darts.operations import build_operation
+from genas_plugins.darts.space import DartsSearchSpace
 
 __all__ = ["SubNet", "SuperNet"]
 
@@ -89,6 +90,8 @@ class SuperNet(CellStack):
     def __init__(self, num_classes: int, init_channels: int = 16, num_cells: int = 8, stem: Stem = "cifar") -> None:
         super().__init__(cell_shapes(init_channels, num_cells, stem), num_classes, stem)
         self.cells.extend(_SuperCell(shape) for shape in self.shapes)
+
+    search_space = DartsSearchSpace()
 
     @property
     def arguments(self) -> Mapping[str, int | str]:

@@ -21,7 +21,7 @@ from genas_plugins.checks import MOST_IMAGES, check_count, check_real, check_see
 from genas_plugins.darts.network import MAX_CELLS, MAX_CHANNELS, cell_shapes
 from genas_plugins.files import packaged_configs
 from genas_plugins.nasbench201 import check_sizes
-from genas_plugins.scoring import CombinedScore
+from genas_plugins.scoring import CombinedScore, Recalibration
 from genas_plugins.search import Evolution, InFlight
 from genas_plugins.search.racing import check_confidence
 from genas_plugins.spaces import DartsSearchSpace
@@ -165,9 +165,16 @@ class Score(_Section):
 
     def build(self) -> CombinedScore:
         """The settings as the score that measures."""
-        names = {item.name for item in dataclasses.fields(CombinedScore)}
-        values = {name: getattr(self, name) for name in names if name != "momentum"}
-        return CombinedScore(**values, momentum=self.recalibration_momentum)
+        return CombinedScore(**{item.name: getattr(self, item.name) for item in dataclasses.fields(CombinedScore)})
+
+    @property
+    def recalibration(self) -> Recalibration:
+        """What the statistics of batch normalisation are recomputed from."""
+        return Recalibration(
+            images=self.recalibration_images,
+            batch_size=self.recalibration_batch_size,
+            momentum=self.recalibration_momentum,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

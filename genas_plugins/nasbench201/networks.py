@@ -17,6 +17,7 @@ from genas_plugins.darts.network import MAX_CELLS, MAX_CHANNELS, MAX_CLASSES
 from genas_plugins.darts.supernet import share_parameters
 from genas_plugins.nasbench201.architecture import EDGES, NODES, OPERATIONS, NasBench201Architecture
 from genas_plugins.nasbench201.costs import stage_channels
+from genas_plugins.nasbench201.space import NasBench201SearchSpace
 
 __all__ = [
     "NasBench201Network",
@@ -290,6 +291,8 @@ class NasBench201SuperNet(_Stack):
     ) -> None:
         super().__init__(init_channels, cells_per_stage, num_classes, lambda channels: SuperCell(channels, affine))
         self.affine = affine
+
+    search_space = NasBench201SearchSpace()
 
     @property
     def arguments(self) -> Mapping[str, int | bool]:

@@ -16,6 +16,8 @@ __all__ = ["NasBench201SearchSpace"]
 class NasBench201SearchSpace:
     """Draws, mutates and crosses architectures. All randomness comes from the generator passed in."""
 
+    candidate = NasBench201Architecture
+
     @property
     def size(self) -> int:
         """Number of architectures: 5 operations to the power of 6 edges, 15,625."""

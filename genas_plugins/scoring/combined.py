@@ -108,6 +108,11 @@ class CombinedScore(Perturbation):
         check_momentum(self.recalibration_momentum)
 
     @property
+    def momentum(self) -> float | None:
+        """The name that ``recalibration_momentum`` had."""
+        return self.recalibration_momentum
+
+    @property
     def metrics(self) -> frozenset[str]:
         """The single metrics that are measured."""
         return frozenset(self.metric.split("+"))

@@ -24,12 +24,14 @@ class CommonNoise:
 
     Args:
         supernet: Owns the parameters of all candidates.
-        seed: Of the search.
+        seed: Seed of the search.
+        prefix: What precedes the supernet's names of its parameters where the noise is to be that of a module around
+            it.
     """
 
-    def __init__(self, supernet: nn.Module, seed: int) -> None:
+    def __init__(self, supernet: nn.Module, seed: int, prefix: str = "") -> None:
         # Subnets name a parameter by its place on their path, which is not the same for all of them.
-        self._names = {parameter: name for name, parameter in supernet.named_parameters()}
+        self._names = {parameter: prefix + name for name, parameter in supernet.named_parameters()}
         self._seed = seed
 
     def normals(self, parameters: Sequence[nn.Parameter], draw: int, step: int) -> list[Tensor]:

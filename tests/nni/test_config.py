@@ -13,8 +13,8 @@ import yaml
 import genas_plugins
 from genas_plugins.correlation.settings import load_settings
 from genas_plugins.experiment.config import ConfigError, Experiment, config_names, dump, find_config, load, parse
+from genas_plugins.experiment.run_folder import load_data
 from genas_plugins.scoring import CombinedScore
-from nni_strategy.trained import load_data
 
 SHIPPED = (
     "darts_cifar100_angle_flatness",

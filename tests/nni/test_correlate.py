@@ -20,15 +20,15 @@ from genas_plugins.checkpoints import load_supernet
 from genas_plugins.cli import _report
 from genas_plugins.correlation import Setting
 from genas_plugins.correlation.report import TRAINING_FREE, remarks, table_of, write_report
+from genas_plugins.correlation.run import _training_free, choose, measure_all
 from genas_plugins.correlation.settings import check_sums, load_settings
 from genas_plugins.correlation.training_free import synflow
 from genas_plugins.experiment import config
+from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.nasbench201 import NasBench201Network
 from genas_plugins.scoring import CombinedScore
 from genas_plugins.spaces import NasBench201Architecture, NasBench201SearchSpace
-from nni_strategy.correlate import _training_free, choose, measure_all
 from nni_strategy.run import Found, Outcome, run_experiment
-from nni_strategy.trained import TrainedSupernet
 
 SETTINGS = [
     {"name": "flat", "metric": "flatness", "sigmas": [0.01, 0.05]},
@@ -217,7 +217,7 @@ def test_a_sum_of_columns_that_are_not_measured_is_refused_before_anything_is(
 
 
 def test_numbers_of_images_are_those_of_the_run_or_of_the_setting(files: Path) -> None:
-    trained = TrainedSupernet.from_run(files / "run", device="cpu")
+    trained = Scorer.from_run(files / "run", device="cpu")
     own = torch.cat([images for images, _ in trained.recalibration])
     more, fewer = (torch.cat([images for images, _ in trained.recalibration_on(n)]) for n in (128, 100))
     assert torch.equal(more, own) and torch.equal(fewer, own[:100])
@@ -326,7 +326,7 @@ def test_moved_images_are_those_of_a_run(files: Path, genas: Callable[..., Any],
 def test_a_supernet_of_another_space_is_refused(tmp_path: Path, files: Path) -> None:
     other = {**EXPERIMENT, "space": {"init_channels": 4, "num_cells": 3}}
     run_experiment(config.parse(other), tmp_path / "darts")
-    trained = TrainedSupernet.from_run(tmp_path / "darts", device="cpu")
+    trained = Scorer.from_run(tmp_path / "darts", device="cpu")
     with pytest.raises(TypeError, match="The supernet is one of DartsSpace, expected NasBench201Space"):
         measure_all(trained, [], load_settings(files / "settings.yaml")[0], tmp_path / "out")
 
@@ -397,7 +397,7 @@ def test_after_so_many_minutes_what_there_is_is_reported_and_the_rest_follows(
 ) -> None:
     """Time stands still until two are measured, and then is over."""
     clock = """
-import time, types, nni_strategy.correlate as module
+import time, types, genas_plugins.correlation.run as module
 count = [0]
 def monotonic():
     count[0] += 1

@@ -30,7 +30,7 @@ from nni_strategy import DartsSpace, GeNAS, supernet_evaluator  # first, as a us
 
 import nni.nas.oneshot.pytorch.strategy
 import nni.nas.strategy
-import nni_strategy.strategy
+from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.datasets import ImageTensors, SearchData
 from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.space import RawFormatModelSpace
@@ -76,8 +76,7 @@ evaluator = supernet_evaluator(
     default_root_dir=folder,
 )
 # Counts what this process measures itself.
-module = nni_strategy.strategy
-measure, measured = module.measure_candidate, []
+measure, measured = Scorer.measure, []
 
 
 def counting(*arguments):
@@ -85,7 +84,7 @@ def counting(*arguments):
     return measure(*arguments)
 
 
-module.measure_candidate = counting
+Scorer.measure = counting
 strategy = GeNAS(
     population=4,
     generations=2,
@@ -101,10 +100,10 @@ with open(f"{folder}/seen{rank}.json", "w") as file:
     scores = [[record["candidate"], record["score"]] for record in strategy.records]
     best = [[model.sample, model.metric] for model in strategy.list_models(limit=3)]
     # All candidates by this process alone.
-    paths, _, *settings = measured[0]
-    candidates = [paths.search_space.from_json(record["candidate"]) for record in strategy.records]
-    alone = [measure(paths, candidate, *settings).score for candidate in candidates]
-    own = [paths.search_space.to_json(candidate) for _, candidate, *_ in measured]
+    space = strategy.paths.search_space
+    candidates = [space.from_json(record["candidate"]) for record in strategy.records]
+    alone = [measure(strategy.scorer, candidate).score for candidate in candidates]
+    own = [space.to_json(candidate) for _, candidate in measured]
     report = {"alone": alone, "own": own}
     report |= {"paths": witness.paths, "images": witness.images, "scores": scores, "best": best, "whole": whole}
     json.dump(report, file)

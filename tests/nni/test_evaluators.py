@@ -26,13 +26,11 @@ from genas_plugins.darts.genotype import Genotype
 from genas_plugins.darts.supernet import SuperNet
 from genas_plugins.darts.zoo import ZOO
 from genas_plugins.experiment import config
-from genas_plugins.scoring import CommonNoise
+from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.spaces import DartsSearchSpace
 from nni_strategy import CombinedEvaluator, DartsSpace, FlatnessEvaluator, GeNAS
-from nni_strategy.run import _score_arguments
 from nni_strategy.samples import SampleSpace
 from nni_strategy.space import genotype_to_sample, sample_to_genotype
-from nni_strategy.trained import TrainedSupernet
 
 DATA = {
     "name": "digits",
@@ -94,7 +92,7 @@ def test_random_search_by_flatness_agrees_with_the_command(
     shown = genas("score", code, "--run", finished.path, "--metric", "flatness", "--device", "cpu")
     assert shown.stdout.splitlines()[1].split() == ["score", f"{best.metric:.6g}"]
     # Found again by whoever asks, to the last digit.
-    again = TrainedSupernet.from_run(finished.path, device="cpu")
+    again = Scorer.from_run(finished.path, device="cpu")
     assert again.measure(Genotype.from_code(map(int, code.split())), evaluator.trained.score).score == best.metric
 
 
@@ -141,16 +139,16 @@ def test_settings_beat_those_of_the_run(finished: Any, genotypes: list[Genotype]
 def test_common_noise_is_a_function_of_the_seed_of_the_run(finished: Any, genotypes: list[Genotype]) -> None:
     chosen: dict[str, Any] = {"noise": "random_walk", "relative": True, "draws": 2, "common": True}
     evaluator = FlatnessEvaluator(finished.path, **chosen, device="cpu")
-    trained = TrainedSupernet.from_run(finished.path, device="cpu")
+    trained = Scorer.from_run(finished.path, device="cpu")
     score = evaluator.trained.score
     assert {name: getattr(score, name) for name in chosen} == chosen
-    subnet = trained.space.subnet(genotypes[0])
-    common = CommonNoise(trained.space, trained.seed)
+    subnet = trained.paths.supernet.subnet(genotypes[0])
+    common = trained.paths.common_noise(trained.seed)
     expected = score(subnet, trained.validation, recalibration=trained.recalibration, common=common)
     assert evaluator.measure(genotypes[0]) == expected
     # The strategy measures with what the experiment's file says.
     settings = config.Score(metric="flatness", **chosen)
-    assert GeNAS(**_score_arguments(settings)).score == settings.build()
+    assert GeNAS(score=settings.build()).score == settings.build()
     assert {name: getattr(settings.build(), name) for name in chosen} == chosen
 
 
@@ -160,10 +158,10 @@ def test_noise_along_eigenvectors_reaches_the_measurement(finished: Any, genotyp
     score = evaluator.trained.score
     assert {name: getattr(score, name) for name in chosen} == chosen
     measured = evaluator.measure(genotypes[0])
-    assert measured == TrainedSupernet.from_run(finished.path, score=score, device="cpu").measure(genotypes[0])
+    assert measured == Scorer.from_run(finished.path, score=score, device="cpu").measure(genotypes[0])
     # The strategy measures with what the experiment's file says.
     settings = config.parse({"score": {"metric": "flatness", **chosen}}).score
-    assert GeNAS(**_score_arguments(settings)).score == settings.build()
+    assert GeNAS(score=settings.build()).score == settings.build()
     assert {name: getattr(settings.build(), name) for name in chosen} == chosen
     with pytest.raises(ValueError, match="'hessian' cannot be common"):
         FlatnessEvaluator(finished.path, noise="hessian", common=True)
@@ -186,13 +184,13 @@ def test_settings_that_are_not_given_are_those_of_the_run(
 def test_a_checkpoint_of_the_official_format_scores_like_the_run_it_came_from(
     search: Callable[..., list[Any]], finished: Any, tmp_path: Path, genotypes: list[Genotype]
 ) -> None:
-    run = TrainedSupernet.from_run(finished.path, device="cpu")
+    run = Scorer.from_run(finished.path, device="cpu")
     path = tmp_path / "official.pth.tar"
-    torch.save({"epoch": 3, "state_dict": run.space.supernet.state_dict(), "optimizer": {"state": {}}}, path)
+    torch.save({"epoch": 3, "state_dict": run.paths.supernet.state_dict(), "optimizer": {"state": {}}}, path)
     initial = finished.path / "initial.safetensors"
     before = DartsSpace(10, 4, 3)
     state = {name.removeprefix("network.supernet."): value for name, value in before.state_dict().items()}
-    assert state.keys() == run.space.supernet.state_dict().keys()
+    assert state.keys() == run.paths.supernet.state_dict().keys()
     evaluator = FlatnessEvaluator(path, data=DATA, seed=1, device="cpu")
     for genotype in genotypes:
         assert evaluator.measure(genotype).score == run.measure(genotype, evaluator.trained.score).score
@@ -206,8 +204,8 @@ def test_a_checkpoint_of_the_official_format_scores_like_the_run_it_came_from(
 
 
 def test_our_own_checkpoints_will_do(finished: Any, tmp_path: Path, genotypes: list[Genotype]) -> None:
-    run = TrainedSupernet.from_run(finished.path, device="cpu")
-    path = save_supernet(run.space.supernet, tmp_path / "supernet.safetensors")
+    run = Scorer.from_run(finished.path, device="cpu")
+    path = save_supernet(run.paths.supernet, tmp_path / "supernet.safetensors")
     scores = {
         FlatnessEvaluator(source, data=DATA, seed=1, device="cpu").measure(genotypes[0]).score
         for source in (path, finished.path / "supernet.ckpt", str(path))

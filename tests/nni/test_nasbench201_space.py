@@ -21,13 +21,13 @@ from nni.tools.nnictl.config_utils import Experiments
 from genas_plugins.checkpoints import load_supernet, save_supernet
 from genas_plugins.darts.zoo import ZOO
 from genas_plugins.experiment import config
+from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.nasbench201 import NasBench201Network, NasBench201SuperNet
 from genas_plugins.scoring import angle
 from genas_plugins.spaces import NasBench201Architecture, NasBench201SearchSpace
 from nni_strategy import NasBench201Space
 from nni_strategy.run import run_experiment
 from nni_strategy.space import architecture_to_sample, sample_to_architecture
-from nni_strategy.trained import TrainedSupernet
 
 TINY: dict[str, Any] = {
     "seed": 1,
@@ -131,7 +131,7 @@ def test_a_search_ends_in_an_architecture_whose_accuracy_is_known(run: Path) -> 
 
 
 def test_a_candidate_has_the_score_of_the_history_whenever_it_is_measured(run: Path) -> None:
-    trained = TrainedSupernet.from_run(run, device="cpu")
+    trained = Scorer.from_run(run, device="cpu")
     for line in (run / "history.jsonl").read_text().splitlines()[-2:]:
         record = json.loads(line)
         measured = trained.measure(NasBench201Architecture.from_string(record["candidate"]))

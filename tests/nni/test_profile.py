@@ -19,11 +19,11 @@ TRACES = ["profile/scoring.json.gz", "profile/training.json.gz"]
 # Time to hit a process in.
 SLOW_CANDIDATES = """
 import time
-import nni_strategy.strategy
-def slow(*arguments, measure=nni_strategy.strategy.measure_candidate):
+from genas_plugins.experiment.scorer import Scorer
+def slow(*arguments, measure=Scorer.measure):
     time.sleep(0.15)
     return measure(*arguments)
-nni_strategy.strategy.measure_candidate = slow
+Scorer.measure = slow
 """
 
 

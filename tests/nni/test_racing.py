@@ -19,9 +19,10 @@ from nni.nas.space import RawFormatModelSpace
 from torch import Tensor
 
 from genas_plugins.datasets import ImageTensors, SearchData
+from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.search import History
 from nni_strategy.space import NasBench201Space
-from nni_strategy.strategy import GeNAS, measure_candidate
+from nni_strategy.strategy import GeNAS
 from nni_strategy.training import supernet_evaluator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,10 +133,9 @@ def test_without_racing_a_candidate_is_measured_as_before() -> None:
     """Nothing of a record is new, and the scores are those of one measurement each."""
     strategy = made(SPACES["own"])
     strategy.search()
-    recalibration, validation = strategy._recalibration_batches, strategy._validation_batches
     for record in strategy.records:
         candidate = strategy.paths.search_space.from_json(record["candidate"])
-        measured = measure_candidate(strategy.paths, candidate, strategy.score, recalibration, validation, 0).to_dict()
+        measured = strategy.scorer.measure(candidate).to_dict()
         assert {key: record[key] for key in measured} == measured
         named = {"index", "generation", "origin", "candidate", "status", "seconds"}
         assert record.keys() == measured.keys() | named
@@ -191,11 +191,11 @@ def test_the_benchmark_compares_searches(
     assert benchmark.main(arguments) == 0
     assert "the same top 2 in 1 of 1 searches" in capsys.readouterr().out
     # A search that finds others is told and fails the check.
-    true = benchmark.measure_candidate
+    true = Scorer.measure
 
     def other(*parts: Any) -> Any:
         return dataclasses.replace(true(*parts), score=1.0)
 
-    monkeypatch.setattr(benchmark, "measure_candidate", other)
+    monkeypatch.setattr(Scorer, "measure", other)
     assert benchmark.main(arguments) == 1
     assert "the same top 2 in 0 of 1 searches" in capsys.readouterr().out

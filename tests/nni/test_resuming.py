@@ -442,7 +442,8 @@ def test_of_two_correlations_in_one_folder_one_is_refused(genas: Any, measured: 
 
 SLOWLY = """
 import time
-import nni_strategy.correlate, nni_strategy.strategy, nni_strategy.training
+import genas_plugins.correlation.run, nni_strategy.training
+from genas_plugins.experiment.scorer import Scorer
 def slow(function):
     def slowed(*arguments, **keywords):
         time.sleep(0.3)
@@ -450,8 +451,8 @@ def slow(function):
     return slowed
 module = nni_strategy.training.SupernetModule
 module.training_step = slow(module.training_step)
-nni_strategy.strategy.measure_candidate = slow(nni_strategy.strategy.measure_candidate)
-nni_strategy.correlate.measure_raw = slow(nni_strategy.correlate.measure_raw)
+Scorer.measure = slow(Scorer.measure)
+genas_plugins.correlation.run.measure_raw = slow(genas_plugins.correlation.run.measure_raw)
 """
 SWALLOWED = (
     SLOWLY

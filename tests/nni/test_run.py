@@ -20,16 +20,17 @@ from PIL import Image
 from genas_plugins.checkpoints import load_supernet
 from genas_plugins.darts.genotype import Genotype
 from genas_plugins.experiment import config
+from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.search import History
 from nni_strategy.run import run_experiment
-from nni_strategy.trained import TrainedSupernet
 
 RESULTS = {"genotype.json", "cells.svg", "cells.png", "search.png", "loss_curves.png"}
 STATE = {"config.yaml", "run.json", "data.json", "initial.safetensors", "supernet.ckpt", "history.jsonl"}
 # Time to hit a process in; sleeping changes no number.
 SLOWLY = """
 import time
-import nni_strategy.strategy, nni_strategy.training
+import nni_strategy.training
+from genas_plugins.experiment.scorer import Scorer
 def slow(function):
     def slowed(*arguments, **keywords):
         time.sleep(0.15)
@@ -37,7 +38,7 @@ def slow(function):
     return slowed
 module = nni_strategy.training.SupernetModule
 module.training_step = slow(module.training_step)
-nni_strategy.strategy.measure_candidate = slow(nni_strategy.strategy.measure_candidate)
+Scorer.measure = slow(Scorer.measure)
 """
 # Kill the process right before its n-th change of a file in the run folder.
 KILL_AT = """
@@ -58,7 +59,8 @@ sys.addaudithook(hook)
 # Let no file grow beyond a limit once a condition holds; the process gets an error, as from a full disk.
 FULL_DISK = """
 import os, resource, signal
-import nni_strategy.strategy, nni_strategy.training
+import nni_strategy.training
+from genas_plugins.experiment.scorer import Scorer
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 def watched(function):
     def watching(*arguments, **keywords):
@@ -68,7 +70,7 @@ def watched(function):
     return watching
 module = nni_strategy.training.SupernetModule
 module.training_step = watched(module.training_step)
-nni_strategy.strategy.measure_candidate = watched(nni_strategy.strategy.measure_candidate)
+Scorer.measure = watched(Scorer.measure)
 """
 
 
@@ -170,7 +172,7 @@ def test_supernet_and_initial_weights_load_and_differ_where_training_moved_them(
 
 
 def test_a_candidate_has_the_score_of_the_history_whenever_it_is_measured(finished: Any) -> None:
-    trained = TrainedSupernet.from_run(finished.path, device="cpu")
+    trained = Scorer.from_run(finished.path, device="cpu")
     best = max(finished.records, key=lambda record: record["score"])
     for record in (best, finished.records[0]):
         measured = trained.measure(Genotype.from_code(record["candidate"]))

@@ -29,12 +29,13 @@ from torch import Tensor, nn
 
 from genas_plugins.darts.genotype import Genotype
 from genas_plugins.datasets import ImageTensors, SearchData
+from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.scoring import angle, flatness
 from genas_plugins.search import History, candidate_seed
 from nni_strategy.oneshot import UniformPathModule
 from nni_strategy.samples import SupernetPaths
 from nni_strategy.space import DartsSpace
-from nni_strategy.strategy import GeNAS, measure_candidate
+from nni_strategy.strategy import GeNAS
 from nni_strategy.training import supernet_evaluator
 
 SMALL: dict[str, Any] = {
@@ -239,7 +240,8 @@ def test_noise_goes_on_the_path_alone(tmp_path: Path, mode: str) -> None:
     torch.manual_seed(0)
     strategy = initialised(GeNAS(**SMALL, noise=mode), NasBench201(4, 1, 10), tmp_path)
     candidate = strategy.paths.search_space.sample(np.random.default_rng(0))
-    measured = measure_candidate(strategy.paths, candidate, strategy.score, batches, batches, seed=3)
+    scorer = Scorer(strategy.paths, strategy.score, validation=batches, recalibration=batches, seed=3)
+    measured = scorer.measure(candidate)
     frozen = strategy.supernet.freeze(strategy.paths.to_sample(candidate))
     plain_statistics(frozen, batches)
     noise = torch.Generator().manual_seed(candidate_seed(3, strategy.paths.search_space.to_json(candidate)))

@@ -19,15 +19,15 @@ from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.hub.pytorch import NasBench201
 from nni.nas.space import RawFormatModelSpace
 
+from genas_plugins.correlation.run import choose, measure_all
 from genas_plugins.correlation.settings import load_settings
 from genas_plugins.darts.genotype import Genotype
 from genas_plugins.datasets import ImageTensors, SearchData
+from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.spaces import NasBench201SearchSpace
 from nni_strategy import DartsSpace, GeNAS, config
-from nni_strategy.correlate import choose, measure_all
 from nni_strategy.run import run_experiment
 from nni_strategy.threads import TrainingThreads
-from nni_strategy.trained import TrainedSupernet
 from nni_strategy.training import supernet_evaluator
 
 ROOT = Path(__file__).parents[2]
@@ -97,12 +97,12 @@ def test_scores_of_a_run_are_those_of_its_history_on_other_threads(tmp_path: Pat
     assert torch.get_num_threads() == 3
     for available in (1, 2):
         torch.set_num_threads(available)
-        trained = TrainedSupernet.from_run(tmp_path / "run", device="cpu")
+        trained = Scorer.from_run(tmp_path / "run", device="cpu")
         for record in timeless(tmp_path / "run")[:3]:
             assert trained.measure(Genotype.from_code(record["candidate"])).score == record["score"]
         assert torch.get_num_threads() == available
     # Who asks for a number of threads has it.
-    assert TrainedSupernet.from_run(tmp_path / "run", device="cpu", threads=2).in_flight.threads == 2
+    assert Scorer.from_run(tmp_path / "run", device="cpu", threads=2).in_flight.threads == 2
 
 
 def test_correlations_are_the_same_on_any_number_of_threads(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_correlations_are_the_same_on_any_number_of_threads(tmp_path: Path) -> N
     found = []
     for available in (1, 2, 3):
         torch.set_num_threads(available)
-        trained = TrainedSupernet.from_run(tmp_path / "run", device="cpu")
+        trained = Scorer.from_run(tmp_path / "run", device="cpu")
         assert trained.in_flight.count == available
         state = torch.get_rng_state()
         found.append(

@@ -16,7 +16,8 @@ from genas_plugins import SuperNet
 from genas_plugins.checkpoints import CheckpointError, load_supernet, read_metadata, save_supernet
 from genas_plugins.darts.genotype import Genotype
 from genas_plugins.datasets import DataChangedError
-from nni_strategy.trained import TrainedSupernet, save_trained
+from genas_plugins.experiment.run_folder import save_trained
+from genas_plugins.experiment.scorer import Scorer
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def file(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_file_scores_what_its_run_scored(finished: Any, file: Path) -> None:
-    trained = TrainedSupernet.from_run(file, device="cpu")
+    trained = Scorer.from_run(file, device="cpu")
     for record in finished.records[:2]:
         # Angle and flatness: the weights before training are there too.
         measured = trained.measure(Genotype.from_code(record["candidate"]))
@@ -47,7 +48,7 @@ def test_opening_a_file_draws_nothing_from_the_global_generator(file: Path) -> N
     torch.manual_seed(5)
     wanted = torch.rand(3)
     torch.manual_seed(5)
-    TrainedSupernet.from_run(file, device="cpu")
+    Scorer.from_run(file, device="cpu")
     assert torch.equal(torch.rand(3), wanted)
 
 
@@ -60,7 +61,7 @@ def test_where_the_first_weights_cannot_be_drawn_again_only_the_angle_is_refused
     metadata["initial_sha256"] = json.dumps("0" * 64)
     other = tmp_path / "other.safetensors"
     save_file(load_file(file), other, metadata)
-    trained = TrainedSupernet.from_run(other, device="cpu")
+    trained = Scorer.from_run(other, device="cpu")
     candidate = Genotype.from_code(finished.records[0]["candidate"])
     with pytest.raises(ValueError, match="The angle needs the weights before training"):
         trained.measure(candidate)
@@ -77,7 +78,7 @@ def test_a_file_is_not_scored_on_other_images(file: Path, tmp_path: Path) -> Non
     other = tmp_path / "other.safetensors"
     save_file(load_file(file), other, metadata)
     with pytest.raises(DataChangedError, match=r"other.safetensors was trained on .*the images of '3' differ in"):
-        TrainedSupernet.from_run(other, device="cpu")
+        Scorer.from_run(other, device="cpu")
 
 
 def test_a_file_without_its_experiment_is_refused(tmp_path: Path) -> None:
@@ -85,10 +86,10 @@ def test_a_file_without_its_experiment_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"bare\.safetensors does not say how its supernet was trained: pass the "
     ):
-        TrainedSupernet.from_run(path)
+        Scorer.from_run(path)
     path = save_supernet(SuperNet(10, 4, 3), tmp_path / "odd.safetensors", experiment={"seeed": 1})
     with pytest.raises(CheckpointError, match=r"odd\.safetensors has an experiment that cannot be read: unknown key"):
-        TrainedSupernet.from_run(path)
+        Scorer.from_run(path)
 
 
 def test_a_folder_whose_training_has_not_ended_gives_no_file(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_training_alone_ends_with_a_supernet_that_is_searched_later_with_the_sam
     assert folder.records == []
     assert not (folder.path / "genotype.json").exists()
     candidate = Genotype.from_code(finished.records[0]["candidate"])
-    measured = TrainedSupernet.from_run(folder.path, device="cpu").measure(candidate)
+    measured = Scorer.from_run(folder.path, device="cpu").measure(candidate)
     assert measured.score == pytest.approx(finished.records[0]["score"], rel=1e-12)
     again = genas("search", "--quiet", "--output", folder.path, "--resume", "--train-only")
     assert (again.status, again.stderr) == (0, "")

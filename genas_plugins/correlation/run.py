@@ -24,15 +24,19 @@ from genas_plugins.correlation.training_free import naswot, synflow, zico
 from genas_plugins.datasets import DATA_FILE, check_identity, write_identity
 from genas_plugins.experiment import config
 from genas_plugins.experiment.resuming import state_digest
+from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.files import write_text
 from genas_plugins.interrupts import raise_pending
 from genas_plugins.locking import lock_folder
-from genas_plugins.nasbench201 import NasBench201Architecture, NasBench201Network, NasBench201SearchSpace
+from genas_plugins.nasbench201 import (
+    NasBench201Architecture,
+    NasBench201Network,
+    NasBench201SearchSpace,
+    NasBench201SuperNet,
+)
 from genas_plugins.nasbench201.truth import lookup
-from genas_plugins.scoring import CommonNoise
+from genas_plugins.scoring.paths import named_as_in_nni
 from genas_plugins.search import History, candidate_seed
-from nni_strategy.space import NasBench201Space
-from nni_strategy.trained import TrainedSupernet
 
 __all__ = ["check_folder", "choose", "measure_all"]
 
@@ -75,7 +79,7 @@ def choose(truth: Mapping[str, float], sample: int | None, seed: int) -> list[Na
 
 
 def measure_all(
-    trained: TrainedSupernet,
+    scorer: Scorer,
     architectures: Sequence[NasBench201Architecture],
     settings: Sequence[Setting],
     folder: str | Path,
@@ -89,7 +93,7 @@ def measure_all(
     """Measure architectures one by one; a killed run goes on with ``resume`` behind the last that it measured.
 
     Args:
-        trained: The supernet, of NAS-Bench-201.
+        scorer: The trained supernet, of NAS-Bench-201.
         architectures: What to measure.
         settings: The columns.
         folder: Where ``measurements.jsonl`` and ``settings.json`` are written.
@@ -113,16 +117,17 @@ def measure_all(
         FolderInUseError: Another process writes to the folder.
         OSError: The folder cannot be written to.
     """
-    if not isinstance(trained.space, NasBench201Space):
-        raise TypeError(f"The supernet is one of {type(trained.space).__name__}, expected NasBench201Space.")
+    supernet = scorer.paths.supernet
+    if not isinstance(supernet, NasBench201SuperNet):
+        raise TypeError(f"The supernet is a {type(supernet).__name__}, expected a NasBench201SuperNet.")
     with lock_folder(folder):
         return _measure_all(
-            trained, architectures, settings, Path(folder), images, training_free, resume, seconds, progress
+            scorer, architectures, settings, Path(folder), images, training_free, resume, seconds, progress
         )
 
 
 def _measure_all(
-    trained: TrainedSupernet,
+    scorer: Scorer,
     architectures: Sequence[NasBench201Architecture],
     settings: Sequence[Setting],
     folder: Path,
@@ -132,40 +137,38 @@ def _measure_all(
     seconds: float | None,
     progress: Callable[[str, int, int], Any] | None,
 ) -> list[dict[str, Any]]:
-    validation = trained.validation if images is None else trained.validation.limit(images)
-    history = _open(trained, architectures, settings, folder, validation.num_images, training_free, resume)
+    validation = scorer.validation if images is None else scorer.validation.limit(images)
+    history = _open(scorer, architectures, settings, folder, validation.num_images, training_free, resume)
     done = len(history.records)
     display = None if progress is None else progress("measuring", len(architectures), done)
     example, _ = next(iter(validation))
-    common = CommonNoise(trained.space, trained.seed)
-    recalibration, own = (
-        trained.recalibration,
-        None if trained.recalibration is None else len(trained.data.recalibration),
-    )
+    common = scorer.paths.common_noise(scorer.seed)
+    recalibration = scorer.recalibration
+    own = None if recalibration is None else len(scorer.data.recalibration)
     if wanted := [s.recalibration_images for s in settings if s.recalibration_images is not None]:
-        recalibration = trained.recalibration_on(max(*wanted, own or 0))
+        recalibration = scorer.recalibration_on(max(*wanted, own or 0))
     end = math.inf if seconds is None else time.monotonic() + seconds
 
     def measured(architecture: NasBench201Architecture) -> dict[str, Any] | None:
         if time.monotonic() >= end:
             return None
-        with trained.paths.open(architecture, example) as (model, names):
+        with scorer.paths.open(architecture, example) as (model, names):
             raw = measure_raw(
                 model,
                 settings,
                 validation,
                 recalibration=recalibration,
                 recalibration_images=own,
-                angle=lambda: trained.paths.angle(architecture, names),
-                seed=candidate_seed(trained.seed, str(architecture)),
+                angle=lambda: scorer.paths.angle(architecture, names),
+                seed=candidate_seed(scorer.seed, str(architecture)),
                 common=common,
                 parameters=names,
             )
             if training_free:
-                raw["training_free"] = _training_free(architecture, model, trained)
+                raw["training_free"] = _training_free(architecture, model, scorer)
         return {"architecture": str(architecture), **raw}
 
-    for record in trained.in_flight.map(measured, architectures[done:]):
+    for record in scorer.in_flight.map(measured, architectures[done:]):
         if record is None:
             break
         history.append(record)
@@ -178,7 +181,7 @@ def _measure_all(
 
 
 def _open(
-    trained: TrainedSupernet,
+    scorer: Scorer,
     architectures: Sequence[NasBench201Architecture],
     settings: Sequence[Setting],
     folder: Path,
@@ -190,17 +193,17 @@ def _open(
     told = {
         "settings": [_plain(setting) for setting in settings],
         "images": images,
-        "seed": trained.seed,
+        "seed": scorer.seed,
         "training_free": training_free,
         "architectures": list(map(str, architectures)),
-        **_told_of(trained),
+        **_told_of(scorer),
     }
     begun = (folder / SETTINGS_FILE).exists()
     if begun:
         check_folder(folder, resume)
         _check_told(folder / SETTINGS_FILE, told)
-    if trained.data.identity is not None:
-        check_identity(folder, trained.data.identity, ("images",))
+    if scorer.data.identity is not None:
+        check_identity(folder, scorer.data.identity, ("images",))
     history = History(folder / MEASUREMENTS_FILE)
     done = [record.get("architecture") for record in history.records]
     for number, architecture in enumerate(done):
@@ -210,18 +213,19 @@ def _open(
     text = json.dumps(told, indent=1)
     if not begun or read_text(folder / SETTINGS_FILE, limit=_LONGEST_SETTINGS) != text:
         write_text(folder / SETTINGS_FILE, text)
-    if trained.data.identity is not None and not (folder / DATA_FILE).exists():
-        write_identity(folder, trained.data.identity)
+    if scorer.data.identity is not None and not (folder / DATA_FILE).exists():
+        write_identity(folder, scorer.data.identity)
     return history
 
 
-def _told_of(trained: TrainedSupernet) -> dict[str, Any]:
+def _told_of(scorer: Scorer) -> dict[str, Any]:
     """What decides a measurement, of the supernet and of how it is measured."""
-    told: dict[str, Any] = {"supernet": state_digest(trained.space.state_dict()), "recalibration": None}
-    if trained.paths.initial is not None:
-        told["initial"] = state_digest(trained.paths.initial)
-    if trained.recalibration is not None:
-        told["recalibration"] = [len(trained.data.recalibration), trained.recalibration.batch_size]
+    weights = named_as_in_nni(scorer.paths.supernet.state_dict())
+    told: dict[str, Any] = {"supernet": state_digest(weights), "recalibration": None}
+    if scorer.paths.initial is not None:
+        told["initial"] = state_digest(named_as_in_nni(scorer.paths.initial))
+    if scorer.recalibration is not None:
+        told["recalibration"] = [len(scorer.data.recalibration), scorer.recalibration.batch_size]
     return told
 
 
@@ -229,6 +233,10 @@ def _check_told(path: Path, told: Mapping[str, Any]) -> None:
     """Refuse to go on with other than was measured; what an older version did not store is taken as it is."""
     try:
         before = read_json(path, limit=_LONGEST_SETTINGS)
+        for setting in before.get("settings", []):
+            # As earlier versions called it.
+            if "momentum" in setting:
+                setting["recalibration_momentum"] = setting.pop("momentum")
         changed = [key for key, value in told.items() if key in before and before[key] != value]
     except (ValueError, TypeError) as error:
         raise config.ConfigError(
@@ -256,22 +264,20 @@ def _check_measured(history: History, settings: Sequence[Setting], training_free
             raise history.error(number, f"is not as a measurement is ({one_line(error, 300)})") from error
 
 
-def _training_free(
-    architecture: NasBench201Architecture, subnet: nn.Module, trained: TrainedSupernet
-) -> dict[str, float | None]:
-    """Scores of a network that was never trained, and of the supernet's weights by the same formulas.
+def _training_free(architecture: NasBench201Architecture, subnet: nn.Module, scorer: Scorer) -> dict[str, float | None]:
+    """Scores of a network that was never scorer, and of the supernet's weights by the same formulas.
 
     None where one is not finite (NASWOT of a cell cut off).
     """
-    if trained.recalibration is None:
+    if scorer.recalibration is None:
         raise ValueError("The training-free scores need training images: the run has score.recalibration_images 0.")
-    batches = list(itertools.islice(trained.recalibration, 2))
+    batches = list(itertools.islice(scorer.recalibration, 2))
     images = torch.cat([batch for batch, _ in batches])
     # The same draws for each architecture, as far as their layers agree; nothing else draws from this generator.
     # Not torch.manual_seed, which seeds the generators of all devices, and these are not put back.
     with _GENERATOR, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(trained.seed)
-        network = NasBench201Network(architecture, num_classes=trained.data.num_classes).to(images.device)
+        torch.default_generator.manual_seed(scorer.seed)
+        network = NasBench201Network(architecture, num_classes=scorer.data.num_classes).to(images.device)
     scores = [
         score
         for model in (network, subnet)
