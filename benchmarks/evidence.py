@@ -251,13 +251,13 @@ def tables(args: argparse.Namespace) -> None:
     from genas_plugins.correlation.run import MEASUREMENTS_FILE
     from genas_plugins.correlation.settings import load_settings
     from genas_plugins.nasbench201.truth import read_truth
-    from genas_plugins.search import History
+    from genas_plugins.search import JsonLines
 
     settings, sums = load_settings(*SETTINGS)
     scores = {}
     for seed in args.seeds:
         # What was measured, because a process that was cut off has not come to its tables.
-        raws = History(args.output / f"correlation{seed}" / MEASUREMENTS_FILE, read_only=True).records
+        raws = JsonLines(args.output / f"correlation{seed}" / MEASUREMENTS_FILE, read_only=True).records
         names, columns = score_table(raws, settings, sums) if raws else ([], {})
         scores[seed] = {name: dict(zip(names, column, strict=True)) for name, column in columns.items()}
     plan = json.loads((args.output / "epochs.json").read_text())

@@ -74,7 +74,7 @@ def compare(trained: Scorer, search: argparse.Namespace, seed: int) -> Pair:
         records = run_search(evolution, scorer.measure, race=race)
         seconds.append(search.clock() - start)
         tops.append(evolution.best(search.parents))
-    dropped = sum(record["status"] == "dropped" for record in records)
+    dropped = sum(record.status == "dropped" for record in records)
     spared = spared_images(records, len(trained.data.validation))
     return Pair(spared, dropped, tops[0][:1] == tops[1][:1], tops[0] == tops[1], (seconds[0], seconds[1]))
 

@@ -296,20 +296,20 @@ def _report(outcome: Outcome) -> Iterable[str]:
     rows = [("", "score", "slope", "losses at the sigmas", "test top-1", "code")]
     for rank, found in enumerate(outcome.best, 1):
         record = found.record
-        slope = record["shares"].get("slope")
+        slope = (record.shares or {}).get("slope")
         rows.append(
             (
                 f"{rank}",
-                f"{record['score']:.6g}",
+                f"{record.score:.6g}",
                 "-" if slope is None else f"{slope:.1%}",
-                " ".join(f"{loss:.4f}" for loss in record.get("losses", ())) or "-",
+                " ".join(f"{loss:.4f}" for loss in record.losses or ()) or "-",
                 "-" if found.test_top1 is None else f"{found.test_top1:.1%}",
                 str(found.genotype),
             )
         )
     yield from _table(rows)
     yield "\nslope: share of the slope term in Eq. 4; test top-1: with the supernet's weights."
-    shares = [found.record["shares"]["slope"] for found in outcome.best if "slope" in found.record["shares"]]
+    shares = [found.record.shares["slope"] for found in outcome.best if "slope" in (found.record.shares or {})]
     if shares and max(shares) < LEAST_SLOPE:
         yield (
             f"The slope term decides less than {LEAST_SLOPE:.0%} of these scores, which rank nearly as the loss does: "
@@ -355,8 +355,9 @@ def _correlate(options: argparse.Namespace) -> int:
     require("matplotlib", extra="plots", purpose="the pictures")
     import nni_strategy  # noqa: F401
     from genas_plugins.checks import check_device
+    from genas_plugins.correlation import run as correlate
     from genas_plugins.correlation.settings import Images, check_options, check_sums, load_settings
-    from genas_plugins.experiment import config, correlate, report
+    from genas_plugins.experiment import config, report
     from genas_plugins.experiment.run_folder import load_data
     from genas_plugins.experiment.scorer import Scorer
     from genas_plugins.locking import lock_folder
@@ -501,7 +502,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _plot(options: argparse.Namespace) -> int:
     from genas_plugins.darts.zoo import find_genotype
     from genas_plugins.plotting import LossCurve, plot_cells, plot_loss_curves, plot_search
-    from genas_plugins.search import History, check_records
+    from genas_plugins.search import History
 
     if options.what == "cells":
         print(plot_cells(find_genotype(options.source), options.output))
@@ -512,16 +513,15 @@ def _plot(options: argparse.Namespace) -> int:
     if not path.is_file():
         raise FileNotFoundError(f"{options.source} is not the folder of a search: no history.jsonl.")
     history = History(path, read_only=True)
-    check_records(history)
     records = history.records
     if options.what == "search":
         print(plot_search(records, options.output))
         return 0
-    scored = sorted((r for r in records if r.get("losses")), key=lambda record: -record["score"])[: options.top]
+    scored = sorted((record for record in records if record.losses), key=lambda record: -record.score)[: options.top]
     if not scored:
         raise ValueError(f"{path} has no losses: its search did not measure flatness.")
     curves = [
-        LossCurve(f"#{rank}", tuple(record["sigmas"]), tuple(record["losses"]), record["score"])
+        LossCurve(f"#{rank}", tuple(record.sigmas), tuple(record.losses), record.score)
         for rank, record in enumerate(scored, 1)
     ]
     print(plot_loss_curves(curves, options.output))

@@ -9,6 +9,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from tqdm import tqdm
 
+from genas_plugins.search import Record
+
 __all__ = ["Bar", "SearchProgress", "TrainingProgress"]
 
 
@@ -67,15 +69,15 @@ class SearchProgress:
         self._display: Any = None
         self._best: float | None = None
 
-    def __call__(self, record: dict[str, Any]) -> None:
+    def __call__(self, record: Record) -> None:
         if self._display is None:
             self._display = self._progress("search", self._total, 0)
-        score = record["score"]
+        score = record.score
         if score is not None and (self._best is None or score > self._best):
             self._best = score
-        shown = {"generation": record["generation"] + 1}
+        shown = {"generation": record.generation + 1}
         if self._best is not None:
             shown["best"] = f"{self._best:.6g}"
         self._display.step(shown)
-        if record["index"] + 1 == self._total:
+        if record.index + 1 == self._total:
             self._display.close()

@@ -45,7 +45,7 @@ from genas_plugins.locking import lock_folder
 from genas_plugins.nasbench201 import NasBench201Architecture
 from genas_plugins.plotting import LossCurve, plot_cells, plot_loss_curves, plot_search
 from genas_plugins.scoring import mean_loss
-from genas_plugins.search import InFlight, check_records
+from genas_plugins.search import InFlight, Record
 from genas_plugins.search.racing import spared_images
 from nni_strategy.progress import SearchProgress, TrainingProgress
 from nni_strategy.space import DartsSpace, NasBench201Space, SupernetSpace
@@ -69,7 +69,7 @@ class Found:
     """
 
     genotype: Genotype | NasBench201Architecture
-    record: dict[str, Any]
+    record: Record
     test_top1: float | None
 
 
@@ -217,7 +217,6 @@ def _check_scored(folder: Path, data: SearchData, history: RunHistory) -> None:
     """Refuse to go on with other images or weights than those of the run, before anything is written."""
     if data.identity is not None:
         check_identity(folder, data.identity)
-    check_records(history)
     if history.records:
         check_weights(folder, (SUPERNET_FILE, INITIAL_FILE), scored=True)
 
@@ -316,13 +315,13 @@ def _initial_weights(space: SupernetSpace, path: Path, primary: bool) -> None:
 
 def _listener(
     progress: Callable[[str, int, int], Any] | None, total: int, profiler: SearchProfile | None, known: int
-) -> Callable[[dict[str, Any]], None]:
+) -> Callable[[Record], None]:
     display = None if progress is None else SearchProgress(progress, total)
 
-    def listen(record: dict[str, Any]) -> None:
+    def listen(record: Record) -> None:
         raise_pending()
         # What the history knew is not scored again.
-        if profiler is not None and record["index"] >= known:
+        if profiler is not None and record.index >= known:
             profiler.candidate()
         if display is not None:
             display(record)
@@ -406,7 +405,7 @@ def _run_nni(space: SupernetSpace, evaluator: Any, strategy: GeNAS, folder: Path
 def _hand_over(folder: Path, experiment: config.Experiment, strategy: GeNAS, seconds: float) -> Outcome:
     scorer, records = strategy.scorer, strategy.records
     plain = strategy.paths.search_space.to_json
-    by_candidate = {json.dumps(record["candidate"]): record for record in records}
+    by_candidate = {json.dumps(record.candidate): record for record in records}
     best = []
     curves: list[LossCurve] = []
     # Behind the parents, a race may have dropped what would come next.
@@ -418,21 +417,20 @@ def _hand_over(folder: Path, experiment: config.Experiment, strategy: GeNAS, sec
     for found, curve in scorer.in_flight.map(lambda item: _looked_at(scorer, *item), ranked):
         best.append(found)
         curves += [curve] if curve is not None else []
-    failed, dropped = (sum(record["status"] == status for record in records) for status in ("failed", "dropped"))
+    failed, dropped = (sum(record.status == status for record in records) for status in ("failed", "dropped"))
     spared = None if strategy.racing is None else spared_images(records, len(scorer.data.validation))
     if not best:
         raise SearchFailedError(
-            f"None of the {len(records)} candidates has a finite score; "
-            f"the first failed because: {records[0]['reason']}"
+            f"None of the {len(records)} candidates has a finite score; the first failed because: {records[0].reason}"
         )
     plot_search(records, folder / "search.png", title=f"Search by {experiment.score.metric}")
     if curves:
         plot_loss_curves(curves, folder / "loss_curves.png", title="Loss around the weights of the best five")
     found = best[0]
     details = {
-        "record": found.record,
+        "record": found.record.to_dict(),
         "test_top1": found.test_top1,
-        "top": [{"code": plain(f.genotype), "score": f.record["score"], "test_top1": f.test_top1} for f in best],
+        "top": [{"code": plain(f.genotype), "score": f.record.score, "test_top1": f.test_top1} for f in best],
         "provenance": {
             "genas_plugins": genas_plugins.__version__,
             "torch": torch.__version__,
@@ -457,12 +455,12 @@ def _hand_over(folder: Path, experiment: config.Experiment, strategy: GeNAS, sec
     return Outcome(folder, tuple(best), len(records), failed, dropped, spared)
 
 
-def _looked_at(scorer: Scorer, label: str, genotype: Any, record: dict[str, Any]) -> tuple[Found, LossCurve | None]:
+def _looked_at(scorer: Scorer, label: str, genotype: Any, record: Record) -> tuple[Found, LossCurve | None]:
     """One of the best, on the test images and, where the noise was measured, without any."""
     accuracy = scorer.test_accuracy(genotype)
     found = Found(genotype, record, None if accuracy is None else accuracy.top1)
-    if "losses" not in record:
+    if record.losses is None:
         return found, None
     with scorer.calibrated(genotype) as model:
         unperturbed = mean_loss(model, scorer.validation)
-    return found, LossCurve(label, (0.0, *record["sigmas"]), (unperturbed, *record["losses"]), record["score"])
+    return found, LossCurve(label, (0.0, *record.sigmas), (unperturbed, *record.losses), record.score)

@@ -20,7 +20,7 @@ from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.scoring import CombinedScore, Recalibration
 from genas_plugins.scoring.data import TensorBatches
 from genas_plugins.scoring.losses import Loss, loss_of_image
-from genas_plugins.search import Evolution, History, InFlight, SharedSearch, run_search
+from genas_plugins.search import Evolution, History, InFlight, Record, SharedSearch, run_search
 from genas_plugins.spaces import DartsSearchSpace
 from nni_strategy.batches import BatchParts, EvaluatorBatches, check_loss
 from nni_strategy.oneshot import UniformPathModule
@@ -109,7 +109,7 @@ class GeNAS(RandomOneShot):
         in_flight: int | InFlight | None = None,
         seed: int = 0,
         history: History | None = None,
-        on_record: Callable[[dict[str, Any]], None] | None = None,
+        on_record: Callable[[Record], None] | None = None,
         device: torch.device | str | None = None,
         mutation_hooks: list[MutationHook] | None = None,
         **settings: Any,
@@ -141,7 +141,7 @@ class GeNAS(RandomOneShot):
         self.history = history
         self.on_record = on_record
         self.device = device
-        self.records: list[dict[str, Any]] = []
+        self.records: list[Record] = []
         self._recalibration_batches = recalibration_batches
         self._validation_batches = validation_batches
         self.batch_parts = batch_parts
@@ -275,7 +275,7 @@ class GeNAS(RandomOneShot):
         shared = all(part is None or isinstance(part, TensorBatches | list | tuple) for part in batches)
         return chosen if shared else InFlight(1, device, chosen.threads)
 
-    def _remember(self, record: dict[str, Any]) -> None:
+    def _remember(self, record: Record) -> None:
         self.records.append(record)
         if self.on_record is not None:
             self.on_record(record)
@@ -310,7 +310,11 @@ class GeNAS(RandomOneShot):
 
     def state_dict(self) -> dict[str, Any]:
         """Population, random state and records, beside the checkpoint that NNI remembers."""
-        state = {**super().state_dict(), "evolution": self._evolution.state_dict(), "records": list(self.records)}
+        state = {
+            **super().state_dict(),
+            "evolution": self._evolution.state_dict(),
+            "records": [record.to_dict() for record in self.records],
+        }
         if self._paths is not None and "angle" in self.score.metrics:
             state["initial"] = self._paths.initial
         return state
@@ -319,7 +323,7 @@ class GeNAS(RandomOneShot):
         """Continue where :meth:`state_dict` was taken; after ``initialize``."""
         super().load_state_dict(state_dict)
         self._evolution.load_state_dict(state_dict["evolution"])
-        self.records = list(state_dict["records"])
+        self.records = [Record.of(record) for record in state_dict["records"]]
         if "initial" in state_dict:
             self.load_initial_weights(state_dict["initial"])
 
@@ -363,12 +367,12 @@ def check_scores(history: History, score: CombinedScore) -> None:
     """
     measured = {"flatness": "losses", "angle": "angle", "accuracy": "top1"}
     for number, record in enumerate(history.records):
-        if record.get("status") != "ok":
+        if record.status != "ok":
             continue
         for metric, key in measured.items():
             if (key in record) != (metric in score.metrics):
                 there = "without" if metric in score.metrics else "with"
                 raise history.error(number, f"was measured {there} {metric}, this search goes by {score.metric}")
-        if "flatness" in score.metrics and record.get("sigmas") != list(score.sigmas):
-            told = f"{record.get('sigmas')!r:.100}, this search measures at {list(score.sigmas)}"
+        if "flatness" in score.metrics and record.sigmas != list(score.sigmas):
+            told = f"{record.sigmas!r:.100}, this search measures at {list(score.sigmas)}"
             raise history.error(number, f"was measured at the sigmas {told}")

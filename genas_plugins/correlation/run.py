@@ -36,7 +36,7 @@ from genas_plugins.nasbench201 import (
 )
 from genas_plugins.nasbench201.truth import lookup
 from genas_plugins.scoring.paths import named_as_in_nni
-from genas_plugins.search import History, candidate_seed
+from genas_plugins.search import JsonLines, candidate_seed
 
 __all__ = ["check_folder", "choose", "measure_all"]
 
@@ -188,7 +188,7 @@ def _open(
     images: int,
     training_free: bool,
     resume: bool,
-) -> History:
+) -> JsonLines:
     """The measurements that the folder holds; refused, before anything is written, where they are others than these."""
     told = {
         "settings": [_plain(setting) for setting in settings],
@@ -204,7 +204,7 @@ def _open(
         _check_told(folder / SETTINGS_FILE, told)
     if scorer.data.identity is not None:
         check_identity(folder, scorer.data.identity, ("images",))
-    history = History(folder / MEASUREMENTS_FILE)
+    history = JsonLines(folder / MEASUREMENTS_FILE)
     done = [record.get("architecture") for record in history.records]
     for number, architecture in enumerate(done):
         if number >= len(architectures) or architecture != str(architectures[number]):
@@ -251,7 +251,7 @@ def _check_told(path: Path, told: Mapping[str, Any]) -> None:
         )
 
 
-def _check_measured(history: History, settings: Sequence[Setting], training_free: bool) -> None:
+def _check_measured(history: JsonLines, settings: Sequence[Setting], training_free: bool) -> None:
     """Refuse records from which the columns cannot be made."""
     for number, record in enumerate(history.records):
         try:

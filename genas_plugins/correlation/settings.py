@@ -107,6 +107,9 @@ def _setting(data: Any, where: str) -> Setting | RankSum:
         if set(data) != {"name", kind} or not isinstance(of, list) or len(of) < 2:
             raise config.ConfigError(f"{where}: a sum has a name and, as {kind}, a list of two or more columns.")
         return RankSum(data["name"], tuple(map(str, of)), logarithm=kind == "log_rank_sum")
+    if "momentum" in data and "recalibration_momentum" not in data:
+        # As earlier versions called it.
+        data = {"recalibration_momentum" if key == "momentum" else key: value for key, value in data.items()}
     own = {key: data[key] for key in ("images", "recalibration_images") if data.get(key) is not None}
     rest = {key: value for key, value in data.items() if key not in ("name", "images", "recalibration_images")}
     try:

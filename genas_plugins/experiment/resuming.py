@@ -18,7 +18,7 @@ from genas_plugins.checkpoints import load_supernet
 from genas_plugins.datasets import check_identity, write_identity
 from genas_plugins.experiment import config
 from genas_plugins.files import write_text
-from genas_plugins.search import History
+from genas_plugins.search import History, Record
 
 __all__ = [
     "MAY_CHANGE",
@@ -114,7 +114,7 @@ class RunHistory(History):
         self._weights = weights
         self._checked = read_only
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def append(self, record: Record) -> None:
         """Add a record; the first that this process adds stores, or compares, the weights.
 
         Raises:

@@ -11,27 +11,25 @@ from statistics import quantiles
 from typing import TYPE_CHECKING, Any
 
 from genas_plugins.plotting._style import GREY, INK, PALETTE, figure_file, short_number
+from genas_plugins.search.record import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["plot_search"]
 
-Records = Sequence[Mapping[str, Any]]
+Records = Sequence[Record]
 
-_KEYS = ("index", "generation", "origin", "status", "score", "seconds")
 _ORIGINS = {"random": "#8d949e", "mutation": PALETTE[0], "crossover": PALETTE[1]}
-_STATUSES = ("ok", "failed", "dropped")
 
 
-def plot_search(records: Records, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
+def plot_search(
+    records: Sequence[Record | Mapping[str, Any]], path: str | os.PathLike[str], *, title: str | None = None
+) -> Path:
     """Draw the progress of a search: every candidate's score, the best so far, and each generation's scores.
 
     Args:
-        records: One a candidate, as in the history file: ``index``, ``generation``, ``origin`` ("random",
-            "mutation" or "crossover"), ``status`` ("ok", "failed" or, by a race, "dropped"), ``score`` (a
-            number if ok; higher is better), ``seconds``, and optionally ``shares``, fractions by name that are told of
-            the best.
+        records: One a candidate, as a search gives them, or lines of its history.
         path: File to write; its suffix (.svg, .png or .pdf) is the format, its folder must exist.
         title: Headline.
 
@@ -43,9 +41,8 @@ def plot_search(records: Records, path: str | os.PathLike[str], *, title: str | 
         FileNotFoundError: The folder does not exist.
         ImportError: matplotlib is not installed.
     """
-    _check_records(records)
-    history = sorted(records, key=lambda record: record["index"])
-    scored = [record for record in history if record["status"] == "ok"]
+    history = sorted(_read(records), key=lambda record: record.index)
+    scored = [record for record in history if record.status == "ok"]
     with figure_file(path, 11.0, 5.2) as figure:
         low, tall = 0.125, 0.69 if title else 0.745
         main = figure.add_axes((0.075, low, 0.62, tall))
@@ -53,7 +50,7 @@ def plot_search(records: Records, path: str | os.PathLike[str], *, title: str | 
         _draw_history(main, history, scored)
         _draw_generations(side, history, scored)
         if scored:
-            scores = [record["score"] for record in scored]
+            scores = [record.score for record in scored]
             room = (max(scores) - min(scores)) or abs(scores[0]) or 1.0
             main.set_ylim(min(scores) - 0.13 * room, max(scores) + 0.08 * room)
             main.ticklabel_format(axis="y", scilimits=(-2, 4), useMathText=True)
@@ -67,30 +64,32 @@ def plot_search(records: Records, path: str | os.PathLike[str], *, title: str | 
     return Path(path)
 
 
-def _check_records(records: Records) -> None:
+def _read(records: Sequence[Record | Mapping[str, Any]]) -> list[Record]:
     if not records:
         raise ValueError("There is no candidate to draw: pass at least one record of the search history.")
-    for record in records:
-        if missing := [key for key in _KEYS if key not in record]:
-            raise ValueError(f"A record of the search history lacks {', '.join(missing)}: {dict(record)!r}.")
-        for key, choices in (("origin", _ORIGINS), ("status", _STATUSES)):
-            if record[key] not in choices:
-                valid = ", ".join(choices)
-                raise ValueError(f"Candidate {record['index']} has {key} {record[key]!r}: choose from {valid}.")
-        if record["status"] == "ok" and (record["score"] is None or not math.isfinite(record["score"])):
-            raise ValueError(f"Candidate {record['index']} is ok but has score {record['score']}: expected a number.")
+    read = []
+    for number, record in enumerate(records):
+        try:
+            read.append(Record.of(record))
+        except ValueError as error:
+            raise ValueError(f"Record {number} of the search history {error}: {dict(record)!r}.") from error
+        if read[-1].origin not in _ORIGINS:
+            raise ValueError(
+                f"Candidate {read[-1].index} has origin {read[-1].origin!r}: choose from {', '.join(_ORIGINS)}."
+            )
+    return read
 
 
 def _summary(history: Records, scored: Records) -> str:
     count = len(history)
-    failed, dropped = (sum(record["status"] == status for record in history) for status in ("failed", "dropped"))
-    spent = _duration(sum(record["seconds"] for record in history))
+    failed, dropped = (sum(record.status == status for record in history) for status in ("failed", "dropped"))
+    spent = _duration(sum(record.seconds for record in history))
     text = f"{count} candidate{'s' * (count > 1)}, {failed} failed, "
-    text += f"{dropped} dropped, " * bool(dropped) + f"{spent} of scoring"
+    text += f"{dropped} dropped, " * bool(dropped) + f"{spent} of scoring, all candidates added up"
     if scored:
-        best = max(scored, key=lambda record: record["score"])
+        best = max(scored, key=lambda record: record.score)
         text += f"; best: candidate {best['index']}, score {short_number(best['score'])}"
-        for name, share in (best.get("shares") or {}).items():
+        for name, share in (best.shares or {}).items():
             # The slope's share is one of Eq. 4, the others are shares of the score.
             text += f", slope {100 * share:.1f} % of Eq. 4" if name == "slope" else f", {100 * share:.0f} % {name}"
     return text
@@ -107,18 +106,18 @@ def _draw_history(axes: Axes, history: Records, scored: Records) -> None:
     """The left panel: scores by candidate, generations as bands, the best so far, failures at the bottom."""
     _draw_bands(axes, history)
     for origin, colour in _ORIGINS.items():
-        if chosen := [(record["index"], record["score"]) for record in scored if record["origin"] == origin]:
+        if chosen := [(record.index, record.score) for record in scored if record.origin == origin]:
             x, y = zip(*chosen, strict=True)
             axes.scatter(x, y, s=16, color=colour, alpha=0.75, linewidths=0, label=origin, zorder=2)
     if scored:
-        x, scores = [record["index"] for record in scored], [record["score"] for record in scored]
+        x, scores = [record.index for record in scored], [record.score for record in scored]
         y = list(itertools.accumulate(scores, max))
         style = {"where": "post", "color": INK, "linewidth": 1.5, "label": "best so far", "zorder": 3}
         axes.step([*x, history[-1]["index"] + 0.5], [*y, y[-1]], **style)
         best = scores.index(y[-1])
         axes.scatter(x[best], y[-1], s=42, color="white", edgecolors=INK, linewidths=1.5, zorder=4)
     for status, marker, colour in (("failed", "x", PALETTE[6]), ("dropped", "|", GREY)):
-        if chosen := [record["index"] for record in history if record["status"] == status]:
+        if chosen := [record.index for record in history if record.status == status]:
             style = {"marker": marker, "linewidths": 1.2, "color": colour, "label": status, "zorder": 3}
             axes.scatter(chosen, [0.035] * len(chosen), s=22, transform=axes.get_xaxis_transform(), **style)
     pad = 0.5 + 0.005 * len(history)
@@ -134,7 +133,7 @@ def _draw_bands(axes: Axes, history: Records) -> None:
     """Shade every other generation, and number about twenty of them at the top."""
     spans: dict[int, list[int]] = {}
     for record in history:
-        spans.setdefault(record["generation"], []).append(record["index"])
+        spans.setdefault(record.generation, []).append(record.index)
     every = math.ceil(len(spans) / 20)
     for position, (generation, span) in enumerate(spans.items()):
         if position % 2:
@@ -149,7 +148,7 @@ def _draw_generations(axes: Axes, history: Records, scored: Records) -> None:
     """The right panel: the scores of each generation side by side, with quartiles."""
     by_generation: dict[int, list[float]] = {}
     for record in scored:
-        by_generation.setdefault(record["generation"], []).append(record["score"])
+        by_generation.setdefault(record.generation, []).append(record.score)
     for generation, scores in by_generation.items():
         # Multiples of the golden ratio spread the points evenly without a random number.
         x = [generation + 0.7 * ((0.5 + 0.6180339887 * i) % 1 - 0.5) for i in range(len(scores))]
@@ -160,7 +159,7 @@ def _draw_generations(axes: Axes, history: Records, scored: Records) -> None:
     axes.tick_params(labelleft=False, left=False)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y")
-    generations = [record["generation"] for record in history]
+    generations = [record.generation for record in history]
     axes.set_xlim(min(generations) - 0.6, max(generations) + 0.6)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.set_xlabel("generation (bar: middle half, ring: median)")

@@ -1,204 +1,31 @@
-"""The history of a search: one JSON line per candidate, appended, from which a killed search continues."""
+"""The history of a search: one line a candidate, appended, from which a killed search continues."""
 
 from __future__ import annotations
 
-import json
-import logging
-import math
-import os
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from genas_plugins._messages import one_line, shown
-from genas_plugins.files import atomic_path
+from genas_plugins._messages import shown
+from genas_plugins.search.lines import HistoryError, JsonLines
+from genas_plugins.search.record import Record
 
-__all__ = ["History", "HistoryError", "check_records"]
-
-_logger = logging.getLogger(__name__)
-
-_BLANK = b"\0 \t\r"
-_BOM = b"\xef\xbb\xbf"
-_ANEW = "remove it and all lines after it, and what they measured is measured anew"
+__all__ = ["History", "HistoryError"]
 
 
-class HistoryError(ValueError):
-    """A history file is damaged, or belongs to another search."""
-
-
-class History:
-    """An append-only list of records on disk.
-
-    Each record is one line, written and synchronised before the next candidate is measured. What a crash of the machine
-    or a full disk may leave is removed when the file is opened again, and one line of the log says so: a last line that
-    was cut off, whose candidate is measured anew, empty lines, blocks of NUL bytes, and a line that repeats the one
-    before it.
+class History(JsonLines[Record]):
+    """The records of a search on disk, in the order of their candidates.
 
     Args:
-        path: The file; its folder must exist. An existing file is read.
+        path: The file; its folder must exist. An existing file is read, and what a crash may leave is removed
+            (:class:`genas_plugins.search.lines.JsonLines`).
         read_only: Keep new records in memory, and leave the file alone: for all but one process of many.
 
     Raises:
-        HistoryError: A line other than the last is not JSON, or a line is not a JSON object.
+        HistoryError: A line is not such a record, or not that of the candidate that comes there; the message has the
+            line and what to do.
         OSError: The file cannot be read or not be repaired.
     """
 
-    def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
-        self.path = Path(path)
-        self.read_only = read_only
-        self.records: list[dict[str, Any]] = []
-        self._lines: list[int] = []
-        self._size = 0
-        if self.path.exists():
-            self._read()
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add a record.
-
-        Raises:
-            HistoryError: Another process has written to the file.
-            OSError: The disk is full, say. The records before stay readable, and the file ends with them.
-            ValueError: The record holds a number that JSON has no word for (NaN or infinity).
-        """
-        line = (json.dumps(record, allow_nan=False) + "\n").encode()
-        if not self.read_only:
-            self._write(line)
-        self.records.append(dict(record))
-        self._lines.append(self._lines[-1] + 1 if self._lines else 1)
-
-    def error(self, number: int, what: str) -> HistoryError:
-        """The error of a record that cannot be used.
-
-        Args:
-            number: Of the record, from 0.
-            what: Is wrong with it; completes "Line 3 of history.jsonl ...".
-        """
-        return HistoryError(f"Line {self._lines[number]} of {self.path} {what}: {_ANEW}.")
-
-    def _write(self, line: bytes) -> None:
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            end = os.fstat(descriptor).st_size
-            if end != self._size:
-                raise HistoryError(
-                    f"{self.path} has been written to by somebody else ({end} bytes, expected {self._size}): resume "
-                    "this search when the other has ended."
-                )
-            try:
-                view = memoryview(line)
-                while view:
-                    view = view[os.write(descriptor, view) :]
-                os.fsync(descriptor)
-            except OSError:
-                os.ftruncate(descriptor, end)
-                raise
-            self._size = end + len(line)
-        finally:
-            os.close(descriptor)
-
-    def _read(self) -> None:
-        data = self.path.read_bytes()
-        *lines, cut = data.split(b"\n")
-        last = max((number for number, line in enumerate(lines, 1) if line.strip(_BLANK)), default=0)
-        kept: list[bytes] = []
-        found = {"empty line": 0, "repeated line": 0, "cut-off last line": int(bool(cut.strip(_BLANK)))}
-        for number, line in enumerate(lines, 1):
-            content = line.removeprefix(_BOM).strip(_BLANK)
-            if not content:
-                found["empty line"] += 1
-            elif kept and content == kept[-1].removeprefix(_BOM).strip(_BLANK):
-                found["repeated line"] += 1
-            else:
-                try:
-                    record = json.loads(content, parse_constant=_no_number)
-                # Brackets a thousand deep are no record either.
-                except (ValueError, RecursionError) as error:
-                    # What was cut off begins as a record does; anything else is not ours to throw away.
-                    if number == last and not cut.strip(_BLANK) and content.startswith(b"{"):
-                        found["cut-off last line"] += 1
-                        continue
-                    raise HistoryError(
-                        f"Line {number} of {self.path} is not JSON ({one_line(error, 300)}): {_ANEW}."
-                    ) from error
-                if not isinstance(record, dict):
-                    raise HistoryError(f"Line {number} of {self.path} is not a JSON object: {_ANEW}.")
-                self.records.append(record)
-                kept.append(line if b"\0" not in line else content)
-                self._lines.append(len(kept) if not self.read_only else number)
-        whole = b"".join(line + b"\n" for line in kept)
-        if whole != data and not self.read_only:
-            self._repair(data, whole)
-            told = [f"{count} {what}{'s' * (count > 1)}" for what, count in found.items() if count] or ["NUL bytes"]
-            _logger.warning("%s: removed %s, as a crash may leave.", self.path, " and ".join(told))
-        self._size = len(whole)
-
-    def _repair(self, data: bytes, whole: bytes) -> None:
-        if data.startswith(whole):
-            # Which a full disk has room for.
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-            return
-        with atomic_path(self.path) as temporary:
-            temporary.write_bytes(whole)
-
-
-def check_records(history: History) -> None:
-    """Refuse a history whose records are not those that :func:`~genas_plugins.search.run_search` writes.
-
-    Raises:
-        HistoryError: The message has the line and what is missing.
-    """
-    for number, record in enumerate(history.records):
-        if record.get("index") != number:
-            raise history.error(number, f"has the index {shown(record.get('index'), 60)} where {number} belongs")
-        status = record.get("status")
-        if not isinstance(status, str) or status not in _FORMS:
-            raise history.error(number, f"has the status {shown(status, 60)}, expected one of {', '.join(_FORMS)}")
-        for key, fits in {**_COMMON, **_FORMS[status]}.items():
-            if key not in record:
-                raise history.error(number, f"lacks {key}")
-            if not fits(record[key]):
-                raise history.error(number, f"has {shown(record[key], 60)} as {key}")
-        if ("losses" in record or "sigmas" in record) and not (
-            _are_numbers(record.get("losses"))
-            and _are_numbers(record.get("sigmas"))
-            and len(record["losses"]) == len(record["sigmas"])
-        ):
-            raise history.error(number, "does not have as many losses as sigmas")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_number, value))
-
-
-def _is_shares(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_number, value.values()))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_none(value: Any) -> bool:
-    return value is None
-
-
-_COMMON = {
-    "generation": _is_number,
-    "origin": _is_text,
-    "candidate": lambda value: value is not None,
-    "seconds": _is_number,
-}
-_FORMS: dict[str, dict[str, Any]] = {
-    "ok": {"score": _is_number, "shares": _is_shares},
-    "failed": {"score": _is_none, "reason": _is_text},
-    "dropped": {"score": _is_none, "estimate": _is_number, "standard_error": _is_number, "images": _is_number},
-}
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no number in JSON")
+    def _parsed(self, number: int, line: dict[str, Any]) -> Record:
+        if line.get("index") != number:
+            raise ValueError(f"has the index {shown(line.get('index'), 60)} where {number} belongs")
+        return Record.of(line)

@@ -8,15 +8,16 @@ import json
 import logging
 import time
 from collections.abc import Callable, Generator, Sequence
-from operator import itemgetter
+from operator import attrgetter
 from typing import Any
 
 from genas_plugins.scoring.combined import Measurement
 from genas_plugins.scoring.flatness import MeasurementError
 from genas_plugins.search.evolution import Candidate, Evolution, Proposal
-from genas_plugins.search.history import History, HistoryError, check_records
+from genas_plugins.search.history import History, HistoryError
 from genas_plugins.search.in_flight import InFlight
 from genas_plugins.search.racing import Finish, Race
+from genas_plugins.search.record import Record
 from genas_plugins.search.sharing import SharedSearch
 
 __all__ = ["candidate_seed", "run_search"]
@@ -42,11 +43,11 @@ def run_search(
     measure: Callable[[Candidate], Measurement],
     *,
     history: History | None = None,
-    on_record: Callable[[dict[str, Any]], None] | None = None,
+    on_record: Callable[[Record], None] | None = None,
     race: Race[Candidate] | None = None,
     shared: SharedSearch | None = None,
     in_flight: InFlight | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """Run ``evolution`` to its end.
 
     Candidates that ``history`` already holds are not measured again, which is how a killed search goes on: the
@@ -68,10 +69,7 @@ def run_search(
             own.
 
     Returns:
-        The records, one dictionary per candidate: ``index``, ``generation``, ``origin``, ``candidate``,
-        ``status`` (``"ok"``, ``"failed"`` or, in a race, ``"dropped"``), ``score`` (``None`` unless ok), ``seconds``,
-        ``reason`` if failed, and what :meth:`Measurement.to_dict` gives. If dropped: ``images`` seen, the score on
-        these as ``estimate``, and its ``standard_error`` as an estimate of the score on all.
+        One record a candidate.
 
     Raises:
         HistoryError: The history holds other candidates than this search proposes.
@@ -85,7 +83,7 @@ def run_search(
     except BaseException as error:
         shared.tell(error)
         raise
-    # Who has failed after the last candidate finds somebody to tell.
+    # A failure after the last candidate is still reported.
     shared.exchange(None)
     return records
 
@@ -94,16 +92,13 @@ def _run(
     evolution: Evolution[Candidate],
     measure: Callable[[Candidate], Measurement],
     history: History | None,
-    on_record: Callable[[dict[str, Any]], None] | None,
+    on_record: Callable[[Record], None] | None,
     race: Race[Candidate] | None,
     shared: SharedSearch | None,
     in_flight: InFlight,
-) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = []
-    known = []
-    if history is not None:
-        check_records(history)
-        known = list(history.records)
+) -> list[Record]:
+    records: list[Record] = []
+    known = [] if history is None else list(history.records)
     at_a_time = in_flight.count
     if shared is not None:
         told = shared.exchange((known, in_flight.count))
@@ -121,10 +116,7 @@ def _run(
                 candidate = evolution.space.to_json(proposal.candidate)
                 if index < len(known):
                     record = known[index]
-                    if (record.get("index"), record.get("candidate")) != (
-                        index,
-                        candidate,
-                    ) or "score" not in record:
+                    if record.candidate != candidate:
                         where = f"{history.path} (line {index + 1})" if history else "the history"
                         raise HistoryError(
                             f"Record {index} of {where} is not the candidate that this search proposes there: the "
@@ -136,7 +128,7 @@ def _run(
                     if history is not None:
                         history.append(record)
                 records.append(record)
-                scores.append(record["score"])
+                scores.append(record.score)
                 if on_record is not None:
                     on_record(record)
                 index += 1
@@ -155,18 +147,18 @@ def _new_records(
     shared: SharedSearch | None,
     in_flight: InFlight,
     at_a_time: int,
-) -> Generator[dict[str, Any], None, None]:
+) -> Generator[Record, None, None]:
     """Records of a generation's candidates behind the ``known`` first, each measured when it is asked for."""
     numbered = list(enumerate(proposals, index))[max(0, known) :]
     if race is not None:
         best = [candidate for candidate, _ in evolution.best(race.keep)]
         finishes = race.run([proposal.candidate for proposal in proposals], best, shared)
         for (number, proposal), finish in zip(numbered, finishes[max(0, known) :], strict=True):
-            yield _named(evolution, proposal, number) | _finished(finish, number)
+            yield _finished(_named(evolution, proposal, number), finish)
         return
 
-    def measured(item: tuple[int, Proposal[Candidate]]) -> dict[str, Any]:
-        return _measured(evolution, item[1], item[0], measure)
+    def measured(item: tuple[int, Proposal[Candidate]]) -> Record:
+        return _measured(_named(evolution, item[1], item[0]), item[1].candidate, measure)
 
     if shared is None:
         yield from in_flight.map(measured, numbered)
@@ -174,7 +166,7 @@ def _new_records(
     for start in range(0, len(numbered), at_a_time):
         own = list(in_flight.map(measured, numbered[start : start + at_a_time][shared.rank :: shared.size]))
         told = (record for records in shared.exchange(own) for record in records)
-        yield from sorted(told, key=itemgetter("index"))
+        yield from sorted(told, key=attrgetter("index"))
 
 
 def _named(evolution: Evolution[Candidate], proposal: Proposal[Candidate], index: int) -> dict[str, Any]:
@@ -186,32 +178,29 @@ def _named(evolution: Evolution[Candidate], proposal: Proposal[Candidate], index
     }
 
 
-def _measured(
-    evolution: Evolution[Candidate],
-    proposal: Proposal[Candidate],
-    index: int,
-    measure: Callable[[Candidate], Measurement],
-) -> dict[str, Any]:
-    record = _named(evolution, proposal, index)
+def _measured(named: dict[str, Any], candidate: Candidate, measure: Callable[[Candidate], Measurement]) -> Record:
     start = time.perf_counter()
+
+    def seconds() -> float:
+        return round(time.perf_counter() - start, 4)
+
     try:
-        record |= {"status": "ok", **measure(proposal.candidate).to_dict()}
+        measurement = measure(candidate)
     except MeasurementError as error:
-        record |= _failed(str(error), index)
-    record["seconds"] = round(time.perf_counter() - start, 4)
-    return record
+        return _failed(named, str(error), seconds())
+    return Record.measured(measurement, **named, seconds=seconds())
 
 
-def _finished(finish: Finish, index: int) -> dict[str, Any]:
+def _finished(named: dict[str, Any], finish: Finish) -> Record:
     seconds = round(finish.seconds, 4)
     if finish.measurement is None:
-        return {**_failed(str(finish.reason), index), "seconds": seconds}
+        return _failed(named, str(finish.reason), seconds)
     if finish.error is None:
-        return {"status": "ok", **finish.measurement.to_dict(), "seconds": seconds}
+        return Record.measured(finish.measurement, **named, seconds=seconds)
     seen = {"estimate": finish.measurement.score, "standard_error": finish.error, "images": finish.count}
-    return {"status": "dropped", "score": None, **seen, "seconds": seconds}
+    return Record(status="dropped", **named, **seen, seconds=seconds)
 
 
-def _failed(reason: str, index: int) -> dict[str, Any]:
-    _logger.warning("Candidate %d failed: %s", index, reason)
-    return {"status": "failed", "score": None, "reason": reason}
+def _failed(named: dict[str, Any], reason: str, seconds: float) -> Record:
+    _logger.warning("Candidate %d failed: %s", named["index"], reason)
+    return Record(status="failed", **named, reason=reason, seconds=seconds)

@@ -30,7 +30,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -41,6 +41,7 @@ from genas_plugins.scoring.combined import Measurement
 from genas_plugins.scoring.flatness import MeasurementError
 from genas_plugins.scoring.partial import Linearised
 from genas_plugins.search.in_flight import InFlight
+from genas_plugins.search.record import Record
 from genas_plugins.search.sharing import SharedSearch
 
 __all__ = [
@@ -185,16 +186,16 @@ def beaten(entrants: Sequence[Linearised], total: int, *, keep: int, confidence:
     return (better.sum(0) >= keep).tolist()
 
 
-def spared_images(records: Iterable[Mapping[str, Any]], total: int) -> float:
+def spared_images(records: Iterable[Record], total: int) -> float:
     """Fraction of the image evaluations that a race saved, from the records of its search.
 
     Candidates that failed count as if they had been measured on all images.
 
     Args:
-        records: Of the history; at least one.
+        records: Records of the history; at least one.
         total: Validation images.
     """
-    seen = [record.get("images", total) for record in records]
+    seen = [total if record.images is None else record.images for record in records]
     return 1.0 - sum(seen) / (total * len(seen))
 
 

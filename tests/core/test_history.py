@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import genas_plugins
-from genas_plugins.search import History, HistoryError, check_records
+from genas_plugins.search import History, HistoryError, JsonLines
 
 RECORDS = [{"index": i, "score": 1 / (i + 3), "candidate": [i, 2], "reason": "zu groß\u2028\n"} for i in range(4)]
 
@@ -20,7 +20,7 @@ RECORDS = [{"index": i, "score": 1 / (i + 3), "candidate": [i, 2], "reason": "zu
 @pytest.fixture
 def path(tmp_path) -> Path:
     path = tmp_path / "history.jsonl"
-    history = History(path)
+    history = JsonLines(path)
     for record in RECORDS:
         history.append(record)
     assert history.records == RECORDS
@@ -30,7 +30,7 @@ def path(tmp_path) -> Path:
 def test_records_are_json_lines_and_read_back_exactly(path):
     lines = path.read_bytes().split(b"\n")
     assert lines[-1] == b"" and [json.loads(line) for line in lines[:-1]] == RECORDS
-    assert History(str(path)).records == RECORDS
+    assert JsonLines(str(path)).records == RECORDS
 
 
 def test_every_cut_of_the_last_line_leaves_the_records_before(path):
@@ -38,7 +38,7 @@ def test_every_cut_of_the_last_line_leaves_the_records_before(path):
     start = whole[:-1].rindex(b"\n") + 1
     for end in range(start, len(whole)):
         path.write_bytes(whole[:end])
-        history = History(path)
+        history = JsonLines(path)
         assert history.records == RECORDS[:3] and path.read_bytes() == whole[:start]
     history.append(RECORDS[3])
     assert path.read_bytes() == whole
@@ -47,27 +47,27 @@ def test_every_cut_of_the_last_line_leaves_the_records_before(path):
 def test_a_reader_keeps_new_records_to_itself(path):
     path.write_bytes(path.read_bytes()[:-5])
     before = path.read_bytes()
-    history = History(path, read_only=True)
+    history = JsonLines(path, read_only=True)
     history.append({"index": 3})
     assert history.records == [*RECORDS[:3], {"index": 3}] and path.read_bytes() == before
 
 
 def test_a_caller_that_changes_its_record_does_not_change_the_history(path):
-    history, record = History(path), {"index": 4}
+    history, record = JsonLines(path), {"index": 4}
     history.append(record)
     record["index"] = 9
     assert history.records[-1] == {"index": 4}
 
 
 def test_a_new_history_makes_its_file_with_the_first_record(tmp_path):
-    history = History(tmp_path / "new.jsonl")
+    history = JsonLines(tmp_path / "new.jsonl")
     assert history.records == [] and not history.path.exists()
     history.append({"index": 0})
     assert history.path.read_text() == '{"index": 0}\n'
     (tmp_path / "empty.jsonl").touch()
-    assert History(tmp_path / "empty.jsonl").records == []
+    assert JsonLines(tmp_path / "empty.jsonl").records == []
     with pytest.raises(FileNotFoundError):
-        History(tmp_path / "missing" / "h.jsonl").append({})
+        JsonLines(tmp_path / "missing" / "h.jsonl").append({})
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_damage_before_the_last_line_is_refused_and_left_for_inspection(path, li
     lines[1] = line
     path.write_bytes(b"\n".join(lines))
     with pytest.raises(HistoryError, match=f"{message}.*: remove it and all lines after it"):
-        History(path)
+        JsonLines(path)
     assert path.read_bytes() == b"\n".join(lines)
 
 
@@ -109,34 +109,34 @@ LINES = [(json.dumps(record) + "\n").encode() for record in RECORDS]
 )
 def test_what_a_crash_leaves_is_removed_in_one_line_of_the_log(path, caplog, data, told, kept):
     path.write_bytes(b"".join(data))
-    reader = History(path, read_only=True)
+    reader = JsonLines(path, read_only=True)
     assert reader.records == RECORDS[:kept] and path.read_bytes() == b"".join(data) and caplog.text == ""
     with caplog.at_level(logging.WARNING):
-        history = History(path)
+        history = JsonLines(path)
     assert history.records == RECORDS[:kept]
     assert [record.getMessage() for record in caplog.records] == [f"{path}: removed {told}, as a crash may leave."]
     caplog.clear()
     history.append({"index": kept})
     assert path.read_bytes() == b"".join([*LINES[:kept], f'{{"index": {kept}}}\n'.encode()])
-    assert History(path).records == [*RECORDS[:kept], {"index": kept}] and caplog.text == ""
+    assert JsonLines(path).records == [*RECORDS[:kept], {"index": kept}] and caplog.text == ""
 
 
 @pytest.mark.parametrize("text", ["\ufeff", ""], ids=["a byte order mark", "none"])
 def test_a_history_that_an_editor_has_saved_is_read_as_it_is(path, caplog, text):
     path.write_bytes(text.encode() + b"".join(LINES).replace(b"\n", b"\r\n"))
     before = path.read_bytes()
-    assert History(path).records == RECORDS and path.read_bytes() == before and caplog.text == ""
+    assert JsonLines(path).records == RECORDS and path.read_bytes() == before and caplog.text == ""
 
 
 def test_a_last_line_that_no_search_has_begun_is_refused(path):
     path.write_bytes(b"".join(LINES) + b"not JSON\n")
     with pytest.raises(HistoryError, match=r"Line 5 of .* is not JSON"):
-        History(path)
+        JsonLines(path)
     assert path.read_bytes() == b"".join(LINES) + b"not JSON\n"
 
 
 def test_two_writers_do_not_interleave(path):
-    first, second = History(path), History(path)
+    first, second = JsonLines(path), JsonLines(path)
     first.append({"index": 4})
     with pytest.raises(HistoryError, match="written to by somebody else"):
         second.append({"index": 4, "other": True})
@@ -144,7 +144,7 @@ def test_two_writers_do_not_interleave(path):
     path.unlink()
     with pytest.raises(HistoryError, match=r"written to by somebody else \(0 bytes"):
         first.append({"index": 6})
-    assert History(path).records == [] and second.records == RECORDS
+    assert JsonLines(path).records == [] and second.records == RECORDS
 
 
 OK = {
@@ -179,16 +179,16 @@ def test_records_that_no_search_writes_are_refused_by_line(tmp_path, number, cha
     path = tmp_path / "history.jsonl"
     records = [OK, FAILED, DROPPED]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    check_records(History(path))
+    History(path)
     changed = {key: value for key, value in {**records[number], **changes}.items() if value is not ...}
     records[number] = changed
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     with pytest.raises(HistoryError, match=f"^Line {number + 1} of .*history.jsonl ({message}).*: remove it and all"):
-        check_records(History(path))
+        History(path)
 
 
 def test_a_number_without_json_is_refused_and_not_written(path):
-    history, before = History(path), path.read_bytes()
+    history, before = JsonLines(path), path.read_bytes()
     with pytest.raises(ValueError, match="JSON"):
         history.append({"score": float("nan")})
     assert path.read_bytes() == before and history.records == RECORDS
@@ -196,9 +196,9 @@ def test_a_number_without_json_is_refused_and_not_written(path):
 
 FULL_DISK = """
 import json, os, resource, signal, sys
-from genas_plugins.search import History
+from genas_plugins.search import JsonLines
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-history = History(sys.argv[1])
+history = JsonLines(sys.argv[1])
 limit = os.path.getsize(sys.argv[1]) + 40
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
@@ -221,4 +221,4 @@ def test_a_full_disk_costs_only_the_record_that_did_not_fit(path):
     )
     # 27 is EFBIG; the shorter record after it still fits, behind whole lines.
     assert json.loads(result.stdout) == [27, 5]
-    assert History(path).records == [*RECORDS, {"index": 4}]
+    assert JsonLines(path).records == [*RECORDS, {"index": 4}]

@@ -53,12 +53,16 @@ GENOTYPE = Genotype(chain_cell(), flat_cell())
 def record(index: int, **changes: Any) -> dict[str, Any]:
     score = 0.1 * (index % 4)
     origin = ("random", "mutation", "crossover")[index % 3]
-    base = {"index": index, "generation": index // 5, "origin": origin, "status": "ok", "score": score}
-    return base | {"seconds": 1.5, "shares": {"slope": 0.05, "depth": 0.95}} | changes
+    base = {"index": index, "generation": index // 5, "origin": origin, "candidate": [index], "status": "ok"}
+    return base | {"score": score, "seconds": 1.5, "shares": {"slope": 0.05, "depth": 0.95}} | changes
+
+
+def failed(index: int) -> dict[str, Any]:
+    return record(index, status="failed", score=None, reason="the loss is nan")
 
 
 def history() -> list[dict[str, Any]]:
-    return [*map(record, range(14)), record(14, status="failed", score=None)]
+    return [*map(record, range(14)), failed(14)]
 
 
 def draw_all(folder: Path, suffix: str) -> list[Path]:
@@ -311,8 +315,8 @@ def test_search_tells_the_best_with_its_shares(tmp_path: Path) -> None:
     texts = svg_texts(plot_search(list(reversed(history())), tmp_path / "search.svg", title="Search"))
     # Candidate 3 is the first of those that score 0.3; 15 candidates of 1.5 s.
     assert (
-        "15 candidates, 1 failed, 22 s of scoring; best: candidate 3, score 0.3, slope 5.0 % of Eq. 4, 95 % depth"
-        in texts
+        "15 candidates, 1 failed, 22 s of scoring, all candidates added up; best: candidate 3, score 0.3, "
+        "slope 5.0 % of Eq. 4, 95 % depth" in texts
     )
     assert {"Search", "random", "mutation", "crossover", "best so far", "failed"} <= set(texts)
 
@@ -321,14 +325,17 @@ def test_search_shows_what_a_race_dropped(tmp_path: Path) -> None:
     records = [*history(), record(15, status="dropped", score=None, estimate=0.1, standard_error=0.01, images=128)]
     texts = svg_texts(plot_search(records, tmp_path / "search.svg"))
     assert any(
-        text.startswith("16 candidates, 1 failed, 1 dropped, 24 s of scoring; best: candidate 3") for text in texts
+        text.startswith(
+            "16 candidates, 1 failed, 1 dropped, 24 s of scoring, all candidates added up; best: candidate 3"
+        )
+        for text in texts
     )
     assert {"failed", "dropped"} <= set(texts)
 
 
 @pytest.mark.parametrize(
     "records",
-    [[record(0, shares=None)], [record(7, status="failed", score=None)], [record(0), record(1, score=0.0)]],
+    [[record(0, shares={})], [failed(7)], [record(0), record(1, score=0.0)]],
 )
 def test_search_draws_the_smallest_histories(tmp_path: Path, records: list[dict[str, Any]]) -> None:
     texts = svg_texts(plot_search(records, tmp_path / "search.svg"))
@@ -388,14 +395,17 @@ def test_bad_curves(tmp_path: Path, drawn: list[LossCurve], message: str) -> Non
     ("records", "message"),
     [
         ([], "no candidate"),
-        ([{"index": 0, "generation": 0, "origin": "random", "status": "ok"}], "lacks score, seconds"),
+        (
+            [{"index": 0, "generation": 0, "origin": "random", "status": "ok"}],
+            "Record 0 of the search history lacks candidate",
+        ),
         (
             [record(3, origin="luck")],
             "Candidate 3 has origin 'luck': choose from random, mutation, crossover",
         ),
-        ([record(3, status="late")], "Candidate 3 has status 'late': choose from ok, failed"),
-        ([record(3, score=None)], "Candidate 3 is ok but has score None"),
-        ([record(3, score=math.nan)], "Candidate 3 is ok but has score nan"),
+        ([record(3, status="late")], "has the status 'late', expected one of ok, failed, dropped"),
+        ([record(3, score=None)], "has None as score"),
+        ([record(3, score=math.nan)], "has nan as score"),
     ],
 )
 def test_bad_records(tmp_path: Path, records: list[dict[str, Any]], message: str) -> None:

@@ -21,7 +21,7 @@ from genas_plugins.datasets import ImageTensors
 from genas_plugins.scoring import CombinedScore, CommonNoise, Measurement, MeasurementError
 from genas_plugins.scoring.data import TensorBatches
 from genas_plugins.scoring.partial import Linearised, PartialScore, linearise
-from genas_plugins.search import Evolution, History, Race, run_search
+from genas_plugins.search import Evolution, History, Race, Record, run_search
 from genas_plugins.search.racing import Entrant, beaten, check_order, round_ends, spared_images
 from genas_plugins.spaces import DartsSearchSpace
 
@@ -215,7 +215,9 @@ def test_what_cannot_be_raced() -> None:
 
 
 def test_spared_images() -> None:
-    records = [{"status": "ok"}, {"status": "dropped", "images": 25}, {"status": "failed"}, {"images": 50}]
+    named = {"index": 0, "generation": 0, "origin": "random"}
+    seen = [("ok", None), ("dropped", 25), ("failed", None), ("dropped", 50)]
+    records = [Record(**named, status=status, images=images) for status, images in seen]
     assert spared_images(records, 100) == (75 + 50) / 400
 
 
@@ -459,7 +461,7 @@ def search(name, error=None, file=None, generations=3, rounds_otherwise=False):
     try:
         shared = SharedSearch.current()
         records = run_search(evolution, None, history=history, race=test_racing.race(Runner), shared=shared)
-        report[name] = {"records": records, "calls": len(Runner.calls)}
+        report[name] = {"records": [record.to_dict() for record in records], "calls": len(Runner.calls)}
     except BaseException as error:
         report[name] = {"error": type(error).__name__, "text": str(error)}
 

@@ -61,7 +61,7 @@ def search(name, error=None, at=0, failing_rank=1, file=None, generations=2, in_
         records = run_search(
             evolution, measure, history=history, shared=SharedSearch.current(), in_flight=InFlight(in_flight)
         )
-        report[name] = {"records": records, "calls": calls}
+        report[name] = {"records": [record.to_dict() for record in records], "calls": calls}
     except BaseException as error:
         report[name] = {"error": type(error).__name__, "text": str(error)}
 

@@ -327,7 +327,7 @@ def test_a_supernet_of_another_space_is_refused(tmp_path: Path, files: Path) -> 
     other = {**EXPERIMENT, "space": {"init_channels": 4, "num_cells": 3}}
     run_experiment(config.parse(other), tmp_path / "darts")
     trained = Scorer.from_run(tmp_path / "darts", device="cpu")
-    with pytest.raises(TypeError, match="The supernet is one of DartsSpace, expected NasBench201Space"):
+    with pytest.raises(TypeError, match="The supernet is a SuperNet, expected a NasBench201SuperNet"):
         measure_all(trained, [], load_settings(files / "settings.yaml")[0], tmp_path / "out")
 
 
