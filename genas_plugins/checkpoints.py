@@ -11,12 +11,13 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from genas_plugins._messages import listed, shown
 from genas_plugins._reading import ReadingError, parse_json, user_path
@@ -26,6 +27,8 @@ from genas_plugins.darts.supernet import SuperNet
 from genas_plugins.darts.zoo import ZOO
 from genas_plugins.files import atomic_path
 from genas_plugins.nasbench201 import NasBench201SuperNet
+from genas_plugins.scoring.paths import PREFIX
+from genas_plugins.spaces import registered_spaces
 from genas_plugins.states import (
     CheckpointError,
     damaged,
@@ -63,7 +66,7 @@ _OWN_KEYS = ("format", "arguments", "genotype")
 _BESIDE = ("total_ops", "total_params", "n_averaged")
 """What profilers and averaged models keep beside a network's own tensors."""
 _PREFIX = re.compile(r"(?:.*\.)?(?=cells\.0\.(?:preprocess0|edges)\.)")
-_Model = TypeVar("_Model", SuperNet, NasBench201SuperNet, CellNetwork)
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -101,8 +104,7 @@ def load_official_supernet(path: str | Path) -> SuperNet:
             that are missing, left over or of another shape and names the first.
     """
     state = network_state(read_state(path), path)
-    arguments = _arguments(state, path)
-    return _filled(lambda: SuperNet(**arguments), state, path, "a supernet")
+    return _filled(partial(SuperNet, **_arguments(state, path)), state, path, "a supernet")
 
 
 def load_official_network(
@@ -142,10 +144,12 @@ def load_official_network(
     return _filled(lambda: CellNetwork(genotype, **arguments, auxiliary=auxiliary), state, path, description)
 
 
-def load_supernet(path: str | Path) -> SuperNet | NasBench201SuperNet:
+def load_supernet(path: str | Path) -> Any:
     """Load a supernet of :func:`save_supernet`, or any other that :func:`load_official_supernet` reads.
 
-    That of NAS-Bench-201 is told by its names, which are also those of RLNAS.
+    That of NAS-Bench-201 is told by its names, which are also those of RLNAS; that of a registered space
+    (:mod:`genas_plugins.spaces`) by its class method ``arguments_of(state)``, which gives its constructor's arguments,
+    or ``None`` for tensors of another.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -153,14 +157,19 @@ def load_supernet(path: str | Path) -> SuperNet | NasBench201SuperNet:
     """
     if read_metadata(path).get("format") == _NETWORK:
         raise CheckpointError(f"{path} holds a fixed network, no supernet: use load_official_network.")
-    state = network_state(read_state(path), path)
-    if any(name.startswith("cells.0.edges.") for name in state):
-        arguments = _arguments201(state, path)
-        return _filled(lambda: NasBench201SuperNet(**arguments), state, path, "a NAS-Bench-201 supernet")
-    return load_official_supernet(path)
+    tensors = read_state(path)
+    for kind in (point.load()().supernet_type for point in registered_spaces().values()):
+        if kind not in (SuperNet, NasBench201SuperNet):
+            state = {name.rpartition(PREFIX)[2]: value for name, value in unwrapped(tensors).items()}
+            if (arguments := kind.arguments_of(state)) is not None:
+                return _filled(partial(kind, **arguments), state, path, f"a {kind.__name__}")
+    state = network_state(tensors, path)
+    if (arguments := NasBench201SuperNet.arguments_of(state)) is not None:
+        return _filled(partial(NasBench201SuperNet, **arguments), state, path, "a NAS-Bench-201 supernet")
+    return _filled(partial(SuperNet, **_arguments(state, path)), state, path, "a supernet")
 
 
-def save_supernet(supernet: SuperNet | NasBench201SuperNet, path: str | Path, **metadata: Any) -> Path:
+def save_supernet(supernet: nn.Module, path: str | Path, **metadata: Any) -> Path:
     """Write a supernet's parameters and buffers, whole or not at all.
 
     Args:
@@ -174,7 +183,9 @@ def save_supernet(supernet: SuperNet | NasBench201SuperNet, path: str | Path, **
             the meta device and has no values.
         OSError: The file cannot be written; an older one of that name is left as it was.
     """
-    return _save(supernet, (SuperNet, NasBench201SuperNet), path, _SUPERNET, metadata)
+    if not (hasattr(supernet, "search_space") and hasattr(supernet, "arguments")):
+        raise TypeError(f"Expected a supernet, got {type(supernet).__name__}; unwrap it first.")
+    return _save(supernet, path, _SUPERNET, metadata)
 
 
 def save_network(network: CellNetwork, path: str | Path, **metadata: Any) -> Path:
@@ -183,7 +194,9 @@ def save_network(network: CellNetwork, path: str | Path, **metadata: Any) -> Pat
     The genotype keeps the order of its pairs, which its code would lose and which numbers the operations.
     Arguments and errors are those of :func:`save_supernet`.
     """
-    return _save(network, (CellNetwork,), path, _NETWORK, metadata)
+    if not isinstance(network, CellNetwork):
+        raise TypeError(f"Expected a CellNetwork, got {type(network).__name__}; unwrap it first.")
+    return _save(network, path, _NETWORK, metadata)
 
 
 def convert_network(
@@ -275,24 +288,6 @@ def _arguments(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
     return {"num_classes": classes, "init_channels": channels, "num_cells": len(cells), "stem": stem}
 
 
-def _arguments201(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
-    """The constructor's arguments of a NAS-Bench-201 supernet, from the shapes."""
-    needed = ("stem.0.weight", "classifier.weight")
-    missing = [name for name in needed if name not in state or state[name].dim() == 0]
-    if missing:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}, so the size of its network is unknown.")
-    cells = {found[1] for name in state if (found := re.match(r"cells\.(\d+)\.edges\.", name))}
-    if len(cells) % 3:
-        raise CheckpointError(f"{path} has {len(cells)} cells, expected as many in each of three stages.")
-    return {
-        "init_channels": state["stem.0.weight"].shape[0],
-        "cells_per_stage": len(cells) // 3,
-        "num_classes": state["classifier.weight"].shape[0],
-        # An operation's batch normalisation is the third of its layers.
-        "affine": any(re.match(r"cells\.0\.edges\..*\.op\.2\.weight", name) for name in state),
-    }
-
-
 def _resolved_genotype(path: str | Path, genotype: Genotype | None) -> Genotype:
     written = read_metadata(path).get("genotype")
     if written is None and genotype is None:
@@ -323,11 +318,8 @@ def _filled(build: Callable[[], _Model], state: Mapping[str, Tensor], path: str 
     return model
 
 
-def _save(model: _Model, expected: tuple[type, ...], path: str | Path, kind: str, metadata: Mapping[str, Any]) -> Path:
+def _save(model: nn.Module, path: str | Path, kind: str, metadata: Mapping[str, Any]) -> Path:
     path = user_path(path)
-    if not isinstance(model, expected):
-        names = " or ".join(kind.__name__ for kind in expected)
-        raise TypeError(f"Expected a {names}, got {type(model).__name__}; unwrap it first.")
     if not is_safetensors(path):
         raise ValueError(f"Networks are saved as .safetensors, got the file name {path.name!r}.")
     if taken := [name for name in metadata if name in _OWN_KEYS]:
@@ -335,7 +327,7 @@ def _save(model: _Model, expected: tuple[type, ...], path: str | Path, kind: str
     state = model.state_dict()
     if any(is_hollow(value) for value in state.values()):
         raise ValueError("The network is on the meta device and has no values to save.")
-    arguments = dict(model.arguments) if isinstance(model, NasBench201SuperNet) else _arguments(state, path)
+    arguments = _arguments(state, path) if isinstance(model, CellNetwork) else dict(model.arguments)
     entries = {"arguments": arguments, **metadata}
     if isinstance(model, CellNetwork):
         entries["arguments"]["auxiliary"] = model.auxiliary_head is not None

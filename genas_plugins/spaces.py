@@ -1,6 +1,110 @@
-"""Search spaces: what can be drawn, mutated and crossed."""
+"""Search spaces by name: those of this package, and those that others register.
 
+A package registers a space by an entry point of the group ``genas_plugins.spaces``, whose name is that in
+``space.name`` of an experiment and whose value is a class with the methods of :class:`Space`. CONTRIBUTING.md has one
+in a single file.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from torch import nn
+
+from genas_plugins._messages import shown
 from genas_plugins.darts.space import DartsSearchSpace
-from genas_plugins.nasbench201 import NasBench201Architecture, NasBench201SearchSpace
+from genas_plugins.nasbench201.architecture import NasBench201Architecture
+from genas_plugins.nasbench201.space import NasBench201SearchSpace
 
-__all__ = ["DartsSearchSpace", "NasBench201Architecture", "NasBench201SearchSpace"]
+__all__ = [
+    "GROUP",
+    "DartsSearchSpace",
+    "NasBench201Architecture",
+    "NasBench201SearchSpace",
+    "Space",
+    "find_space",
+    "registered_spaces",
+]
+
+GROUP = "genas_plugins.spaces"
+"""Group of the entry points."""
+
+_OWN = (
+    EntryPoint("darts", "genas_plugins.darts.space:DartsSearchSpace", GROUP),
+    EntryPoint("nasbench201", "genas_plugins.nasbench201.space:NasBench201SearchSpace", GROUP),
+)
+
+Candidate = TypeVar("Candidate")
+
+
+class Space(Protocol[Candidate]):
+    """All that the package needs of a space. Candidates are hashable; all randomness comes from ``rng``.
+
+    The supernet has the methods of :class:`genas_plugins.scoring.paths.Supernet`. If its subnets have a method
+    ``inference``, they are rewritten for scoring (:class:`genas_plugins.scoring.inference.InferenceNetwork`).
+
+    Attributes:
+        candidate: Type of the architectures.
+        supernet_type: Class of the supernet.
+        choices: The decisions of an architecture, as in NNI's samples: by label the values, and how many of them are
+            chosen; above 1 they are distinct and in increasing order.
+    """
+
+    candidate: type
+    choices: Mapping[str, tuple[tuple[Any, ...], int]]
+
+    @property
+    def supernet_type(self) -> type[nn.Module]: ...
+
+    def sample(self, rng: np.random.Generator) -> Candidate: ...
+
+    def mutate(self, candidate: Candidate, probability: float, rng: np.random.Generator) -> Candidate: ...
+
+    def crossover(self, first: Candidate, second: Candidate, rng: np.random.Generator) -> Candidate: ...
+
+    def to_json(self, candidate: Candidate) -> Any:
+        """Plain data for a history or a state."""
+
+    def from_json(self, data: Any) -> Candidate: ...
+
+    def to_sample(self, candidate: Candidate) -> dict[str, Any]:
+        """What is chosen, by the labels of :attr:`choices`."""
+
+    def from_sample(self, sample: Mapping[str, Any]) -> Candidate: ...
+
+    def read(self, text: str) -> Candidate:
+        """An architecture of the command line; a ValueError or TypeError refuses the text."""
+
+    def supernet_arguments(self, num_classes: int, settings: Any) -> dict[str, Any]:
+        """The supernet's arguments, from the section ``space`` of an experiment; a ValueError refuses it."""
+
+    def network(self, candidate: Candidate, arguments: Mapping[str, Any]) -> nn.Module:
+        """One architecture as a network with fresh weights, of the size that the supernet's arguments give."""
+
+
+def registered_spaces() -> dict[str, EntryPoint]:
+    """The entry points of all spaces by name; a registered one cannot take the name of one of this package."""
+    others = {point.name: point for point in entry_points(group=GROUP)}
+    return {**others, **{point.name: point for point in _OWN}}
+
+
+def find_space(name: str) -> Any:
+    """The space of a name.
+
+    >>> find_space("nasbench201").size
+    15625
+
+    Raises:
+        ValueError: There is none; the message has those that there are.
+        ImportError: It cannot be loaded.
+    """
+    known = registered_spaces()
+    if name not in known:
+        close = difflib.get_close_matches(str(name)[:100], known, 1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"There is no space {shown(name)}{meant}; there are: {', '.join(known)}.")
+    return known[name].load()()

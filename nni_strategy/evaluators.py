@@ -22,7 +22,7 @@ from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.nasbench201 import NasBench201Architecture
 from genas_plugins.scoring import CombinedScore, Measurement
 from nni_strategy.samples import SampleSpace
-from nni_strategy.space import FROM_SAMPLE, space_around
+from nni_strategy.space import space_around
 from nni_strategy.strategy import GeNAS
 from nni_strategy.trained import load_space_weights, scorer_of
 
@@ -130,7 +130,7 @@ class CombinedEvaluator(Evaluator):
             space = trained.paths.search_space
             if isinstance(space, SampleSpace):
                 return trained.measure(space.from_json(dict(model)))
-            return trained.measure(FROM_SAMPLE[space.candidate](model))
+            return trained.measure(space.from_sample(model))
         network = getattr(model, "network", model)
         for own in (getattr(network, name, None) for name in ("genotype", "architecture")):
             if isinstance(own, Genotype | NasBench201Architecture):

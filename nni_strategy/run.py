@@ -47,8 +47,9 @@ from genas_plugins.plotting import LossCurve, plot_cells, plot_loss_curves, plot
 from genas_plugins.scoring import mean_loss
 from genas_plugins.search import InFlight, Record
 from genas_plugins.search.racing import spared_images
+from genas_plugins.spaces import find_space
 from nni_strategy.progress import SearchProgress, TrainingProgress
-from nni_strategy.space import DartsSpace, NasBench201Space, SupernetSpace
+from nni_strategy.space import SupernetSpace, space_of
 from nni_strategy.strategy import GeNAS
 from nni_strategy.training import supernet_evaluator
 
@@ -168,7 +169,8 @@ def _run(
         _check_folder(folder, experiment, resume)
     torch.manual_seed(experiment.seed)
     data = load_data(experiment)
-    space = _space(experiment.space, data.num_classes)
+    own = find_space(experiment.space.name)
+    space = space_of(own, own.supernet_arguments(data.num_classes, experiment.space))
     if experiment.training.precision == "64-true":
         # Lightning does so too, but loads a checkpoint before: what it resumes would be rounded to float32.
         space.double()
@@ -219,12 +221,6 @@ def _check_scored(folder: Path, data: SearchData, history: RunHistory) -> None:
         check_identity(folder, data.identity)
     if history.records:
         check_weights(folder, (SUPERNET_FILE, INITIAL_FILE), scored=True)
-
-
-def _space(settings: config.Space, num_classes: int) -> SupernetSpace:
-    if settings.name == "nasbench201":
-        return NasBench201Space(num_classes, settings.init_channels, settings.cells_per_stage, settings.affine)
-    return DartsSpace(num_classes, settings.init_channels, settings.num_cells, settings.stem)
 
 
 class _TrainingOnly(GeNAS):

@@ -1,7 +1,8 @@
-"""The paper's search spaces as NNI model spaces, each its own weight-sharing supernet."""
+"""The package's search spaces as NNI model spaces, each its own weight-sharing supernet."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 from collections.abc import Callable, Iterable, Mapping
@@ -17,21 +18,16 @@ from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
 from nni.nas.space import current_model
 from torch import Tensor, nn
 
-from genas_plugins.darts.genotype import NODES, OPERATIONS, Genotype, cell_edges
-from genas_plugins.darts.network import CellNetwork, Stem
-from genas_plugins.darts.supernet import SuperNet
+from genas_plugins.darts.genotype import Genotype
+from genas_plugins.darts.network import Stem
 from genas_plugins.nasbench201 import (
     NasBench201Architecture,
-    NasBench201Network,
     NasBench201SearchSpace,
-    NasBench201SuperNet,
 )
-from genas_plugins.nasbench201 import architecture as cell201
 from genas_plugins.scoring.paths import SubnetPaths
 from genas_plugins.spaces import DartsSearchSpace
 
 __all__ = [
-    "FROM_SAMPLE",
     "DartsSpace",
     "NasBench201Space",
     "SupernetSpace",
@@ -40,90 +36,54 @@ __all__ = [
     "sample_to_architecture",
     "sample_to_genotype",
     "space_around",
+    "space_of",
 ]
-
-_CELLS = ("normal", "reduce")
-_CELL = "cell"
-_EDGE_LABELS = tuple(f"{_CELL}/{source}_{node}" for source, node in cell201.EDGES)
 
 
 def sample_to_genotype(sample: Mapping[str, Any]) -> Genotype:
-    """Read an NNI sample of :class:`DartsSpace`.
-
-    Raises:
-        KeyError: A label is missing.
-        ValueError: The sample is not a valid genotype.
-    """
-    cells = []
-    for cell in _CELLS:
-        pairs: list[tuple[str, int]] = []
-        for node in NODES:
-            inputs = sample[f"{cell}/inputs_{node}"]
-            pairs += [(sample[f"{cell}/op_{node}_{position}"], int(source)) for position, source in enumerate(inputs)]
-        cells.append(tuple(pairs))
-    return Genotype(*cells)
+    """Read an NNI sample of :class:`DartsSpace`; see :meth:`genas_plugins.spaces.DartsSearchSpace.from_sample`."""
+    return DartsSearchSpace().from_sample(sample)
 
 
 def genotype_to_sample(genotype: Genotype) -> dict[str, Any]:
     """The NNI sample of a genotype: for each node its two inputs, in increasing order, and their operations."""
-    sample: dict[str, Any] = {}
-    for cell, gene in zip(_CELLS, (genotype.normal, genotype.reduce), strict=True):
-        for node in NODES:
-            edges = sorted((source, name) for target, name, source in cell_edges(gene) if target == node)
-            sample[f"{cell}/inputs_{node}"] = [source for source, _ in edges]
-            sample.update({f"{cell}/op_{node}_{position}": name for position, (_, name) in enumerate(edges)})
-    return sample
+    return DartsSearchSpace().to_sample(genotype)
 
 
 def sample_to_architecture(sample: Mapping[str, Any]) -> NasBench201Architecture:
-    """Read an NNI sample of :class:`NasBench201Space`.
-
-    Raises:
-        KeyError: A label is missing.
-        ValueError: An unknown operation.
-    """
-    return NasBench201Architecture(tuple(sample[label] for label in _EDGE_LABELS))
+    """Read an NNI sample of :class:`NasBench201Space`; a KeyError or ValueError refuses it."""
+    return NasBench201SearchSpace().from_sample(sample)
 
 
 def architecture_to_sample(architecture: NasBench201Architecture) -> dict[str, Any]:
     """The NNI sample of an architecture: the operation of each edge."""
-    return dict(zip(_EDGE_LABELS, architecture.operations, strict=True))
+    return NasBench201SearchSpace().to_sample(architecture)
 
 
-FROM_SAMPLE = {Genotype: sample_to_genotype, NasBench201Architecture: sample_to_architecture}
-"""How NNI's samples are read, by the type of the candidates."""
-
-
-def _darts_choices() -> Iterable[Categorical | CategoricalMultiple]:
-    for cell in _CELLS:
-        with label_scope(cell):
-            for node in NODES:
-                yield CategoricalMultiple(range(node), n_chosen=2, label=f"inputs_{node}")
-                for position in range(2):
-                    yield Categorical(OPERATIONS[1:], label=f"op_{node}_{position}")
-
-
-def _nasbench201_choices() -> Iterable[Categorical]:
-    with label_scope(_CELL):
-        for source, node in cell201.EDGES:
-            yield Categorical(cell201.OPERATIONS, label=f"{source}_{node}")
+def _mutables(choices: Mapping[str, tuple[tuple[Any, ...], int]]) -> Iterable[Categorical | CategoricalMultiple]:
+    """NNI's decisions for those of a space; what stands before a slash in a label is a scope of NNI's."""
+    for label, (values, count) in choices.items():
+        *scopes, name = label.split("/")
+        with contextlib.ExitStack() as stack:
+            for scope in scopes:
+                stack.enter_context(label_scope(scope))
+            yield (
+                Categorical(values, label=name)
+                if count == 1
+                else CategoricalMultiple(values, n_chosen=count, label=name)
+            )
 
 
 class _SuperNetModule(BaseSuperNetModule):
     """A supernet behind NNI's protocol: it resamples a path, and runs the one that was sampled last."""
 
-    def __init__(
-        self,
-        supernet: Any,
-        choices: Iterable[Categorical | CategoricalMultiple],
-        from_sample: Callable[[Mapping[str, Any]], Any],
-    ) -> None:
+    def __init__(self, supernet: Any) -> None:
         super().__init__()
         self.supernet = supernet
-        for choice in choices:
+        for choice in _mutables(supernet.search_space.choices):
             self.add_mutable(choice)
-        self._from_sample = from_sample
-        self._candidate = from_sample({mutable.label: mutable.default() for mutable in self.mutables})
+        self._from_sample = supernet.search_space.from_sample
+        self._candidate = self._from_sample({mutable.label: mutable.default() for mutable in self.mutables})
 
     def resample(self, memo: dict[str, Any]) -> dict[str, Any]:
         # NNI's own strategies draw from Python's global generator; GeNAS passes a complete memo.
@@ -147,14 +107,27 @@ class _SuperNetModule(BaseSuperNetModule):
 
 
 class SupernetSpace(ModelSpace, disable_init_wrapper=True):
-    """A space that is its own supernet, so that a one-shot strategy needs no conversion.
+    """A space of :mod:`genas_plugins.spaces`, which is its own supernet: a one-shot strategy needs no conversion.
 
-    Its candidates are those of :attr:`search_space`, of the type :attr:`candidate`; they are measured as subnets.
+    Its candidates are measured as subnets. Under NNI's model context (multi-trial strategies, ``frozen_factory``) it is
+    the fixed network of the sample instead, with fresh weights.
+
+    Args:
+        space: What is searched.
+        arguments: The supernet's.
     """
 
     network: nn.Module
-    candidate: type
     _measured: SubnetPaths | None = None
+
+    def __init__(self, space: Any, **arguments: Any) -> None:
+        super().__init__()
+        self._space = space
+        sample = current_model()
+        if sample is None:
+            self.network = _SuperNetModule(space.supernet_type(**arguments))
+        else:
+            self.network = space.network(space.from_sample(sample), arguments)
 
     @property
     def supernet(self) -> Any:
@@ -168,11 +141,11 @@ class SupernetSpace(ModelSpace, disable_init_wrapper=True):
     @property
     def search_space(self) -> Any:
         """How the evolution samples, mutates and crosses."""
-        raise NotImplementedError
+        return self._space
 
     def to_sample(self, candidate: Any) -> dict[str, Any]:
         """The NNI sample of a candidate of :attr:`search_space`."""
-        raise NotImplementedError
+        return self._space.to_sample(candidate)
 
     def from_sample(self, sample: Mapping[str, Any]) -> Any:
         """The inverse of :meth:`to_sample`.
@@ -181,7 +154,7 @@ class SupernetSpace(ModelSpace, disable_init_wrapper=True):
             KeyError: A label is missing.
             ValueError: Not a candidate of the space.
         """
-        raise NotImplementedError
+        return self._space.from_sample(sample)
 
     def extra_oneshot_hooks(self, strategy: Any) -> list[Callable[..., bool]]:
         """For NNI's one-shot strategies: keep the supernet as it is, and do not look inside."""
@@ -193,8 +166,9 @@ class SupernetSpace(ModelSpace, disable_init_wrapper=True):
         Raises:
             TypeError: ``candidate`` is of another space.
         """
-        if not isinstance(candidate, self.candidate):
-            raise TypeError(f"{type(self).__name__} has a {self.candidate.__name__}, got {candidate!r}.")
+        wanted = self._space.candidate
+        if not isinstance(candidate, wanted):
+            raise TypeError(f"{type(self).__name__} has a {wanted.__name__}, got {candidate!r}.")
         return self.supernet.subnet(candidate)
 
     def path_modules(self) -> Iterable[nn.Module]:
@@ -246,32 +220,11 @@ class DartsSpace(SupernetSpace):
         ValueError: See :func:`genas_plugins.darts.network.cell_shapes`.
     """
 
-    candidate = Genotype
-
     def __init__(
         self, num_classes: int = 10, init_channels: int = 16, num_cells: int = 8, stem: Stem = "cifar"
     ) -> None:
-        super().__init__()
-        sample = current_model()
-        if sample is None:
-            supernet = SuperNet(num_classes, init_channels, num_cells, stem)
-            self.network = _SuperNetModule(supernet, _darts_choices(), sample_to_genotype)
-        else:
-            genotype = sample_to_genotype(sample)
-            self.network = CellNetwork(genotype, init_channels, num_cells, num_classes, stem)
-
-    @property
-    def search_space(self) -> DartsSearchSpace:
-        """How the evolution samples, mutates and crosses; its candidates are genotypes."""
-        return DartsSearchSpace()
-
-    def to_sample(self, candidate: Genotype) -> dict[str, Any]:
-        """The NNI sample of a genotype."""
-        return genotype_to_sample(candidate)
-
-    def from_sample(self, sample: Mapping[str, Any]) -> Genotype:
-        """See :func:`sample_to_genotype`."""
-        return sample_to_genotype(sample)
+        sizes = {"num_classes": num_classes, "init_channels": init_channels, "num_cells": num_cells, "stem": stem}
+        super().__init__(DartsSearchSpace(), **sizes)
 
 
 class NasBench201Space(SupernetSpace):
@@ -290,40 +243,36 @@ class NasBench201Space(SupernetSpace):
         ValueError: A number is below 1.
     """
 
-    candidate = NasBench201Architecture
-
     def __init__(
         self, num_classes: int = 10, init_channels: int = 16, cells_per_stage: int = 5, affine: bool = True
     ) -> None:
-        super().__init__()
-        sample = current_model()
-        if sample is None:
-            supernet = NasBench201SuperNet(init_channels, cells_per_stage, num_classes, affine)
-            self.network = _SuperNetModule(supernet, _nasbench201_choices(), sample_to_architecture)
-        else:
-            architecture = sample_to_architecture(sample)
-            self.network = NasBench201Network(architecture, init_channels, cells_per_stage, num_classes)
-
-    @property
-    def search_space(self) -> NasBench201SearchSpace:
-        """How the evolution samples, mutates and crosses; its candidates are architectures."""
-        return NasBench201SearchSpace()
-
-    def to_sample(self, candidate: NasBench201Architecture) -> dict[str, Any]:
-        """The NNI sample of an architecture."""
-        return architecture_to_sample(candidate)
-
-    def from_sample(self, sample: Mapping[str, Any]) -> NasBench201Architecture:
-        """See :func:`sample_to_architecture`."""
-        return sample_to_architecture(sample)
+        sizes = {"num_classes": num_classes, "init_channels": init_channels}
+        super().__init__(NasBench201SearchSpace(), **sizes, cells_per_stage=cells_per_stage, affine=affine)
 
 
-def space_around(supernet: SuperNet | NasBench201SuperNet) -> SupernetSpace:
+class RegisteredSpace(SupernetSpace):
+    """A space that another package has registered (:mod:`genas_plugins.spaces`)."""
+
+    def __init__(self, space: Any, **arguments: Any) -> None:
+        super().__init__(space, **arguments)
+
+
+def space_of(space: Any, arguments: Mapping[str, Any]) -> SupernetSpace:
+    """The NNI space of one of :mod:`genas_plugins.spaces`.
+
+    Args:
+        space: What is searched.
+        arguments: The supernet's.
+    """
+    own = {DartsSearchSpace: DartsSpace, NasBench201SearchSpace: NasBench201Space}.get(type(space))
+    return RegisteredSpace(space, **arguments) if own is None else own(**arguments)
+
+
+def space_around(supernet: Any) -> SupernetSpace:
     """The space of a supernet, with a copy of its weights, in their type."""
-    kind = NasBench201Space if isinstance(supernet, NasBench201SuperNet) else DartsSpace
     # Its own first weights are not kept: nobody else's draws may depend on them.
     with torch.random.fork_rng(devices=[]):
         # In the type of its weights: a run in float64 is scored in float64.
-        space = kind(**supernet.arguments).to(next(supernet.parameters()).dtype)
+        space = space_of(supernet.search_space, supernet.arguments).to(next(supernet.parameters()).dtype)
     space.supernet.load_state_dict(supernet.state_dict())
     return space

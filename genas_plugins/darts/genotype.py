@@ -26,6 +26,7 @@ __all__ = [
     "Genotype",
     "edge_index",
     "node_edges",
+    "path_counts",
 ]
 
 OPERATIONS: tuple[str, ...] = (
@@ -247,3 +248,15 @@ def _cell_from_code(numbers: Sequence[int], name: str) -> CellGene:
             )
         cell += edges
     return tuple(cell)
+
+
+def path_counts(gene: CellGene) -> tuple[int, ...]:
+    """For each of a cell's eight edges, how many of its input-to-node paths run through it."""
+    arriving = {0: 1, 1: 1}
+    for node in NODES:
+        arriving[node] = sum(arriving[source] for target, _, source in cell_edges(gene) if target == node)
+    leaving: dict[int, int] = {}
+    for node in reversed(NODES):
+        # A path may end at any intermediate node, hence the 1.
+        leaving[node] = 1 + sum(leaving[target] for target, _, source in cell_edges(gene) if source == node)
+    return tuple(arriving[source] * leaving[node] for node, _, source in cell_edges(gene))

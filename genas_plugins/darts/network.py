@@ -6,9 +6,9 @@ that its checkpoints load by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from genas_plugins._messages import shown
 from genas_plugins.darts.genotype import NODES, CellGene, Genotype, cell_edges
 from genas_plugins.darts.operations import FactorizedReduce, Identity, Layers, ReLUConvBN, build_operation, drop_path
+
+if TYPE_CHECKING:
+    from genas_plugins.scoring.inference import InferenceNetwork
+    from genas_plugins.scoring.layers import Parts
 
 __all__ = [
     "AuxiliaryHead",
@@ -297,6 +301,12 @@ class CellNetwork(CellStack):
         if auxiliary:
             features = self.shapes[self._auxiliary_cell].out_channels
             self.auxiliary_head = AuxiliaryHead(features, num_classes, stem)
+
+    def inference(self, network: InferenceNetwork) -> Callable[[Tensor], Parts]:
+        """See :class:`genas_plugins.scoring.inference.InferenceNetwork`."""
+        from genas_plugins.darts.inference import cell_stack
+
+        return cell_stack(network, self)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``; a pair in training with an auxiliary head."""

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from genas_plugins.scoring.inference import InferenceNetwork
+    from genas_plugins.scoring.layers import Branch
 
 __all__ = [
     "DilConv",
@@ -136,6 +140,12 @@ class FactorizedReduce(nn.Module):
             return self.bn(reduce_for_training(x, self.conv_1.weight, self.conv_2.weight))
         shifted = shift_image(x, self.shift)
         return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
+
+    def inference(self, network: InferenceNetwork) -> Branch:
+        """See :meth:`genas_plugins.scoring.inference.InferenceNetwork.branch`."""
+        from genas_plugins.darts.inference import factorized_reduce
+
+        return factorized_reduce(network, self)
 
 
 def shift_image(x: Tensor, distance: int) -> Tensor:

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import comb
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from genas_plugins.darts.genotype import EDGES_PER_CELL, NODES, OPERATIONS, Genotype, node_edges
+from genas_plugins.darts.genotype import EDGES_PER_CELL, NODES, OPERATIONS, Genotype, cell_edges, node_edges
+
+if TYPE_CHECKING:
+    from genas_plugins.darts.network import CellNetwork
+    from genas_plugins.darts.supernet import SuperNet
 
 __all__ = ["DartsSearchSpace"]
 
+_CELLS = ("normal", "reduce")
 _INPUTS = 2
 _REAL = len(OPERATIONS) - 1
+
+
+def _choices() -> dict[str, tuple[tuple[Any, ...], int]]:
+    choices: dict[str, tuple[tuple[Any, ...], int]] = {}
+    for cell in _CELLS:
+        for node in NODES:
+            choices[f"{cell}/inputs_{node}"] = (tuple(range(node)), _INPUTS)
+            choices |= {f"{cell}/op_{node}_{position}": (OPERATIONS[1:], 1) for position in range(_INPUTS)}
+    return choices
 
 
 class DartsSearchSpace:
     """Draws, mutates and crosses genotypes. All randomness comes from the generator passed in."""
 
     candidate = Genotype
+    choices = _choices()
+
+    @property
+    def supernet_type(self) -> type[SuperNet]:
+        """Class of the supernet."""
+        from genas_plugins.darts.supernet import SuperNet
+
+        return SuperNet
 
     @property
     def size(self) -> int:
@@ -88,6 +110,56 @@ class DartsSearchSpace:
             ValueError: Not a valid code.
         """
         return Genotype.from_code(data)
+
+    def to_sample(self, genotype: Genotype) -> dict[str, Any]:
+        """For each node its two inputs, in increasing order, and their operations, as in NNI's samples."""
+        sample: dict[str, Any] = {}
+        for cell, gene in zip(_CELLS, (genotype.normal, genotype.reduce), strict=True):
+            for node in NODES:
+                edges = sorted((source, name) for target, name, source in cell_edges(gene) if target == node)
+                sample[f"{cell}/inputs_{node}"] = [source for source, _ in edges]
+                sample.update({f"{cell}/op_{node}_{position}": name for position, (_, name) in enumerate(edges)})
+        return sample
+
+    def from_sample(self, sample: Mapping[str, Any]) -> Genotype:
+        """The inverse of :meth:`to_sample`.
+
+        Raises:
+            KeyError: A label is missing.
+            ValueError: Not a valid genotype.
+        """
+        cells = []
+        for cell in _CELLS:
+            pairs: list[tuple[str, int]] = []
+            for node in NODES:
+                inputs = enumerate(sample[f"{cell}/inputs_{node}"])
+                pairs += [(sample[f"{cell}/op_{node}_{position}"], int(source)) for position, source in inputs]
+            cells.append(tuple(pairs))
+        return Genotype(*cells)
+
+    def read(self, text: str) -> Genotype:
+        """See :func:`genas_plugins.darts.zoo.find_genotype`."""
+        from genas_plugins.darts.zoo import find_genotype
+
+        return find_genotype(text)
+
+    def supernet_arguments(self, num_classes: int, settings: Any) -> dict[str, Any]:
+        """Arguments of :class:`SuperNet` from the section ``space`` of an experiment.
+
+        Raises:
+            ValueError: See :func:`genas_plugins.darts.network.cell_shapes`.
+        """
+        from genas_plugins.darts.network import cell_shapes
+
+        arguments = {name: getattr(settings, name) for name in ("init_channels", "num_cells", "stem")}
+        cell_shapes(**arguments)
+        return {"num_classes": num_classes, **arguments}
+
+    def network(self, genotype: Genotype, arguments: Mapping[str, Any]) -> CellNetwork:
+        """A network with fresh weights, as the paper retrains them: without normalisation after pooling."""
+        from genas_plugins.darts.network import CellNetwork
+
+        return CellNetwork(genotype, **arguments)
 
 
 def _all_node_edges() -> Iterator[list[int]]:

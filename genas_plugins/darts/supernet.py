@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from genas_plugins.darts.genotype import EDGES, OPERATIONS, CellGene, Genotype, cell_edges, edge_index
+from genas_plugins.darts.genotype import EDGES, OPERATIONS, CellGene, Genotype, cell_edges, edge_index, path_counts
 from genas_plugins.darts.network import (
     Cell,
+    CellNetwork,
     CellShape,
     CellStack,
     Stem,
@@ -21,7 +22,7 @@ from genas_plugins.darts.network import (
     cell_shapes,
     operation_stride,
 )
-from genas_plugins.darts.operations import build_operation
+from genas_plugins.darts.operations import Identity, build_operation
 from genas_plugins.darts.space import DartsSearchSpace
 
 __all__ = ["SubNet", "SuperNet"]
@@ -124,6 +125,28 @@ class SuperNet(CellStack):
             gene = genotype.reduce if shape.reduction else genotype.normal
             yield from (cell.operation(name, source, node) for node, name, source in cell_edges(gene))
 
+    def vector_pieces(self, genotype: Genotype) -> Iterator[tuple[Tensor, int]]:
+        """The tensors of the architecture vector for :func:`genas_plugins.scoring.angle`, and how often each occurs."""
+        for name, child in self.named_children():
+            if name not in ("cells", "classifier"):
+                yield from ((parameter, 1) for parameter in child.parameters())
+        for shape, cell in zip(self.shapes, self.cells, strict=True):
+            for preprocess in (cell.preprocess0, cell.preprocess1):
+                yield from ((parameter, 1) for parameter in preprocess.parameters())
+            gene = genotype.reduce if shape.reduction else genotype.normal
+            for (node, name, source), count in zip(cell_edges(gene), path_counts(gene), strict=True):
+                operation = cell.operation(name, source, node)
+                first = next(cell.parameters())
+                if isinstance(operation, Identity):
+                    yield torch.eye(shape.channels, device=first.device), count
+                elif name.endswith("pool_3x3"):
+                    yield (
+                        torch.full((shape.channels, 3, 3), 1 / 9, dtype=torch.float64, device=first.device),
+                        count,
+                    )
+                yield from ((parameter, count) for parameter in operation.parameters())
+        yield self.classifier.weight, 1
+
     def subnet(self, genotype: Genotype) -> SubNet:
         """The path of ``genotype`` as a small module that shares this supernet's parameters.
 
@@ -153,6 +176,7 @@ class SubNet(nn.Module):
 
     stem_states = CellStack.stem_states
     head = CellStack.head
+    inference = CellNetwork.inference
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``."""

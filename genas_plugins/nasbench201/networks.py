@@ -7,7 +7,9 @@ names follow the official code (D-X-Y/AutoDL-Projects@94a149b; megvii-model/RLNA
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,11 @@ from genas_plugins.darts.supernet import share_parameters
 from genas_plugins.nasbench201.architecture import EDGES, NODES, OPERATIONS, NasBench201Architecture
 from genas_plugins.nasbench201.costs import stage_channels
 from genas_plugins.nasbench201.space import NasBench201SearchSpace
+from genas_plugins.states import CheckpointError
+
+if TYPE_CHECKING:
+    from genas_plugins.scoring.inference import InferenceNetwork
+    from genas_plugins.scoring.layers import Parts
 
 __all__ = [
     "NasBench201Network",
@@ -28,6 +35,7 @@ __all__ = [
     "reaching_edges",
 ]
 
+_STAGES = 3
 # Of a list of operations as torch's containers name them.
 _KEYS = {name: str(number) for number, name in enumerate(OPERATIONS)}
 
@@ -264,6 +272,12 @@ class NasBench201Network(_Stack):
         super().__init__(init_channels, cells_per_stage, num_classes, build_cell)
         self.architecture = architecture
 
+    def inference(self, network: InferenceNetwork) -> Callable[[Tensor], Parts]:
+        """See :class:`genas_plugins.scoring.inference.InferenceNetwork`."""
+        from genas_plugins.nasbench201.inference import stack
+
+        return stack(network, self)
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``."""
         x = self.stem(x)
@@ -304,6 +318,30 @@ class NasBench201SuperNet(_Stack):
             "affine": self.affine,
         }
 
+    @staticmethod
+    def arguments_of(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """The constructor's arguments, read off tensors by their names; ``None`` for those of another network.
+
+        Raises:
+            CheckpointError: The size cannot be told.
+        """
+        cells = {found[1] for name in state if (found := re.match(r"cells\.(\d+)\.edges\.", name))}
+        if not cells:
+            return None
+        needed = ("stem.0.weight", "classifier.weight")
+        missing = [name for name in needed if name not in state or state[name].dim() == 0]
+        if missing:
+            raise CheckpointError(f"A checkpoint lacks {', '.join(missing)}, so the size of its network is unknown.")
+        if len(cells) % _STAGES:
+            raise CheckpointError(f"A checkpoint has {len(cells)} cells, expected as many in each of three stages.")
+        return {
+            "init_channels": state["stem.0.weight"].shape[0],
+            "cells_per_stage": len(cells) // _STAGES,
+            "num_classes": state["classifier.weight"].shape[0],
+            # An operation's batch normalisation is the third of its layers.
+            "affine": any(re.match(r"cells\.0\.edges\..*\.op\.2\.weight", name) for name in state),
+        }
+
     def forward(self, x: Tensor, architecture: NasBench201Architecture) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)`` along the path of ``architecture``."""
         x = self.stem(x)
@@ -323,6 +361,29 @@ class NasBench201SuperNet(_Stack):
                 yield from (layers[number] for number in numbers)
             else:
                 yield cell
+
+    def vector_pieces(self, architecture: NasBench201Architecture) -> list[tuple[Tensor, int]] | None:
+        """RLNAS's architecture vector for :func:`genas_plugins.scoring.angle`, and how often each occurs.
+
+        ``None`` for a cell without a path from input to output.
+        """
+        if not architecture.connected:
+            return None
+        pieces: list[tuple[Tensor, int]] = []
+        device = self.classifier.weight.device
+        for module in (self.stem, self.lastact, self.classifier):
+            pieces += [(parameter, 1) for parameter in module.parameters()]
+        for cell in self.cells:
+            if not isinstance(cell, SuperCell):
+                pieces += [(parameter, 1) for parameter in cell.parameters()]
+                continue
+            layers = zip(architecture.operations, cell.layers(architecture), architecture.path_counts, strict=True)
+            for name, layer, count in layers:
+                if name == "avg_pool_3x3":
+                    kernel = torch.full((cell.channels, 3, 3), 1 / 9, dtype=torch.float64, device=device)
+                    pieces.append((kernel, count))
+                pieces += [(parameter, count) for parameter in layer.parameters()]
+        return pieces
 
     def subnet(self, architecture: NasBench201Architecture) -> NasBench201SubNet:
         """The path of ``architecture`` as a small module that shares this supernet's parameters.
@@ -352,3 +413,4 @@ class NasBench201SubNet(nn.Module):
 
     head = _Stack.head
     forward = NasBench201Network.forward
+    inference = NasBench201Network.inference

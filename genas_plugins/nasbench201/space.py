@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from genas_plugins.nasbench201.architecture import EDGES, OPERATIONS, NasBench201Architecture
 
+if TYPE_CHECKING:
+    from genas_plugins.nasbench201.networks import NasBench201Network, NasBench201SuperNet
+
 __all__ = ["NasBench201SearchSpace"]
+
+
+_LABELS = tuple(f"cell/{source}_{node}" for source, node in EDGES)
 
 
 class NasBench201SearchSpace:
     """Draws, mutates and crosses architectures. All randomness comes from the generator passed in."""
 
     candidate = NasBench201Architecture
+    choices = dict.fromkeys(_LABELS, (OPERATIONS, 1))
+
+    @property
+    def supernet_type(self) -> type[NasBench201SuperNet]:
+        """Class of the supernet."""
+        from genas_plugins.nasbench201.networks import NasBench201SuperNet
+
+        return NasBench201SuperNet
 
     @property
     def size(self) -> int:
@@ -69,3 +83,38 @@ class NasBench201SearchSpace:
             TypeError: Not a string.
         """
         return NasBench201Architecture.from_string(data)
+
+    def to_sample(self, architecture: NasBench201Architecture) -> dict[str, Any]:
+        """The operation of each edge, by the labels of NNI's space."""
+        return dict(zip(_LABELS, architecture.operations, strict=True))
+
+    def from_sample(self, sample: Mapping[str, Any]) -> NasBench201Architecture:
+        """The inverse of :meth:`to_sample`.
+
+        Raises:
+            KeyError: A label is missing.
+            ValueError: An unknown operation.
+        """
+        return NasBench201Architecture(tuple(sample[label] for label in _LABELS))
+
+    def read(self, text: str) -> NasBench201Architecture:
+        """Read the benchmark's string."""
+        return NasBench201Architecture.from_string(text)
+
+    def supernet_arguments(self, num_classes: int, settings: Any) -> dict[str, Any]:
+        """Arguments of :class:`NasBench201SuperNet` from the section ``space`` of an experiment.
+
+        Raises:
+            ValueError: See :func:`genas_plugins.nasbench201.check_sizes`.
+        """
+        from genas_plugins.nasbench201.networks import check_sizes
+
+        check_sizes(settings.init_channels, settings.cells_per_stage)
+        names = ("init_channels", "cells_per_stage", "affine")
+        return {"num_classes": num_classes, **{name: getattr(settings, name) for name in names}}
+
+    def network(self, architecture: NasBench201Architecture, arguments: Mapping[str, Any]) -> NasBench201Network:
+        """A network with fresh weights."""
+        from genas_plugins.nasbench201.networks import NasBench201Network
+
+        return NasBench201Network(architecture, **{name: arguments[name] for name in arguments if name != "affine"})

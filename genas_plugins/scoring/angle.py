@@ -8,25 +8,21 @@ and the bias not at all; here, weight and bias, as for every other operation.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import singledispatch
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from genas_plugins.darts.genotype import NODES, CellGene, Genotype, cell_edges
-from genas_plugins.darts.operations import Identity
-from genas_plugins.darts.supernet import SuperNet
-from genas_plugins.nasbench201 import NasBench201Architecture, NasBench201SuperNet, SuperCell
 from genas_plugins.scoring.flatness import MeasurementError
 
-__all__ = ["angle", "parameter_angle", "path_counts"]
+__all__ = ["angle", "parameter_angle"]
 
 
 def angle(
-    initial: SuperNet | NasBench201SuperNet,
-    trained: SuperNet | NasBench201SuperNet,
-    genotype: Genotype | NasBench201Architecture,
+    initial: Any,
+    trained: Any,
+    genotype: Any,
     normalize: bool = False,
 ) -> float:
     """Angle between the architecture vectors of ``genotype`` in two supernets.
@@ -44,7 +40,8 @@ def angle(
     included. A cell without such a path has angle 0.
 
     Args:
-        initial: The supernet before training.
+        initial: The supernet before training. What the vector of an architecture holds, its method
+            ``vector_pieces(architecture)`` says: tensors, and how often each occurs; ``None`` for an angle of 0.
         trained: The same supernet after it.
         genotype: The architecture, of the supernets' space.
         normalize: Divide by pi, to [0, 1].
@@ -53,18 +50,23 @@ def angle(
         Radians, or a fraction of pi; computed in float64.
 
     Raises:
+        TypeError: Not a supernet.
         ValueError: The supernets differ in shape.
         MeasurementError: Weights are not finite, or all zero.
     """
+    for supernet in (initial, trained):
+        if not hasattr(supernet, "vector_pieces"):
+            raise TypeError(f"The angle needs two supernets, got {type(supernet).__name__}.")
     if dict(initial.arguments) != dict(trained.arguments):
         raise ValueError(
             f"The initial supernet {dict(initial.arguments)} and the trained one {dict(trained.arguments)} "
             "differ; the angle needs two states of one supernet."
         )
-    if isinstance(genotype, NasBench201Architecture) and not genotype.connected:
+    before, after = initial.vector_pieces(genotype), trained.vector_pieces(genotype)
+    if before is None or after is None:
         return 0.0
-    pieces = zip(_vector_pieces(initial, genotype), _vector_pieces(trained, genotype), strict=True)
-    return _angle(((before, after, count) for (before, count), (after, _) in pieces), normalize)
+    pieces = zip(before, after, strict=True)
+    return _angle(((first, second, count) for (first, count), (second, _) in pieces), normalize)
 
 
 def parameter_angle(
@@ -93,65 +95,6 @@ def parameter_angle(
             raise ValueError(f"The initial weights have no parameter named {name}.")
         pieces.append((initial[name].to(parameter.device), parameter, 1))
     return _angle(pieces, normalize)
-
-
-def path_counts(gene: CellGene) -> tuple[int, ...]:
-    """For each of a cell's eight edges, how many of its input-to-node paths run through it."""
-    arriving = {0: 1, 1: 1}
-    for node in NODES:
-        arriving[node] = sum(arriving[source] for target, _, source in cell_edges(gene) if target == node)
-    leaving: dict[int, int] = {}
-    for node in reversed(NODES):
-        # A path may end at any intermediate node, hence the 1.
-        leaving[node] = 1 + sum(leaving[target] for target, _, source in cell_edges(gene) if source == node)
-    return tuple(arriving[source] * leaving[node] for node, _, source in cell_edges(gene))
-
-
-@singledispatch
-def _vector_pieces(supernet: nn.Module, genotype: Genotype) -> Iterator[tuple[Tensor, int]]:
-    """The tensors of an architecture vector, and how often each occurs in it."""
-    raise TypeError(f"The angle needs a SuperNet or a NasBench201SuperNet, got {type(supernet).__name__}.")
-
-
-@_vector_pieces.register(SuperNet)
-def _darts_pieces(supernet: SuperNet, genotype: Genotype) -> Iterator[tuple[Tensor, int]]:
-    for name, child in supernet.named_children():
-        if name not in ("cells", "classifier"):
-            yield from ((parameter, 1) for parameter in child.parameters())
-    for shape, cell in zip(supernet.shapes, supernet.cells, strict=True):
-        for preprocess in (cell.preprocess0, cell.preprocess1):
-            yield from ((parameter, 1) for parameter in preprocess.parameters())
-        gene = genotype.reduce if shape.reduction else genotype.normal
-        for (node, name, source), count in zip(cell_edges(gene), path_counts(gene), strict=True):
-            operation = cell.operation(name, source, node)
-            first = next(cell.parameters())
-            if isinstance(operation, Identity):
-                yield torch.eye(shape.channels, device=first.device), count
-            elif name.endswith("pool_3x3"):
-                yield (
-                    torch.full((shape.channels, 3, 3), 1 / 9, dtype=torch.float64, device=first.device),
-                    count,
-                )
-            yield from ((parameter, count) for parameter in operation.parameters())
-    yield supernet.classifier.weight, 1
-
-
-@_vector_pieces.register(NasBench201SuperNet)
-def _nasbench201_pieces(
-    supernet: NasBench201SuperNet, architecture: NasBench201Architecture
-) -> Iterator[tuple[Tensor, int]]:
-    device = supernet.classifier.weight.device
-    for module in (supernet.stem, supernet.lastact, supernet.classifier):
-        yield from ((parameter, 1) for parameter in module.parameters())
-    for cell in supernet.cells:
-        if not isinstance(cell, SuperCell):
-            yield from ((parameter, 1) for parameter in cell.parameters())
-            continue
-        layers = zip(architecture.operations, cell.layers(architecture), architecture.path_counts, strict=True)
-        for name, layer, count in layers:
-            if name == "avg_pool_3x3":
-                yield torch.full((cell.channels, 3, 3), 1 / 9, dtype=torch.float64, device=device), count
-            yield from ((parameter, count) for parameter in layer.parameters())
 
 
 def _angle(pieces: Iterable[tuple[Tensor, Tensor, int]], normalize: bool) -> float:

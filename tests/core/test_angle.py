@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from genas_plugins import Genotype, SuperNet
+from genas_plugins.darts.genotype import path_counts
 from genas_plugins.scoring import angle, parameter_angle
-from genas_plugins.scoring.angle import path_counts
 from genas_plugins.spaces import DartsSearchSpace
 
 # Every way from an input (0 or 1) to an intermediate node.
