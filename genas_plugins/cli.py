@@ -239,7 +239,7 @@ def _search(options: argparse.Namespace) -> int:
     require("matplotlib", extra="plots", purpose="the search's pictures")
     import nni_strategy  # noqa: F401  (a missing NNI is told before anything of it is needed)
     from genas_plugins.experiment import config
-    from nni_strategy.progress import Bar
+    from genas_plugins.experiment.progress import Bar
     from nni_strategy.run import run_experiment
 
     folder = Path(options.output)
@@ -358,11 +358,11 @@ def _correlate(options: argparse.Namespace) -> int:
     from genas_plugins.correlation import run as correlate
     from genas_plugins.correlation.settings import Images, check_options, check_sums, load_settings
     from genas_plugins.experiment import config, report
+    from genas_plugins.experiment.progress import Bar
     from genas_plugins.experiment.run_folder import load_data
     from genas_plugins.experiment.scorer import Scorer
     from genas_plugins.locking import lock_folder
     from genas_plugins.nasbench201.truth import read_truth
-    from nni_strategy.progress import Bar
     from nni_strategy.run import run_experiment
 
     if (options.run is None) == (options.config is None):

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,77 +19,32 @@ from pytorch_lightning.plugins import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-import genas_plugins
 from genas_plugins.checkpoints import CheckpointError, load_supernet, read_state, save_supernet
-from genas_plugins.darts.genotype import Genotype
-from genas_plugins.datasets import SearchData, check_identity
+from genas_plugins.datasets import SearchData
 from genas_plugins.experiment import config
+from genas_plugins.experiment.outcome import Found, Outcome, SearchFailedError, hand_over
 from genas_plugins.experiment.profiling import SearchProfile
-from genas_plugins.experiment.resuming import RunHistory, begin, check_began, check_weights, difference
+from genas_plugins.experiment.progress import SearchProgress
+from genas_plugins.experiment.resuming import RunHistory, begin, check_folder, check_scored
 from genas_plugins.experiment.run_folder import (
-    ARCHITECTURE_FILE,
-    CONFIG_FILE,
-    GENOTYPE_FILE,
     HISTORY_FILE,
     INITIAL_FILE,
     SUPERNET_FILE,
     load_data,
 )
-from genas_plugins.experiment.scorer import Scorer, search_batches
-from genas_plugins.files import atomic_path, write_text
+from genas_plugins.experiment.scorer import search_batches
+from genas_plugins.files import atomic_path
 from genas_plugins.interrupts import raise_pending
 from genas_plugins.locking import lock_folder
-from genas_plugins.nasbench201 import NasBench201Architecture
-from genas_plugins.plotting import LossCurve, plot_cells, plot_loss_curves, plot_search
-from genas_plugins.scoring import mean_loss
 from genas_plugins.search import InFlight, Record
-from genas_plugins.search.racing import spared_images
 from genas_plugins.spaces import find_space
-from nni_strategy.progress import SearchProgress, TrainingProgress
 from nni_strategy.space import SupernetSpace, space_of
 from nni_strategy.strategy import GeNAS
-from nni_strategy.training import supernet_evaluator
+from nni_strategy.training import TrainingProgress, supernet_evaluator
 
-__all__ = ["Found", "Outcome", "run_experiment"]
+__all__ = ["Found", "Outcome", "SearchFailedError", "run_experiment"]
 
 _TOP = 5
-
-
-@dataclass(frozen=True)
-class Found:
-    """One of the best architectures of a search.
-
-    Attributes:
-        genotype: The architecture.
-        record: Its line of the history.
-        test_top1: Top-1 accuracy on the test images with the supernet's weights, as a fraction; ``None``
-            without test images.
-    """
-
-    genotype: Genotype | NasBench201Architecture
-    record: Record
-    test_top1: float | None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a finished search hands over.
-
-    Attributes:
-        folder: The run folder.
-        best: The best architectures, best first.
-        scored: Number of candidates scored.
-        failed: Number of candidates without a finite score.
-        dropped: Number of candidates that a race did not measure on all images.
-        spared: Fraction of the image evaluations of all candidates that racing saved; ``None`` without racing.
-    """
-
-    folder: Path
-    best: tuple[Found, ...]
-    scored: int
-    failed: int
-    dropped: int = 0
-    spared: float | None = None
 
 
 def run_experiment(
@@ -117,7 +69,7 @@ def run_experiment(
         experiment: What to do.
         folder: Where to; created if missing.
         resume: Continue the run that the folder holds.
-        progress: Makes the progress displays, see :mod:`nni_strategy.progress`; ``None`` for none.
+        progress: Makes the progress displays, see :mod:`genas_plugins.experiment.progress`; ``None`` for none.
         profile: Trace so many of the training steps and of the candidates that this run has to do, after a short
             warm-up, into ``profile/`` and ``profile.txt``; see
             :mod:`genas_plugins.experiment.profiling`. ``None`` for none.
@@ -144,7 +96,7 @@ def run_experiment(
     primary = rank_zero_only.rank == 0
     if not primary:
         return _run(experiment, folder, primary, resume, progress, profile, train_only)
-    _check_folder(folder, experiment, resume)
+    check_folder(folder, experiment, resume)
     with lock_folder(folder):
         return _run(experiment, folder, primary, resume, progress, profile, train_only)
 
@@ -166,7 +118,7 @@ def _run(
     profiler = SearchProfile(folder, profile) if profile is not None and primary else None
     if primary:
         # Once more, now that nobody else can write to it.
-        _check_folder(folder, experiment, resume)
+        check_folder(folder, experiment, resume)
     torch.manual_seed(experiment.seed)
     data = load_data(experiment)
     own = find_space(experiment.space.name)
@@ -176,7 +128,7 @@ def _run(
         space.double()
     history = RunHistory(folder / HISTORY_FILE, (SUPERNET_FILE, INITIAL_FILE), read_only=not primary)
     if primary:
-        _check_scored(folder, data, history)
+        check_scored(folder, data, history)
     shown = progress if primary else None
     evaluator = _evaluator(experiment, data, folder, shown, profiler)
     device = evaluator.trainer.strategy.root_device
@@ -211,16 +163,9 @@ def _run(
         (folder / HISTORY_FILE).touch()
     if train_only or not primary:
         return Outcome(folder, (), 0, 0)
-    strategy.scorer.data = data
-    return _hand_over(folder, experiment, strategy, time.time() - start)
-
-
-def _check_scored(folder: Path, data: SearchData, history: RunHistory) -> None:
-    """Refuse to go on with other images or weights than those of the run, before anything is written."""
-    if data.identity is not None:
-        check_identity(folder, data.identity)
-    if history.records:
-        check_weights(folder, (SUPERNET_FILE, INITIAL_FILE), scored=True)
+    scorer = strategy.scorer
+    scorer.data = data
+    return hand_over(folder, experiment, strategy.evolution, strategy.records, scorer, time.time() - start)
 
 
 class _TrainingOnly(GeNAS):
@@ -229,10 +174,6 @@ class _TrainingOnly(GeNAS):
     def _run(self) -> None:
         # Not GeNAS's, which goes on with the search.
         super(GeNAS, self)._run()
-
-
-class SearchFailedError(RuntimeError):
-    """Every candidate of a search failed."""
 
 
 class _WholeCheckpoints(TorchCheckpointIO):
@@ -273,27 +214,6 @@ class _QuietExperiment(NasExperiment):
     def _stop_without_nni_manager(self) -> None: ...
 
     def save_checkpoint(self) -> None: ...
-
-
-def _check_folder(folder: Path, experiment: config.Experiment, resume: bool) -> None:
-    written = folder / CONFIG_FILE
-    if written.exists():
-        if not resume:
-            raise config.ConfigError(
-                f"{folder} already holds a run: continue it with --resume, or choose another --output."
-            )
-        if told := difference(config.load(written), experiment):
-            raise config.ConfigError(
-                f"{folder} holds a run of another experiment ({told}): resume it without --config and --set, or choose "
-                "another --output."
-            )
-        check_began(folder, experiment)
-        return
-    if resume:
-        raise config.ConfigError(f"{folder} holds no run to resume (no {CONFIG_FILE}); start it without --resume.")
-    # A kill while the first file is written leaves a hidden one.
-    if folder.exists() and (not folder.is_dir() or any(not item.name.startswith(".") for item in folder.iterdir())):
-        raise config.ConfigError(f"{folder} is not an empty folder: choose another --output.")
 
 
 def _initial_weights(space: SupernetSpace, path: Path, primary: bool) -> None:
@@ -396,67 +316,3 @@ def _run_nni(space: SupernetSpace, evaluator: Any, strategy: GeNAS, folder: Path
         raise config.ConfigError(f"training: {error}") from error
     finally:
         experiment.stop()
-
-
-def _hand_over(folder: Path, experiment: config.Experiment, strategy: GeNAS, seconds: float) -> Outcome:
-    scorer, records = strategy.scorer, strategy.records
-    plain = strategy.paths.search_space.to_json
-    by_candidate = {json.dumps(record.candidate): record for record in records}
-    best = []
-    curves: list[LossCurve] = []
-    # Behind the parents, a race may have dropped what would come next.
-    certain = _TOP if strategy.racing is None else min(_TOP, strategy.evolution.parents)
-    ranked = [
-        (f"#{rank}", genotype, by_candidate[json.dumps(plain(genotype))])
-        for rank, (genotype, _) in enumerate(strategy.evolution.best(certain), 1)
-    ]
-    for found, curve in scorer.in_flight.map(lambda item: _looked_at(scorer, *item), ranked):
-        best.append(found)
-        curves += [curve] if curve is not None else []
-    failed, dropped = (sum(record.status == status for record in records) for status in ("failed", "dropped"))
-    spared = None if strategy.racing is None else spared_images(records, len(scorer.data.validation))
-    if not best:
-        raise SearchFailedError(
-            f"None of the {len(records)} candidates has a finite score; the first failed because: {records[0].reason}"
-        )
-    plot_search(records, folder / "search.png", title=f"Search by {experiment.score.metric}")
-    if curves:
-        plot_loss_curves(curves, folder / "loss_curves.png", title="Loss around the weights of the best five")
-    found = best[0]
-    details = {
-        "record": found.record.to_dict(),
-        "test_top1": found.test_top1,
-        "top": [{"code": plain(f.genotype), "score": f.record.score, "test_top1": f.test_top1} for f in best],
-        "provenance": {
-            "genas_plugins": genas_plugins.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": str(scorer.device),
-            "data": experiment.data.name,
-            "metric": experiment.score.metric,
-            "seed": experiment.seed,
-            "candidates": len(records),
-            "failed": failed,
-            **({} if spared is None else {"dropped": dropped, "spared": round(spared, 4)}),
-            "seconds": round(seconds, 1),
-        },
-    }
-    if isinstance(found.genotype, Genotype):
-        plot_cells(found.genotype, folder / "cells.svg", title="Best architecture")
-        plot_cells(found.genotype, folder / "cells.png", title="Best architecture")
-        found.genotype.save(folder / GENOTYPE_FILE, **details)
-    else:
-        content = {"architecture": plain(found.genotype), **details}
-        write_text(folder / ARCHITECTURE_FILE, json.dumps(content, indent=2) + "\n")
-    return Outcome(folder, tuple(best), len(records), failed, dropped, spared)
-
-
-def _looked_at(scorer: Scorer, label: str, genotype: Any, record: Record) -> tuple[Found, LossCurve | None]:
-    """One of the best, on the test images and, where the noise was measured, without any."""
-    accuracy = scorer.test_accuracy(genotype)
-    found = Found(genotype, record, None if accuracy is None else accuracy.top1)
-    if record.losses is None:
-        return found, None
-    with scorer.calibrated(genotype) as model:
-        unperturbed = mean_loss(model, scorer.validation)
-    return found, LossCurve(label, (0.0, *record.sigmas), (unperturbed, *record.losses), record.score)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from genas_plugins._keywords import keywords_of
 from genas_plugins.checks import MOST_IMAGES, check_count, check_device
+from genas_plugins.experiment.parts import BatchParts, check_loss
+from genas_plugins.experiment.preflight import Preflight
 from genas_plugins.experiment.racing import check_race
 from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.scoring import CombinedScore, Recalibration
@@ -22,9 +24,8 @@ from genas_plugins.scoring.data import TensorBatches
 from genas_plugins.scoring.losses import Loss, loss_of_image
 from genas_plugins.search import Evolution, History, InFlight, Record, SharedSearch, run_search
 from genas_plugins.spaces import DartsSearchSpace
-from nni_strategy.batches import BatchParts, EvaluatorBatches, check_loss
+from nni_strategy.batches import EvaluatorBatches
 from nni_strategy.oneshot import UniformPathModule
-from nni_strategy.preflight import Preflight
 from nni_strategy.samples import SupernetPaths
 
 __all__ = ["GeNAS"]

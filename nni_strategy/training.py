@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from nni.nas.evaluator.pytorch import Lightning, LightningModule, Trainer
+from pytorch_lightning import Callback
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader, Dataset
 
-from genas_plugins.checks import check_count, check_flag, check_real, check_seed
+from genas_plugins.checks import check_count, check_real
 from genas_plugins.datasets import ImageTensors, SearchData
 from genas_plugins.scoring.data import TensorBatches
 from genas_plugins.scoring.precision import in_parameter_type
+from genas_plugins.training.batches import TrainBatches
 from genas_plugins.training.path_sgd import PathSGD
 from nni_strategy.space import SupernetSpace
-from nni_strategy.threads import TrainingThreads
 
-__all__ = ["SupernetModule", "TrainBatches", "supernet_evaluator"]
+__all__ = ["SupernetModule", "TrainBatches", "TrainingProgress", "TrainingThreads", "supernet_evaluator"]
 
 _COUNTER = "num_batches_tracked"
-_AHEAD = 16 * 2**20
-_SEEDS = 2**64
+_logger = logging.getLogger(__name__)
+
+_LEAST_SECONDS, _LEAST_STEPS = 10.0, 10
+# A step that computes takes at least as much CPU time as wall-clock time, and with several threads more.
+_MUCH = 1.25
 
 
 class SupernetModule(LightningModule):
@@ -169,181 +173,97 @@ def _counted_together(norms: Sequence[nn.Module]) -> Iterator[None]:
         torch._foreach_add_(counters, 1)
 
 
-class TrainBatches:
-    """Shuffled and augmented training batches, cropped, flipped and normalised on the device.
+class TrainingThreads(Callback):
+    """Trains with so many threads on a CPU, and gives them back; or says when several of them wait for one another.
 
-    Order and augmentation are functions of the seed and the epoch alone, so that a resumed run sees what an
-    uninterrupted one would have seen. In a distributed run every process takes its share.
+    A small network keeps its threads waiting at the end of every operation. Where other work wants the cores as well,
+    each waits for the slower one, and a step takes many times as long as on one thread.
 
     Args:
-        data: Images and labels in memory, or a data set of pairs of a uint8 tensor ``(3, H, W)`` and a label.
-        batch_size: Images a batch and process; the last batch is smaller. A last batch of one image, of which batch
-            normalisation has no statistics where features are of one pixel, joins the batch before it.
-        mean: Of each channel, images scaled to [0, 1].
-        std: The same.
-        flip: Mirror half of the images.
-        crop_padding: Pixels of black around the image before a random crop of its size.
-        seed: Of order and augmentation.
-        num_workers: Processes that decode images, where they are not in memory.
+        threads: ``None`` for PyTorch's own number. Then a line of advice is logged, once, if steps take much more
+            wall-clock than CPU time.
+        advise: Whether to look at the clocks at all: where images come from a disk, they say nothing about threads.
 
     Raises:
-        TypeError: A setting is not of its kind.
-        ValueError: A setting is out of its range.
+        TypeError: ``threads`` is no whole number.
+        ValueError: ``threads`` is below 1.
     """
 
-    def __init__(
-        self,
-        data: ImageTensors | Dataset,
-        batch_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        *,
-        flip: bool = True,
-        crop_padding: int = 4,
-        seed: int = 0,
-        num_workers: int = 0,
-    ) -> None:
-        check_count("batch_size", batch_size)
-        check_flag("flip", flip)
-        check_count("crop_padding", crop_padding, 0)
-        check_count("num_workers", num_workers, 0)
-        check_seed(seed)
-        if len(mean) != 3 or len(std) != 3:
-            raise ValueError(f"mean and std must be three numbers each, one a channel, got {mean} and {std}.")
-        for m, s in zip(mean, std, strict=True):
-            check_real("mean", m)
-            check_real("std", s, above=0)
-        self.data = data
-        self.batch_size = batch_size
-        self.flip = flip
-        self.crop_padding = crop_padding
-        self.seed = seed
-        self.num_workers = num_workers
-        self.epoch = 0
-        self._shared = True
-        scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
-        self._scale, self._shift = (torch.tensor(row, dtype=torch.float32).view(1, 3, 1, 1) for row in (scale, shift))
+    def __init__(self, threads: int | None = None, *, advise: bool = True) -> None:
+        self.threads = None if threads is None else check_count("threads", threads, most=1_024)
+        self._advise = advise
+        self._before: int | None = None
+        self._since: tuple[float, float, int] | None = None
 
-    @property
-    def sampler(self) -> TrainBatches:
-        """Where Lightning looks for ``set_epoch``."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and augmentation of the next iteration."""
-        self.epoch = epoch
-
-    def to(self, device: torch.device) -> TrainBatches:
-        """Put the images on a device, where they are in memory."""
-        if isinstance(self.data, ImageTensors):
-            self.data = copy.copy(self.data)
-            for name in ("images", "labels"):
-                object.__setattr__(self.data, name, getattr(self.data, name).to(device))
-        self._scale, self._shift = self._scale.to(device), self._shift.to(device)
-        return self
-
-    def whole(self) -> TrainBatches:
-        """The batches of the first epoch, all of them in every process: for measurements that must agree."""
-        view = copy.copy(self)
-        view.epoch = 0
-        view._shared = False
-        return view
-
-    @property
-    def sizes(self) -> list[int]:
-        """Images of each batch."""
-        _, world = self._rank_and_world()
-        return self._sizes(len(self.data) // world)
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def _sizes(self, images: int) -> list[int]:
-        sizes = [min(self.batch_size, images - first) for first in range(0, images, self.batch_size)]
-        if len(sizes) > 1 and sizes[-1] == 1 < sizes[-2]:
-            sizes[-2:] = [sizes[-2] + 1]
-        return sizes
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % _SEEDS)
-        rank, world = self._rank_and_world()
-        order = torch.randperm(len(self.data), generator=generator)
-        share = order[rank : len(order) - len(order) % world : world]
-        # Every process draws its own augmentation.
-        generator.manual_seed(((self.seed * 1_000_003 + self.epoch) * 1_009 + rank + 1) % _SEEDS)
-        drawn = self._draw(len(share), generator)
-        first = 0
-        for images, labels, sizes in self._raw(share):
-            corners, mirrored = (None if row is None else row[..., first : first + len(labels)] for row in drawn)
-            first += len(labels)
-            augmented = self._augment(images, corners, mirrored)
-            yield from zip(augmented.split(sizes), labels.split(sizes), strict=True)
-
-    def _rank_and_world(self) -> tuple[int, int]:
-        distributed = torch.distributed
-        if self._shared and distributed.is_available() and distributed.is_initialized():
-            return distributed.get_rank(), distributed.get_world_size()
-        return 0, 1
-
-    def _raw(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
-        """Images as they are, and labels; of several batches, of these sizes, where they are small and in memory."""
-        if isinstance(self.data, ImageTensors):
-            device = self.data.labels.device
-            sizes = self._sizes(len(order))
-            several = _batches_at_once(device, 4 * self.data.images[0].numel() * self.batch_size)
-            groups = [sizes[first : first + several] for first in range(0, len(sizes), several)]
-            for chosen, group in zip(order.to(device).split(list(map(sum, groups))), groups, strict=True):
-                yield self.data.images[chosen], self.data.labels[chosen], group
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        """Set the number of threads, where the training is on a CPU."""
+        if trainer.strategy.root_device.type != "cpu":
             return
-        loader = DataLoader(
-            self.data,
-            batch_sampler=[chosen.tolist() for chosen in order.split(self._sizes(len(order)))],
-            num_workers=self.num_workers,
-            pin_memory=self._scale.is_cuda,
-            # Without one, the loader seeds its workers from the global generator.
-            generator=torch.Generator().manual_seed(self.seed),
+        if self.threads is not None:
+            self._before = torch.get_num_threads()
+            torch.set_num_threads(self.threads)
+        elif self._advise and torch.get_num_threads() > 1:
+            self._since = self._now(0)
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Compare the clocks now and then."""
+        if self._since is None:
+            return
+        wall, cpu, steps = (now - then for now, then in zip(self._now(trainer.global_step), self._since, strict=True))
+        if wall < _LEAST_SECONDS or steps < _LEAST_STEPS:
+            return
+        if wall < _MUCH * cpu:
+            self._since = self._now(trainer.global_step)
+            return
+        # Once is enough.
+        self._since = None
+        _logger.warning(
+            "Training steps take %.1f times as much wall-clock as CPU time: other work keeps the cores busy, and %d "
+            "threads wait for each other. One is faster then: go on with OMP_NUM_THREADS=1 and --resume, or set "
+            "training.threads to 1.",
+            wall / cpu,
+            torch.get_num_threads(),
         )
-        for images, labels in loader:
-            images, labels = (part.to(self._scale.device, non_blocking=True) for part in (images, labels))
-            yield images, labels, [len(labels)]
 
-    def _draw(self, images: int, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
-        """The corners ``(2, N)`` and the mirrored ones ``(N)`` of an epoch, drawn batch by batch, moved all at once.
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        """Give the threads back to what comes after."""
+        self._restore()
 
-        A copy to a GPU makes the host wait until the GPU has done all it was given.
-        """
-        sizes = self._sizes(images)
-        corners, mirrored = [], []
-        for size in sizes:
-            if self.crop_padding:
-                corners.append(torch.randint(2 * self.crop_padding + 1, (2, size), generator=generator))
-            if self.flip:
-                mirrored.append(torch.rand(size, generator=generator) < 0.5)
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        """Give them back also after an error or an interrupt."""
+        self._restore()
 
-        return tuple(torch.cat(drawn, -1).to(self._scale.device) if drawn else None for drawn in (corners, mirrored))
+    def _restore(self) -> None:
+        if self._before is not None:
+            torch.set_num_threads(self._before)
+            self._before = None
 
-    def _augment(self, images: Tensor, corners: Tensor | None, mirrored: Tensor | None) -> Tensor:
-        count, _, height, width = images.shape
-        device = images.device
-        if corners is not None:
-            padded = F.pad(images, (self.crop_padding,) * 4)
-            rows = corners[0][:, None] + torch.arange(height, device=device)
-            columns = corners[1][:, None] + torch.arange(width, device=device)
-            picture = torch.arange(count, device=device)[:, None, None]
-            images = padded.permute(0, 2, 3, 1)[picture, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-        if mirrored is not None:
-            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-        images = images.float().mul_(self._scale).add_(self._shift)
-        return images.contiguous(memory_format=torch.channels_last)
+    @staticmethod
+    def _now(step: int) -> tuple[float, float, int]:
+        return time.perf_counter(), time.process_time(), step
 
 
-def _batches_at_once(device: torch.device, size: int) -> int:
-    """How many batches of ``size`` bytes to augment together.
+class TrainingProgress(Callback):
+    """Shows epochs, the last loss and the time left."""
 
-    For each by itself the operators are a few hundredths of what a GPU's step starts. On a CPU they are work in its
-    caches, which several batches leave.
-    """
-    return 1 if device.type == "cpu" else max(1, _AHEAD // size)
+    def __init__(self, progress: Callable[[str, int, int], Any], epochs: int) -> None:
+        self._progress = progress
+        self._epochs = epochs
+        self._display: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        steps = int(trainer.num_training_batches)
+        self._display = self._progress("training", self._epochs * steps, trainer.current_epoch * steps)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        shown = {}
+        # Reading a loss waits for the device; once in a while is enough for the eye.
+        if trainer.global_step % 10 == 0 and "train_loss" in (metrics := trainer.callback_metrics):
+            shown = {"loss": f"{float(metrics['train_loss']):.3f}", "epoch": trainer.current_epoch + 1}
+        self._display.step(shown)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._display.close()
 
 
 def supernet_evaluator(
@@ -372,7 +292,7 @@ def supernet_evaluator(
         epochs: Training epochs.
         gradient_clip: Largest norm of the gradient; 0 for any.
         threads: PyTorch's threads on a CPU while it trains; ``None`` for PyTorch's own number, and a line of advice
-            where that is too many (:class:`nni_strategy.threads.TrainingThreads`).
+            where that is too many (:class:`TrainingThreads`).
         fit_kwargs: For ``Trainer.fit``, for instance ``ckpt_path``.
         trainer: Further arguments of Lightning's ``Trainer``: ``accelerator``, ``devices``, ``precision``,
             ``callbacks``, ``logger`` and so on. For several devices, the ``strategy`` is one of the

@@ -15,7 +15,7 @@ from torch import Tensor
 from genas_plugins._messages import escaped
 from genas_plugins._reading import ReadingError, read_json
 from genas_plugins.checkpoints import load_supernet
-from genas_plugins.datasets import check_identity, write_identity
+from genas_plugins.datasets import SearchData, check_identity, write_identity
 from genas_plugins.experiment import config
 from genas_plugins.files import write_text
 from genas_plugins.search import History, Record
@@ -26,6 +26,8 @@ __all__ = [
     "RunHistory",
     "begin",
     "check_began",
+    "check_folder",
+    "check_scored",
     "check_weights",
     "difference",
     "state_digest",
@@ -100,6 +102,33 @@ def begin(folder: Path, experiment: config.Experiment, identity: Mapping[str, An
         write_identity(folder, identity)
 
 
+def check_folder(folder: Path, experiment: config.Experiment, resume: bool) -> None:
+    """Raise if a run cannot be begun, or gone on with, in a folder.
+
+    Raises:
+        ConfigError: The folder holds a run and ``resume`` is not set, holds another experiment or other files, or
+            nothing to resume.
+    """
+    written = folder / "config.yaml"
+    if written.exists():
+        if not resume:
+            raise config.ConfigError(
+                f"{folder} already holds a run: continue it with --resume, or choose another --output."
+            )
+        if told := difference(config.load(written), experiment):
+            raise config.ConfigError(
+                f"{folder} holds a run of another experiment ({told}): resume it without --config and --set, or choose "
+                "another --output."
+            )
+        check_began(folder, experiment)
+        return
+    if resume:
+        raise config.ConfigError(f"{folder} holds no run to resume (no config.yaml); start it without --resume.")
+    # A kill while the first file is written leaves a hidden one.
+    if folder.exists() and (not folder.is_dir() or any(not item.name.startswith(".") for item in folder.iterdir())):
+        raise config.ConfigError(f"{folder} is not an empty folder: choose another --output.")
+
+
 class RunHistory(History):
     """The history of a run, whose candidates are all scored with the same weights.
 
@@ -111,7 +140,7 @@ class RunHistory(History):
 
     def __init__(self, path: Path, weights: Sequence[str], *, read_only: bool = False) -> None:
         super().__init__(path, read_only=read_only)
-        self._weights = weights
+        self.weights = weights
         self._checked = read_only
 
     def append(self, record: Record) -> None:
@@ -122,12 +151,25 @@ class RunHistory(History):
         """
         if not self._checked:
             folder = self.path.parent
-            found = check_weights(folder, self._weights, scored=bool(self.records))
+            found = check_weights(folder, self.weights, scored=bool(self.records))
             stored = _read(folder)
             if stored.get("weights") != found:
                 _write(folder, {**stored, "weights": found})
             self._checked = True
         super().append(record)
+
+
+def check_scored(folder: Path, data: SearchData, history: RunHistory) -> None:
+    """Raise if images or weights are not those of the run, before anything is written.
+
+    Raises:
+        DataChangedError: The images are others.
+        ConfigError: The weights are others.
+    """
+    if data.identity is not None:
+        check_identity(folder, data.identity)
+    if history.records:
+        check_weights(folder, history.weights, scored=True)
 
 
 def check_weights(folder: Path, names: Sequence[str], *, scored: bool) -> dict[str, str]:

@@ -21,9 +21,10 @@ from nni.nas.space import RawFormatModelSpace
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from genas_plugins.experiment.parts import check_loss, find_parts
 from genas_plugins.scoring import recalibrate_batchnorm
 from nni_strategy import DartsSpace, GeNAS
-from nni_strategy.batches import EvaluatorBatches, check_loss, find_parts
+from nni_strategy.batches import EvaluatorBatches
 
 SETTINGS: dict[str, Any] = {"population": 3, "generations": 1, "parents": 2, "mutants": 1, "crossovers": 1}
 SETTINGS["recalibration_images"] = 24

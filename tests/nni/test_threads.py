@@ -27,8 +27,7 @@ from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.spaces import NasBench201SearchSpace
 from nni_strategy import DartsSpace, GeNAS, config
 from nni_strategy.run import run_experiment
-from nni_strategy.threads import TrainingThreads
-from nni_strategy.training import supernet_evaluator
+from nni_strategy.training import TrainingThreads, supernet_evaluator
 
 ROOT = Path(__file__).parents[2]
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -236,10 +235,10 @@ def test_one_line_of_advice_where_steps_wait(
     step = 0
     clocks = {"perf_counter": wall, "process_time": cpu}
     for name, seconds in clocks.items():
-        monkeypatch.setattr(f"nni_strategy.threads.time.{name}", lambda seconds=seconds: step * seconds)
+        monkeypatch.setattr(f"nni_strategy.training.time.{name}", lambda seconds=seconds: step * seconds)
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)), global_step=0)
     callback = TrainingThreads(threads)
-    with caplog.at_level(logging.WARNING, "nni_strategy.threads"):
+    with caplog.at_level(logging.WARNING, "nni_strategy.training"):
         callback.on_train_start(trainer, None)
         for step in range(1, 100):
             trainer.global_step = step

@@ -31,10 +31,9 @@ from genas_plugins.datasets import ImageTensors, SearchData
 from genas_plugins.spaces import DartsSearchSpace
 from genas_plugins.training.path_sgd import PathSGD
 from nni_strategy import training
-from nni_strategy.progress import TrainingProgress
 from nni_strategy.space import DartsSpace, NasBench201Space
 from nni_strategy.strategy import GeNAS
-from nni_strategy.training import SupernetModule, TrainBatches, supernet_evaluator
+from nni_strategy.training import SupernetModule, TrainBatches, TrainingProgress, supernet_evaluator
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 QUIET: dict[str, Any] = {

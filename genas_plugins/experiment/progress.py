@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
-from tqdm import tqdm
-
 from genas_plugins.search import Record
 
-__all__ = ["Bar", "SearchProgress", "TrainingProgress"]
+__all__ = ["Bar", "SearchProgress"]
 
 
 class Bar:
@@ -24,6 +20,8 @@ class Bar:
     """
 
     def __init__(self, name: str, total: int, done: int) -> None:
+        from tqdm import tqdm
+
         self._bar = tqdm(total=total, initial=done, desc=name, dynamic_ncols=True, mininterval=0.5)
 
     def step(self, shown: Mapping[str, Any]) -> None:
@@ -35,29 +33,6 @@ class Bar:
     def close(self) -> None:
         """Leave the bar as it is."""
         self._bar.close()
-
-
-class TrainingProgress(Callback):
-    """Shows epochs, the last loss and the time left."""
-
-    def __init__(self, progress: Callable[[str, int, int], Any], epochs: int) -> None:
-        self._progress = progress
-        self._epochs = epochs
-        self._display: Any = None
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        steps = int(trainer.num_training_batches)
-        self._display = self._progress("training", self._epochs * steps, trainer.current_epoch * steps)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        shown = {}
-        # Reading a loss waits for the device; once in a while is enough for the eye.
-        if trainer.global_step % 10 == 0 and "train_loss" in (metrics := trainer.callback_metrics):
-            shown = {"loss": f"{float(metrics['train_loss']):.3f}", "epoch": trainer.current_epoch + 1}
-        self._display.step(shown)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._display.close()
 
 
 class SearchProgress:

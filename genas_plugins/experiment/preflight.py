@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ from genas_plugins.scoring import CombinedScore, MeasurementError, recalibrate_b
 from genas_plugins.scoring.batchnorm import evaluation_mode
 from genas_plugins.scoring.data import TensorBatches
 from genas_plugins.scoring.losses import IGNORED_LABELS, Loss, check_classes, labelled, read_images
-from nni_strategy.batches import EvaluatorBatches, smallest_batch
-from nni_strategy.samples import SupernetPaths
+from genas_plugins.scoring.paths import Paths
+from genas_plugins.training.batches import smallest_batch
 
 __all__ = ["Preflight"]
 
@@ -31,6 +32,19 @@ class _Seen:
     images: Tensor
     labels: Tensor
     all_labels: list[Tensor] | None
+
+
+class Source(Protocol):
+    """Batches of an evaluator."""
+
+    def loader(self, training: bool) -> Any:
+        """The training or the validation loader, as it is."""
+
+    def repeatable(self, training: bool) -> bool:
+        """Whether it can be iterated once more."""
+
+    def collect(self, training: bool, images: int | None, keep: Callable[[Tensor, Tensor], Any]) -> list[Any]:
+        """What ``keep`` gives of the first so many images and labels, batch by batch."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,9 +64,9 @@ class Preflight:
         seed: Of the search.
     """
 
-    paths: SupernetPaths
+    paths: Paths
     score: CombinedScore
-    source: EvaluatorBatches
+    source: Source
     recalibration: Batches | None
     validation: Batches | None
     recalibration_images: int
