@@ -57,9 +57,10 @@ from genas_plugins.darts.genotype import Genotype, cell_edges
 from genas_plugins.darts.operations import FactorizedReduce
 from genas_plugins.darts.supernet import SuperNet
 from genas_plugins.datasets import ImageTensors, SearchData
+from genas_plugins.experiment.progress import Bar
 from genas_plugins.spaces import DartsSearchSpace
 from nni_strategy import DartsSpace, GeNAS, supernet_evaluator
-from nni_strategy.progress import Bar, TrainingProgress
+from nni_strategy.progress import TrainingProgress
 from nni_strategy.training import TrainBatches
 
 __all__ = ["main"]

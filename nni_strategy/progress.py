@@ -1,40 +1,16 @@
-"""What a run shows of its progress, and the bars for the command line."""
+"""What a run shows of its progress."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
-from tqdm import tqdm
 
 from genas_plugins.search import Record
 
-__all__ = ["Bar", "SearchProgress", "TrainingProgress"]
-
-
-class Bar:
-    """A bar with what is known so far and the time left.
-
-    Args:
-        name: What progresses.
-        total: Steps in all.
-        done: Steps that were done before.
-    """
-
-    def __init__(self, name: str, total: int, done: int) -> None:
-        self._bar = tqdm(total=total, initial=done, desc=name, dynamic_ncols=True, mininterval=0.5)
-
-    def step(self, shown: Mapping[str, Any]) -> None:
-        """One step further; ``shown`` replaces the figures at the end unless it is empty."""
-        if shown:
-            self._bar.set_postfix(shown, refresh=False)
-        self._bar.update()
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self._bar.close()
+__all__ = ["SearchProgress", "TrainingProgress"]
 
 
 class TrainingProgress(Callback):
