@@ -1,4 +1,7 @@
-"""Packaging of genas-plugins: the core, one package per host framework, and the configurations."""
+"""Packaging of genas-plugins: the core, one package per host framework, and the configurations.
+
+Entry points are in ``setup.cfg``.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +107,6 @@ setup(
     package_data={"": ["py.typed", "*.json", "*.csv"], "genas_plugins.configs": ["**/*"]},
     exclude_package_data={"": ["**/__pycache__/*", "*.py[cod]"]},
     include_package_data=False,
-    entry_points={"console_scripts": ["genas = genas_plugins.cli:main"]},
     install_requires=["torch>=2.5", "numpy", "scipy>=1.12", "safetensors"],
     extras_require=EXTRAS,
     zip_safe=False,

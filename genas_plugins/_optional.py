@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["require"]
+__all__ = ["MissingPackageError", "require"]
+
+
+class MissingPackageError(ImportError):
+    """An optional package is not installed; the message is a sentence with the command that installs it."""
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
@@ -20,9 +24,8 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
         The imported module.
 
     Raises:
-        ImportError: The top-level package of ``module`` is not installed. The message is one sentence with
-            the command that installs it. An import error *inside* an installed package is raised unchanged:
-            it has another cure.
+        MissingPackageError: The top-level package of ``module`` is not installed.
+        ImportError: Something inside an installed package cannot be imported, which has another cure: unchanged.
     """
     package = module.partition(".")[0]
     try:
@@ -30,7 +33,7 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != package:
             raise
-        raise ImportError(
+        raise MissingPackageError(
             f"{package} is needed for {purpose} but is not installed: pip install 'genas-plugins[{extra}]'.",
             name=package,
         ) from error

@@ -28,7 +28,7 @@ from genas_plugins.darts.zoo import ZOO
 from genas_plugins.files import atomic_path
 from genas_plugins.nasbench201 import NasBench201SuperNet
 from genas_plugins.scoring.paths import PREFIX
-from genas_plugins.spaces import registered_spaces
+from genas_plugins.spaces import find_space, registered_spaces
 from genas_plugins.states import (
     CheckpointError,
     damaged,
@@ -158,7 +158,7 @@ def load_supernet(path: str | Path) -> Any:
     if read_metadata(path).get("format") == _NETWORK:
         raise CheckpointError(f"{path} holds a fixed network, no supernet: use load_official_network.")
     tensors = read_state(path)
-    for kind in (point.load()().supernet_type for point in registered_spaces().values()):
+    for kind in (find_space(name).supernet_type for name in registered_spaces()):
         if kind not in (SuperNet, NasBench201SuperNet):
             state = {name.rpartition(PREFIX)[2]: value for name, value in unwrapped(tensors).items()}
             if (arguments := kind.arguments_of(state)) is not None:

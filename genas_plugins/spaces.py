@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from torch import nn
 
+from genas_plugins import _plugins
 from genas_plugins._messages import shown
 from genas_plugins.darts.space import DartsSearchSpace
 from genas_plugins.nasbench201.architecture import NasBench201Architecture
@@ -32,11 +33,6 @@ __all__ = [
 
 GROUP = "genas_plugins.spaces"
 """Group of the entry points."""
-
-_OWN = (
-    EntryPoint("darts", "genas_plugins.darts.space:DartsSearchSpace", GROUP),
-    EntryPoint("nasbench201", "genas_plugins.nasbench201.space:NasBench201SearchSpace", GROUP),
-)
 
 Candidate = TypeVar("Candidate")
 
@@ -88,8 +84,7 @@ class Space(Protocol[Candidate]):
 
 def registered_spaces() -> dict[str, EntryPoint]:
     """The entry points of all spaces by name; a registered one cannot take the name of one of this package."""
-    others = {point.name: point for point in entry_points(group=GROUP)}
-    return {**others, **{point.name: point for point in _OWN}}
+    return _plugins.registered(GROUP)
 
 
 def find_space(name: str) -> Any:
@@ -107,4 +102,4 @@ def find_space(name: str) -> Any:
         close = difflib.get_close_matches(str(name)[:100], known, 1)
         meant = f" (did you mean {close[0]}?)" if close else ""
         raise ValueError(f"There is no space {shown(name)}{meant}; there are: {', '.join(known)}.")
-    return known[name].load()()
+    return _plugins.load(known[name])()

@@ -7,7 +7,7 @@ from genas_plugins._optional import require
 with warnings.catch_warnings():
     # NNI wraps all that torch.nn exports, and warns of what is younger than NNI.
     warnings.filterwarnings("ignore", message=".*found to be not a nn.Module", category=RuntimeWarning)
-    for _package in ("nni", "pytorch_lightning", "nni.nas.nn.pytorch"):
+    for _package in ("tqdm", "nni", "pytorch_lightning", "nni.nas.nn.pytorch"):
         require(_package, extra="nni", purpose="nni_strategy")
 
 from nni_strategy.evaluators import CombinedEvaluator, FlatnessEvaluator

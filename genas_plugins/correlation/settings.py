@@ -31,12 +31,12 @@ class Images:
     train: int
     recalibration: int
     validation: int
-    recalibration_batch_size: int
+    recalibration_batch_size: int | None
 
     @classmethod
-    def of(cls, data: SearchData, recalibrates: bool, recalibration_batch_size: int) -> Images:
-        """Those of the data of a search, and what its score makes of them."""
-        recalibration = len(data.recalibration) if recalibrates else 0
+    def of(cls, data: SearchData, recalibration_batch_size: int | None) -> Images:
+        """Those of the data of a search; with ``None``, it does not recalibrate."""
+        recalibration = 0 if recalibration_batch_size is None else len(data.recalibration)
         return cls(len(data.train), recalibration, len(data.validation), recalibration_batch_size)
 
 
@@ -159,8 +159,9 @@ def check_options(
         if wanted is not None and (available.recalibration == 0 or wanted > available.train):
             had = f"has {available.train} to train on" if available.recalibration else "does not recalibrate"
             raise ValueError(f"The setting {setting.name!r} recalibrates on {wanted} images; the run {had}.")
-    if training_free and available.recalibration <= available.recalibration_batch_size:
+    if training_free and available.recalibration <= (available.recalibration_batch_size or 0):
+        size = available.recalibration_batch_size
         raise ValueError(
-            f"--training-free needs two batches of {available.recalibration_batch_size} training images, "
+            f"--training-free needs two batches of {'' if size is None else f'{size} '}training images, "
             f"score.recalibration_images is {available.recalibration}."
         )

@@ -13,9 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union
 
-import yaml
-
 from genas_plugins._messages import listed, one_line, shown
+from genas_plugins._optional import require
 from genas_plugins._reading import ReadingError, parse_yaml, read_yaml, user_path
 from genas_plugins.checks import MOST_IMAGES, check_count, check_real, check_seed
 from genas_plugins.darts.network import MAX_CELLS, MAX_CHANNELS, cell_shapes
@@ -274,6 +273,7 @@ def parse(data: Mapping[str, Any]) -> Experiment:
 
 def dump(experiment: Experiment) -> str:
     """The experiment as YAML, every setting spelled out."""
+    yaml = require("yaml", extra="nni", purpose="writing YAML")
     return yaml.safe_dump(plain(experiment), sort_keys=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from genas_plugins._optional import require
 from genas_plugins.search import Record
 
 __all__ = ["Bar", "SearchProgress"]
@@ -17,11 +18,13 @@ class Bar:
         name: What progresses.
         total: Steps in all.
         done: Steps that were done before.
+
+    Raises:
+        MissingPackageError: tqdm is not installed.
     """
 
     def __init__(self, name: str, total: int, done: int) -> None:
-        from tqdm import tqdm
-
+        tqdm = require("tqdm", extra="nni", purpose="progress bars").tqdm
         self._bar = tqdm(total=total, initial=done, desc=name, dynamic_ncols=True, mininterval=0.5)
 
     def step(self, shown: Mapping[str, Any]) -> None:

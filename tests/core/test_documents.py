@@ -34,7 +34,7 @@ _PROGRAMS = ("genas", "python", "python3.11", "torchrun", "pip", "pytest", "bash
 _WORDS = {"until", "while", "if", "do", "then", "!", "time"}
 _SILENT = {"done", "fi", "[", ":", "."}
 HOSTS = {
-    "genas": ("nni", "pytorch_lightning"),
+    "genas search": ("nni", "pytorch_lightning"),
     "nni_strategy": ("nni", "pytorch_lightning"),
     "timm_models": ("timm",),
     "mmseg_backbones": ("mmseg", "timm"),
@@ -170,7 +170,8 @@ def parser(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def parse(program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
     """What the parser of ``python -m MODULE``, ``python FILE.py`` or ``genas`` makes of arguments."""
-    needs(program.split(".")[0] if not program.endswith(".py") else program)
+    needs(" ".join([program, *arguments[:1]]) if program == "genas" else program)
+    needs(program.split(".")[0])
     monkeypatch.setattr(sys, "argv", [program, *arguments])
     monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(Parsed) as taken:
@@ -282,8 +283,7 @@ def named(command: list[str]) -> tuple[str, str] | None:
 
 
 def subcommands() -> Iterable[str]:
-    actions = importlib.import_module("genas_plugins.cli")._parser()._actions
-    return next(action.choices for action in actions if isinstance(action, argparse._SubParsersAction))
+    return importlib.import_module("genas_plugins.cli").subcommands()
 
 
 def modules() -> Iterable[str]:
@@ -308,7 +308,6 @@ def test_a_command_meets_its_parser(
     "where", [pytest.param(span, id=str(span)) for span in spans() if re.match(r"--set \S+=", span.text)]
 )
 def test_a_setting_of_the_running_text_is_one(where: Block) -> None:
-    needs("genas")
     from genas_plugins.experiment import config
 
     override = where.text.removeprefix("--set ")
@@ -324,7 +323,6 @@ def test_a_setting_of_the_running_text_is_one(where: Block) -> None:
 
 @pytest.mark.parametrize("where", [pytest.param(block, id=str(block)) for block in blocks("yaml")])
 def test_a_yaml_block_is_what_is_read(where: Block, tmp_path: Path) -> None:
-    needs("genas")
     from genas_plugins.correlation.settings import load_settings
     from genas_plugins.experiment import config
 

@@ -19,11 +19,9 @@ OPTIONAL = (
     *("peewee", "nats_bench"),
 )
 MODULES = (
-    "genas_plugins",
-    *(
-        f"genas_plugins.{name}"
-        for name in ("scoring", "search", "spaces", "counting", "truth", "ranking", "correlation")
-    ),
+    *("genas_plugins", "genas_plugins.scoring", "genas_plugins.search", "genas_plugins.spaces"),
+    *("genas_plugins.counting", "genas_plugins.nasbench201.truth", "genas_plugins.ranking"),
+    *("genas_plugins.correlation", "genas_plugins.cli.score", "genas_plugins.cli.correlate"),
 )
 
 

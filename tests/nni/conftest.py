@@ -21,8 +21,8 @@ import yaml
 # other process, but starts in milliseconds.
 _SERVER = """
 import atexit, gc, json, os, signal, sys, traceback
-import genas_plugins.cli, matplotlib.backends.backend_agg, matplotlib.backends.backend_svg, nni_strategy.run
-import sklearn.datasets
+import genas_plugins.cli.correlate, genas_plugins.cli.score, nni_strategy.command
+import matplotlib.backends.backend_agg, matplotlib.backends.backend_svg, sklearn.datasets
 gc.collect()
 gc.freeze()
 print("ready", flush=True)

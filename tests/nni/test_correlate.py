@@ -17,7 +17,6 @@ import yaml
 from scipy.stats import kendalltau, rankdata
 
 from genas_plugins.checkpoints import load_supernet
-from genas_plugins.cli import _report
 from genas_plugins.correlation import Setting
 from genas_plugins.correlation.report import TRAINING_FREE, remarks, table_of, write_report
 from genas_plugins.correlation.run import _training_free, choose, measure_all
@@ -28,6 +27,7 @@ from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.nasbench201 import NasBench201Network
 from genas_plugins.scoring import CombinedScore
 from genas_plugins.spaces import NasBench201Architecture, NasBench201SearchSpace
+from nni_strategy.command import _report
 from nni_strategy.run import Found, Outcome, run_experiment
 
 SETTINGS = [
