@@ -26,6 +26,7 @@ from genas_plugins.experiment import config
 from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.nasbench201 import NasBench201Network
 from genas_plugins.scoring import CombinedScore
+from genas_plugins.search import Record
 from genas_plugins.spaces import NasBench201Architecture, NasBench201SearchSpace
 from nni_strategy.command import _report
 from nni_strategy.run import Found, Outcome, run_experiment
@@ -376,7 +377,8 @@ def test_what_a_score_adds_to_loss_and_to_accuracy(tmp_path: Path, truth: dict[s
 
 @pytest.mark.parametrize(("share", "told"), [(0.004, True), (0.02, False)])
 def test_a_search_tells_it_too(share: float, told: bool, tmp_path: Path) -> None:
-    records = [{"score": 1.0, "shares": {"slope": part}, "losses": [1.0, 1.1]} for part in (0.001, share)]
+    named = {"index": 0, "generation": 0, "origin": "random", "status": "ok", "score": 1.0}
+    records = [Record(**named, shares={"slope": part}, losses=[1.0, 1.1]) for part in (0.001, share)]
     best = tuple(Found(NasBench201Architecture.from_index(7), record, None) for record in records)
     lines = list(_report(Outcome(tmp_path, best, 2, 0)))
     assert any("decides less than 1% of these scores" in line for line in lines) is told
