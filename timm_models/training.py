@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +37,7 @@ from timm_models.data import (
     load_datasets,
     training_loader,
 )
+from timm_models.processes import Processes, processes
 from timm_models.progress import Progress, checked_mean
 from timm_models.runs import RunFolder
 from timm_models.schedule import LinearTailLRScheduler
@@ -49,45 +48,6 @@ from timm_models.weights import read_weights
 __all__ = ["Trainer", "TrainingInterrupted", "processes", "train"]
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process among those of the training.
-
-    Attributes:
-        device: Where it computes.
-        rank: Its number, from 0.
-        count: How many there are.
-        distributed: More than one.
-    """
-
-    device: torch.device
-    rank: int
-    count: int
-    distributed: bool
-
-    @property
-    def primary(self) -> bool:
-        """This one writes and speaks."""
-        return self.rank == 0
-
-
-@contextmanager
-def processes(device: str) -> Iterator[Processes]:
-    """Join the process group that ``torchrun`` announces, or form one alone; leave it at the end."""
-    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise SettingsError(f"device is {wanted}, but torch sees no CUDA device: use --device cpu.")
-    options = Namespace(device=wanted)
-    found = utils.init_distributed_device(options)
-    if not options.distributed:
-        # A group of one, so that images come in the same order as with any number of processes.
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield Processes(found, options.rank, options.world_size, options.distributed)
-    finally:
-        dist.destroy_process_group()
 
 
 class TrainingInterrupted(KeyboardInterrupt):

@@ -171,8 +171,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _validate(options: argparse.Namespace) -> dict[str, Any]:
-    """What the command prints; accuracies, errors and AUPR are percentages, as in timm's result files."""
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options before anything is loaded."""
     results = Path(options.results or "results.csv")
     if bool(options.checkpoint) == options.pretrained:
         raise ValueError("Give --checkpoint FILE or --pretrained, one of them: random weights are not scored.")
@@ -185,6 +185,11 @@ def _validate(options: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name.replace('_', '-')} must be from {least} to {most}, got {value}.")
     if results.suffix.lower() not in (".csv", ".json") or not results.parent.is_dir():
         raise ValueError(f"--results must be a .csv or .json file in an existing folder, got {results}.")
+
+
+def _validate(options: argparse.Namespace) -> dict[str, Any]:
+    """What the command prints; accuracies, errors and AUPR are percentages, as in timm's result files."""
+    _check(options)
     sets = shifted.open_images(options.kind, options.folder, options.in_distribution, options.num_classes)
     if isinstance(sets, tuple):
         check_headers([path for images in sets for path, _ in images.samples])
@@ -227,12 +232,16 @@ def _validate(options: argparse.Namespace) -> dict[str, Any]:
     if isinstance(sets, tuple):
         print(*(images.report for images in sets), sep="\n", file=sys.stderr)
     if options.results is not None:
-        with atomic_path(results) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-            if results.suffix.lower() == ".json":
-                json.dump(record, file, indent=2)
-            else:
-                csv.writer(file).writerows([record.keys(), record.values()])
+        _write(record, Path(options.results))
     return record
+
+
+def _write(record: Mapping[str, Any], path: Path) -> None:
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix.lower() == ".json":
+            json.dump(record, file, indent=2)
+        else:
+            csv.writer(file).writerows([record.keys(), record.values()])
 
 
 def _measure(sets: Sequence[shifted.ImageSet], score: Callable[[shifted.ImageSet], Evaluation]) -> dict[str, Any]:

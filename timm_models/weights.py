@@ -13,7 +13,7 @@ from torch import Tensor
 from genas_plugins.checkpoints import CheckpointError, describe_mismatch, network_state, read_state, unwrapped
 
 if TYPE_CHECKING:
-    from timm_models.genas import GenasNet
+    from timm_models.network import GenasNet
 
 __all__ = ["check_pretrained", "fit_state", "read_weights"]
 

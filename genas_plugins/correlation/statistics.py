@@ -12,13 +12,15 @@ all pairs, O(n^2) but for all resamples in one product of matrices.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats
+
+from genas_plugins.correlation.bootstrap import Array, Estimate, bootstrap, drawn, fewest_resamples
 
 __all__ = [
     "Estimate",
@@ -36,31 +38,7 @@ __all__ = [
 FEW = 2000
 """Architectures up to which resamples share the signs of their pairs; beyond, these would take too much memory."""
 
-_Array = NDArray[np.float64]
 _FEWEST = 3
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A statistic and its confidence interval.
-
-    Attributes:
-        value: On the architectures given; NaN where it is not defined.
-        low: Lower end of the interval.
-        high: Upper end.
-    """
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def sign(self) -> int:
-        """1 or -1 where the whole interval is above or below zero, else 0."""
-        return int(self.low > 0) - int(self.high < 0)
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclass(frozen=True)
@@ -131,10 +109,10 @@ def rank_correlation(
     _check_percent(accuracies)
     k = _top_size(top, len(values))
     tau, rho, half = (
-        _bootstrap(statistic, len(values), seed, resamples, confidence)
+        bootstrap(statistic, len(values), seed, resamples, confidence)
         for statistic in (
             lambda counts: _taus(values, accuracies, counts),
-            lambda counts: np.array([_rho(values[drawn], accuracies[drawn]) for drawn in map(_drawn, counts)]),
+            lambda counts: np.array([_rho(values[chosen], accuracies[chosen]) for chosen in map(drawn, counts)]),
             lambda counts: _taus_better_half(values, accuracies, counts),
         )
     )
@@ -219,7 +197,7 @@ def kendall(x: ArrayLike, y: ArrayLike, *, seed: int, resamples: int = 1000, con
         TypeError: As :func:`rank_correlation`.
     """
     a, b = _columns(x=x, y=y).values()
-    return _bootstrap(lambda counts: _taus(a, b, counts), len(a), seed, resamples, confidence)
+    return bootstrap(lambda counts: _taus(a, b, counts), len(a), seed, resamples, confidence)
 
 
 def compare(
@@ -249,7 +227,7 @@ def compare(
         TypeError: As :func:`rank_correlation`.
     """
     a, b, y = _columns(first=first, second=second, truth=truth).values()
-    return _bootstrap(lambda counts: _taus(a, y, counts) - _taus(b, y, counts), len(y), seed, resamples, confidence)
+    return bootstrap(lambda counts: _taus(a, y, counts) - _taus(b, y, counts), len(y), seed, resamples, confidence)
 
 
 def partial_kendall(
@@ -289,16 +267,16 @@ def partial_kendall(
     """
     a, b, c = _columns(x=x, y=y, given=given).values()
 
-    def partial(counts: _Array) -> _Array:
+    def partial(counts: Array) -> Array:
         taus = [_taus(*pair, counts) for pair in ((a, b), (a, c), (b, c))]
         if normal:
             return 2 / math.pi * np.arcsin(_partial(*(np.sin(math.pi / 2 * tau) for tau in taus)))
         return _partial(*taus)
 
-    return _bootstrap(partial, len(a), seed, resamples, confidence)
+    return bootstrap(partial, len(a), seed, resamples, confidence)
 
 
-def correlation_matrix(columns: Mapping[str, ArrayLike]) -> _Array:
+def correlation_matrix(columns: Mapping[str, ArrayLike]) -> Array:
     """Compute tau-b between all pairs of columns.
 
     Args:
@@ -319,8 +297,8 @@ def correlation_matrix(columns: Mapping[str, ArrayLike]) -> _Array:
     return matrix
 
 
-def _columns(**given: ArrayLike) -> dict[str, _Array]:
-    columns: dict[str, _Array] = {}
+def _columns(**given: ArrayLike) -> dict[str, Array]:
+    columns: dict[str, Array] = {}
     for name, values in given.items():
         try:
             column = np.asarray(values, dtype=np.float64)
@@ -343,7 +321,7 @@ def _columns(**given: ArrayLike) -> dict[str, _Array]:
     return columns
 
 
-def _check_percent(accuracies: _Array) -> None:
+def _check_percent(accuracies: Array) -> None:
     if accuracies.min() < 0 or accuracies.max() > 100:
         worst = accuracies.min() if accuracies.min() < 0 else accuracies.max()
         raise ValueError(f"truth must be accuracies in percent, from 0 to 100, got {worst}.")
@@ -360,49 +338,7 @@ def _top_size(top: float, count: int) -> int:
     )
 
 
-def fewest_resamples(confidence: float = 0.95) -> int:
-    """With fewer than one resample beyond either end, an interval would be the extremes of what was drawn.
-
-    Raises:
-        ValueError: ``confidence`` is not between 0 and 1.
-    """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}.")
-    return math.ceil(round(2 / (1 - confidence), 6))
-
-
-def _bootstrap(
-    statistic: Callable[[_Array], _Array], count: int, seed: int, resamples: int, confidence: float
-) -> Estimate:
-    """Estimate what ``statistic`` computes; resamples where it is not defined (NaN) are left out.
-
-    Args:
-        statistic: Of rows that say how often each architecture is drawn, one value a row.
-        count: Architectures.
-        seed: Of the draws.
-        resamples: How often ``count`` are drawn.
-        confidence: Of the interval.
-    """
-    fewest = fewest_resamples(confidence)
-    if resamples < fewest:
-        raise ValueError(f"An interval of confidence {confidence} needs {fewest} resamples or more, got {resamples}.")
-    rng = np.random.default_rng(seed)
-    draws = (rng.integers(count, size=count) for _ in range(resamples))
-    # The first row is the architectures as given.
-    counts = np.stack([np.ones(count), *(np.bincount(drawn, minlength=count) for drawn in draws)])
-    value, *drawn_values = statistic(counts)
-    defined = np.array(drawn_values)[~np.isnan(drawn_values)]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(defined, [tail, 1 - tail]) if len(defined) else (math.nan, math.nan)
-    return Estimate(float(value), float(low), float(high))
-
-
-def _drawn(counts: _Array) -> NDArray[np.intp]:
-    """The architectures that are drawn, each as often as a row of counts says."""
-    return np.repeat(np.arange(len(counts)), counts.astype(np.intp))
-
-
-def _taus(x: _Array, y: _Array, counts: _Array) -> _Array:
+def _taus(x: Array, y: Array, counts: Array) -> Array:
     """Tau-b of each resample, NaN where one of both is constant.
 
     Args:
@@ -411,7 +347,7 @@ def _taus(x: _Array, y: _Array, counts: _Array) -> _Array:
         counts: ``(resamples, n)``, how often each is drawn.
     """
     if len(x) > FEW:
-        return np.array([_tau(x[drawn], y[drawn]) for drawn in map(_drawn, counts)])
+        return np.array([_tau(x[chosen], y[chosen]) for chosen in map(drawn, counts)])
     # Over the pairs of a resample, each counted twice: those in the same order less those in opposite order, and those
     # without a tie in x, or in y. All are integers, and exact.
     signs = [np.sign(column[:, None] - column) for column in (x, y)]
@@ -422,26 +358,26 @@ def _taus(x: _Array, y: _Array, counts: _Array) -> _Array:
     return np.round(np.divide(agreeing, scale, out=np.full(len(counts), math.nan), where=scale > 0), 12)
 
 
-def _tau(x: _Array, y: _Array) -> float:
+def _tau(x: Array, y: Array) -> float:
     # The method concerns the p-value only; the exact one would cost O(n^2). Rounding makes a perfect order exactly
     # 1, of which the partial tau takes the square root of the difference; one pair of a million differs by 4e-12.
     return round(float(stats.kendalltau(x, y, method="asymptotic").statistic), 12)
 
 
-def _rho(x: _Array, y: _Array) -> float:
+def _rho(x: Array, y: Array) -> float:
     first, second = (ranks - ranks.mean() for ranks in (stats.rankdata(x), stats.rankdata(y)))
     scale = math.sqrt((first @ first) * (second @ second))
     return float(first @ second) / scale if scale else math.nan
 
 
-def _taus_better_half(scores: _Array, truth: _Array, counts: _Array) -> _Array:
+def _taus_better_half(scores: Array, truth: Array, counts: Array) -> Array:
     """Tau-b of each resample among those whose accuracy is at least the resample's median."""
-    medians = np.array([np.median(truth[drawn]) for drawn in map(_drawn, counts)])
+    medians = np.array([np.median(truth[chosen]) for chosen in map(drawn, counts)])
     better = counts * (truth >= medians[:, None])
     return np.where(better.sum(1) >= _FEWEST, _taus(scores, truth, better), math.nan)
 
 
-def _partial(xy: _Array, xz: _Array, yz: _Array) -> _Array:
+def _partial(xy: Array, xz: Array, yz: Array) -> Array:
     scale = np.sqrt(np.maximum(0.0, (1 - xz**2) * (1 - yz**2)))
     found = np.divide(xy - xz * yz, scale, out=np.full(len(scale), math.nan), where=scale > 0)
     # Rounding may carry it past 1, for which there is no arcsine.

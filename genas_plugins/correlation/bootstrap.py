@@ -1,0 +1,79 @@
+"""Percentile bootstrap intervals (Efron 1979) of statistics over architectures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Array", "Estimate", "bootstrap", "drawn", "fewest_resamples"]
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic and its confidence interval.
+
+    Attributes:
+        value: On the architectures given; NaN where it is not defined.
+        low: Lower end of the interval.
+        high: Upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the whole interval is above or below zero, else 0."""
+        return int(self.low > 0) - int(self.high < 0)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def fewest_resamples(confidence: float = 0.95) -> int:
+    """With fewer than one resample beyond either end, an interval would be the extremes of what was drawn.
+
+    Raises:
+        ValueError: ``confidence`` is not between 0 and 1.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}.")
+    return math.ceil(round(2 / (1 - confidence), 6))
+
+
+def bootstrap(
+    statistic: Callable[[Array], Array], count: int, seed: int, resamples: int, confidence: float
+) -> Estimate:
+    """Estimate what ``statistic`` computes; resamples where it is not defined (NaN) are left out.
+
+    Args:
+        statistic: Of rows that say how often each architecture is drawn, one value a row.
+        count: Architectures.
+        seed: Of the draws.
+        resamples: How often ``count`` are drawn.
+        confidence: Of the interval.
+    """
+    fewest = fewest_resamples(confidence)
+    if resamples < fewest:
+        raise ValueError(f"An interval of confidence {confidence} needs {fewest} resamples or more, got {resamples}.")
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(count, size=count) for _ in range(resamples))
+    # The first row is the architectures as given.
+    counts = np.stack([np.ones(count), *(np.bincount(each, minlength=count) for each in draws)])
+    value, *drawn_values = statistic(counts)
+    defined = np.array(drawn_values)[~np.isnan(drawn_values)]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(defined, [tail, 1 - tail]) if len(defined) else (math.nan, math.nan)
+    return Estimate(float(value), float(low), float(high))
+
+
+def drawn(counts: Array) -> NDArray[np.intp]:
+    """The architectures that are drawn, each as often as a row of counts says."""
+    return np.repeat(np.arange(len(counts)), counts.astype(np.intp))
