@@ -19,9 +19,9 @@ class Estimate:
     """A statistic and its confidence interval.
 
     Attributes:
-        value: On the architectures given; NaN where it is not defined.
+        value: The statistic of the given architectures; NaN where it is not defined.
         low: Lower end of the interval.
-        high: Upper end.
+        high: Upper end of the interval.
     """
 
     value: float
@@ -38,7 +38,7 @@ class Estimate:
 
 
 def fewest_resamples(confidence: float = 0.95) -> int:
-    """With fewer than one resample beyond either end, an interval would be the extremes of what was drawn.
+    """Least number of resamples: with less than one beyond either end, an interval is just the range of the draws.
 
     Raises:
         ValueError: ``confidence`` is not between 0 and 1.
@@ -54,11 +54,11 @@ def bootstrap(
     """Estimate what ``statistic`` computes; resamples where it is not defined (NaN) are left out.
 
     Args:
-        statistic: Of rows that say how often each architecture is drawn, one value a row.
-        count: Architectures.
-        seed: Of the draws.
-        resamples: How often ``count`` are drawn.
-        confidence: Of the interval.
+        statistic: Maps counts ``(rows, count)``, how often each architecture is drawn, to one value for each row.
+        count: Number of architectures.
+        seed: Seed of the draws.
+        resamples: Number of resamples.
+        confidence: Confidence level of the interval.
     """
     fewest = fewest_resamples(confidence)
     if resamples < fewest:
@@ -75,5 +75,5 @@ def bootstrap(
 
 
 def drawn(counts: Array) -> NDArray[np.intp]:
-    """The architectures that are drawn, each as often as a row of counts says."""
+    """Indices of the drawn architectures, each as often as a row of counts says."""
     return np.repeat(np.arange(len(counts)), counts.astype(np.intp))

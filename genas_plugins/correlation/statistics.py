@@ -1,9 +1,9 @@
-"""How well scores rank architectures: rank correlations with bootstrap intervals, and what the top is worth.
+"""How well scores rank architectures: rank correlations with bootstrap intervals, and the quality of the top.
 
 All intervals are percentile bootstrap intervals (Efron 1979): the architectures are drawn with replacement, and the
 statistic is computed anew on each resample. An architecture that is drawn twice is tied with itself in every column,
-and tau-b leaves such pairs out. The same seed draws the same resamples for any columns of that length, so that
-figures computed with one seed are comparable in pairs.
+and tau-b leaves such pairs out. One seed draws the same resamples for all columns of one length, which makes their
+statistics comparable in pairs.
 
 Kendall's tau is SciPy's, O(n log n); on resamples of up to :data:`FEW` architectures it is computed from the signs of
 all pairs, O(n^2) but for all resamples in one product of matrices.
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 FEW = 2000
-"""Architectures up to which resamples share the signs of their pairs; beyond, these would take too much memory."""
+"""Most architectures for which resamples share a matrix of the signs of pairs; it grows with their square."""
 
 _FEWEST = 3
 
@@ -49,7 +49,7 @@ class Ranking:
     the mean.
 
     Attributes:
-        count: Architectures.
+        count: Number of architectures.
         tau: Kendall's tau-b with the accuracy.
         rho: Spearman's rho.
         tau_better_half: Tau-b among the architectures whose accuracy is at least the median; NaN where they are
@@ -58,7 +58,7 @@ class Ranking:
         precision: See :func:`precision_at`.
         ndcg: See :func:`ndcg`.
         best_accuracy: Accuracy in percent of the architecture with the highest score.
-        gap: What it lacks to the best accuracy, in percentage points.
+        gap: Difference of ``best_accuracy`` to the highest accuracy, in percentage points.
     """
 
     count: int
@@ -91,12 +91,12 @@ def rank_correlation(
     """Measure how well scores rank architectures.
 
     Args:
-        scores: One for each architecture, higher is better, shape ``(n,)``.
-        truth: Test accuracies in percent, shape ``(n,)``.
-        seed: Of the bootstrap.
-        top: What counts as the top: an integer number of architectures, or a float for a fraction of them.
-        resamples: Of the bootstrap; each costs two tau and one rho.
-        confidence: Of the intervals.
+        scores: Scores of the architectures ``(n,)``, higher is better.
+        truth: Their test accuracies ``(n,)`` in percent.
+        seed: Seed of the bootstrap.
+        top: Size of the top: a number of architectures as an integer, or a fraction of them as a float.
+        resamples: Number of bootstrap resamples; each costs two tau and one rho.
+        confidence: Confidence level of the intervals.
 
     Raises:
         ValueError: The lengths differ, there are fewer than 3 architectures, a score is not finite (architectures
@@ -131,19 +131,18 @@ def rank_correlation(
 
 
 def precision_at(scores: ArrayLike, truth: ArrayLike, top: float) -> float:
-    """Which share of the k best by the score are among the k best by the truth.
+    """Fraction of the k best by the score that are among the k best by the truth.
 
     Architectures that share the k-th best accuracy all count as among the best. Where the k-th best score is
     shared, the share is the mean over all ways to break the tie.
 
     Args:
-        scores: Shape ``(n,)``, higher is better.
-        truth: Shape ``(n,)``.
+        scores: Scores ``(n,)``, higher is better.
+        truth: True accuracies ``(n,)``.
         top: k as an integer, or as a float for a fraction of n.
 
     Raises:
-        ValueError: As :func:`rank_correlation`.
-        TypeError: As :func:`rank_correlation`.
+        ValueError, TypeError: As :func:`rank_correlation`.
     """
     values, accuracies = _columns(scores=scores, truth=truth).values()
     k = _top_size(top, len(values))
@@ -164,13 +163,12 @@ def ndcg(scores: ArrayLike, truth: ArrayLike, top: float) -> float:
     share a score get the mean of their gains (McSherry and Najork, ECIR 2008), as in scikit-learn.
 
     Args:
-        scores: Shape ``(n,)``, higher is better.
-        truth: Test accuracies in percent, shape ``(n,)``.
+        scores: Scores ``(n,)``, higher is better.
+        truth: Test accuracies ``(n,)`` in percent.
         top: k as an integer, or as a float for a fraction of n.
 
     Raises:
-        ValueError: As :func:`rank_correlation`.
-        TypeError: As :func:`rank_correlation`.
+        ValueError, TypeError: As :func:`rank_correlation`.
     """
     values, accuracies = _columns(scores=scores, truth=truth).values()
     _check_percent(accuracies)
@@ -186,15 +184,14 @@ def kendall(x: ArrayLike, y: ArrayLike, *, seed: int, resamples: int = 1000, con
     """Estimate Kendall's tau-b of two columns, for instance of two scores.
 
     Args:
-        x: Shape ``(n,)``.
-        y: Shape ``(n,)``.
-        seed: Of the bootstrap.
-        resamples: Of the bootstrap.
-        confidence: Of the interval.
+        x: First column ``(n,)``.
+        y: Second column ``(n,)``.
+        seed: Seed of the bootstrap.
+        resamples: Number of bootstrap resamples.
+        confidence: Confidence level of the interval.
 
     Raises:
-        ValueError: As :func:`rank_correlation`, whatever the columns' range.
-        TypeError: As :func:`rank_correlation`.
+        ValueError, TypeError: As :func:`rank_correlation`; any range of values is accepted.
     """
     a, b = _columns(x=x, y=y).values()
     return bootstrap(lambda counts: _taus(a, b, counts), len(a), seed, resamples, confidence)
@@ -218,13 +215,12 @@ def compare(
         first: Scores, shape ``(n,)``.
         second: Scores of the same architectures, shape ``(n,)``.
         truth: Accuracies, shape ``(n,)``.
-        seed: Of the bootstrap.
-        resamples: Of the bootstrap.
-        confidence: Of the interval.
+        seed: Seed of the bootstrap.
+        resamples: Number of bootstrap resamples.
+        confidence: Confidence level of the interval.
 
     Raises:
-        ValueError: As :func:`rank_correlation`.
-        TypeError: As :func:`rank_correlation`.
+        ValueError, TypeError: As :func:`rank_correlation`.
     """
     a, b, y = _columns(first=first, second=second, truth=truth).values()
     return bootstrap(lambda counts: _taus(a, y, counts) - _taus(b, y, counts), len(y), seed, resamples, confidence)
@@ -250,20 +246,19 @@ def partial_kendall(
     the correlations :math:`\sin(\pi\tau/2)`, turned back into a tau, is zero there.
 
     Args:
-        x: Shape ``(n,)``, a score for instance.
-        y: Shape ``(n,)``, the accuracies for instance.
-        given: Shape ``(n,)``, what x and y may owe their agreement to.
-        seed: Of the bootstrap.
+        x: First column ``(n,)``, for instance a score.
+        y: Second column ``(n,)``, for instance the accuracies.
+        given: Third column ``(n,)``, whose influence on the agreement of x and y is removed.
+        seed: Seed of the bootstrap.
         normal: Compute it through the correlations of normal variables with these taus.
-        resamples: Of the bootstrap.
-        confidence: Of the interval.
+        resamples: Number of bootstrap resamples.
+        confidence: Confidence level of the interval.
 
     Returns:
         The estimate. NaN where ``given`` orders as ``x`` or ``y`` does: nothing is left to correlate.
 
     Raises:
-        ValueError: As :func:`rank_correlation`.
-        TypeError: As :func:`rank_correlation`.
+        ValueError, TypeError: As :func:`rank_correlation`.
     """
     a, b, c = _columns(x=x, y=y, given=given).values()
 
@@ -286,8 +281,7 @@ def correlation_matrix(columns: Mapping[str, ArrayLike]) -> Array:
         Shape ``(m, m)``, in the order of the columns; symmetric with ones on the diagonal.
 
     Raises:
-        ValueError: As :func:`rank_correlation`; the message names the column.
-        TypeError: As :func:`rank_correlation`.
+        ValueError, TypeError: As :func:`rank_correlation`; the message names the column.
     """
     arrays = list(_columns(**columns).values())
     matrix = np.eye(len(arrays))
@@ -339,17 +333,17 @@ def _top_size(top: float, count: int) -> int:
 
 
 def _taus(x: Array, y: Array, counts: Array) -> Array:
-    """Tau-b of each resample, NaN where one of both is constant.
+    """Tau-b of each resample, NaN where a column is constant.
 
     Args:
-        x: ``(n,)``.
-        y: ``(n,)``.
-        counts: ``(resamples, n)``, how often each is drawn.
+        x: First column ``(n,)``.
+        y: Second column ``(n,)``.
+        counts: How often each is drawn, ``(resamples, n)``.
     """
     if len(x) > FEW:
         return np.array([_tau(x[chosen], y[chosen]) for chosen in map(drawn, counts)])
-    # Over the pairs of a resample, each counted twice: those in the same order less those in opposite order, and those
-    # without a tie in x, or in y. All are integers, and exact.
+    # Over all ordered pairs of a resample: concordant minus discordant ones, and those not tied in x, or in y. All are
+    # exact integers.
     signs = [np.sign(column[:, None] - column) for column in (x, y)]
     agreeing, in_x, in_y = (
         ((counts @ pairs) * counts).sum(1) for pairs in (signs[0] * signs[1], np.abs(signs[0]), np.abs(signs[1]))
@@ -359,8 +353,8 @@ def _taus(x: Array, y: Array, counts: Array) -> Array:
 
 
 def _tau(x: Array, y: Array) -> float:
-    # The method concerns the p-value only; the exact one would cost O(n^2). Rounding makes a perfect order exactly
-    # 1, of which the partial tau takes the square root of the difference; one pair of a million differs by 4e-12.
+    # The method only affects the p-value; the exact one would cost O(n^2). Rounding makes a perfect order exactly 1, as
+    # the partial tau needs it; one pair of a million differs by 4e-12.
     return round(float(stats.kendalltau(x, y, method="asymptotic").statistic), 12)
 
 
@@ -380,7 +374,7 @@ def _taus_better_half(scores: Array, truth: Array, counts: Array) -> Array:
 def _partial(xy: Array, xz: Array, yz: Array) -> Array:
     scale = np.sqrt(np.maximum(0.0, (1 - xz**2) * (1 - yz**2)))
     found = np.divide(xy - xz * yz, scale, out=np.full(len(scale), math.nan), where=scale > 0)
-    # Rounding may carry it past 1, for which there is no arcsine.
+    # Rounding errors may carry it past 1, where arcsine is not defined.
     return np.clip(found, -1.0, 1.0)
 
 

@@ -71,12 +71,12 @@ def node_edges(node: int) -> range:
 class Genotype:
     """A normal and a reduction cell.
 
-    Genotypes are equal when their codes are: the order of a node's two edges does not matter. It is kept
-    all the same, because published checkpoints number a network's operations in it.
+    Genotypes are equal if their codes are, whatever the order of a node's two edges. The order is kept, because
+    published checkpoints number a network's operations by it.
 
     Attributes:
         normal: Eight pairs ``(operation, input)``; pairs ``2k`` and ``2k + 1`` enter node ``2 + k``.
-        reduce: The same for the cell that halves the resolution.
+        reduce: Eight such pairs for the cell that halves the resolution.
 
     Raises:
         ValueError: An unknown operation, an input that does not exist, or a node whose two inputs coincide.
@@ -123,7 +123,7 @@ class Genotype:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Genotype:
-        """Read what :meth:`to_dict` wrote; other keys (score, provenance) are ignored.
+        """Build a genotype from the output of :meth:`to_dict`; other keys (score, provenance) are ignored.
 
         Raises:
             ValueError: The data is not in this format, or its code contradicts its cells.

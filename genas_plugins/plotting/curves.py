@@ -1,4 +1,4 @@
-"""Picture of what flatness measures: the loss of architectures against the size of the perturbation."""
+"""Picture of flatness: the loss of architectures against the size of the perturbation."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def plot_loss_curves(curves: Sequence[LossCurve], path: str | os.PathLike[str], 
     8 best (without scores: the first 8) have a colour and a label.
 
     Args:
-        curves: One curve an architecture.
+        curves: One curve for each architecture.
         path: File to write; its suffix (.svg, .png or .pdf) is the format, its folder must exist.
         title: Headline.
 
