@@ -40,7 +40,7 @@ def _cfg(**changes: Any) -> dict[str, Any]:
         "pool_size": (7, 7),
         "crop_pct": 0.875,
         "interpolation": "bilinear",
-        # Images from 0 to 1 and no more: the official networks were trained without mean and standard deviation
+        # Images are scaled to 0..1 and not normalised: the official networks were trained without mean and deviation
         # (retrain_architecture/utils.py, get_train_transform).
         "mean": (0.0, 0.0, 0.0),
         "std": (1.0, 1.0, 1.0),
@@ -78,7 +78,7 @@ for _name in ZOO:
 
 @register_model
 def genas_cell(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """A network of any genotype: ``genotype=`` and, if it need not be of 600 M multiply-adds, ``init_channels=``."""
+    """A network of any ``genotype``; ``init_channels`` is by default the largest within 600 M multiply-adds."""
     if kwargs.get("genotype") is None:
         raise ValueError(
             "genas_cell needs genotype=...: a Genotype, a name of the zoo, the JSON file of a search, or 28 integers."

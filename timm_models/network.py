@@ -39,9 +39,9 @@ class GenasNet(nn.Module):
         num_classes: Outputs of the classifier; 0: no classifier.
         in_chans: Channels of the images.
         global_pool: Any pooling of timm; ``""``: none, the output stays ``(N, C, H, W)``.
-        output_stride: 32, 16 or 8. Below 32 the last reduction cell, or both, keep their resolution, and all
-            kernels behind the omitted stride are dilated: every second (fourth) row and column of the
-            features, the first included, is that of the network of stride 32.
+        output_stride: Stride of the features: 32, 16 or 8. Below 32 the last reduction cell, or both, keep the
+            resolution and all later kernels are dilated, so that every second (fourth) row and column, from the first,
+            equals the features at stride 32.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Probability to drop an operation of a cell, other than an identity, for an image in
             training; the attribute ``drop_path_prob`` may be changed between epochs, as the paper does.
@@ -50,18 +50,18 @@ class GenasNet(nn.Module):
         auxiliary: Add the auxiliary head of the paper on the cell at two thirds. In training mode the network
             then returns ``(logits, auxiliary_logits)``; :class:`timm_models.AuxiliaryClassificationTask` is
             the loss for that.
-        device: Where parameters are created.
-        dtype: Their type.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
 
     Attributes:
-        feature_info: The features that ``features_only`` and :meth:`forward_intermediates` give: the stem at
+        feature_info: The features that ``features_only`` and :meth:`forward_intermediates` return: the stem at
             stride 4 and the last cells before the resolution falls, at 8, 16 and 32 (or as ``output_stride``
             has it). They are outputs of convolutions and poolings, not activated.
 
     Raises:
-        ValueError: A genotype, ``init_channels``, ``num_cells``, ``output_stride``, ``drop_path_rate`` or a name of a
-            layer that cannot be.
-        TypeError: ``genotype`` is something else.
+        ValueError: The genotype, ``init_channels``, ``num_cells``, ``output_stride``, ``drop_path_rate`` or the name of
+            a layer is invalid.
+        TypeError: ``genotype`` has another type.
     """
 
     def __init__(
@@ -169,12 +169,12 @@ class GenasNet(nn.Module):
 
     @torch.jit.ignore
     def stages(self) -> list[list[nn.Module]]:
-        """Modules by the feature that they lead to: the stem, and the cells up to each reduction."""
+        """Modules grouped by the feature that they compute: the stem, then the cells up to each reduction."""
         ends = zip(self._taps, self._taps[1:], strict=False)
         return [[self.stem0, self.stem1], *(list(self.cells[start:end]) for start, end in ends)]
 
     def _run(self, x: Tensor, taps: list[int], last: int) -> tuple[Tensor, list[Tensor]]:
-        """Stem and cells up to number ``last``; the features at ``taps`` beside the last ones."""
+        """Run the stem and the first ``last`` cells; returns the last features, and those at ``taps``."""
         s0 = self.stem0(x)
         tapped = [s0] if 0 in taps else []
         s1 = s0
@@ -201,7 +201,7 @@ class GenasNet(nn.Module):
         x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.classifier(x)
 
-    # No return annotation: TorchScript then finds that it is a tensor, without an auxiliary head.
+    # No return annotation, so that TorchScript infers a tensor where there is no auxiliary head.
     def forward(self, x: Tensor):
         """Logits ``(N, num_classes)`` of images ``(N, in_chans, H, W)``.
 
@@ -227,18 +227,18 @@ class GenasNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features of several strides, those of :attr:`feature_info`.
+        """Compute features of several strides, those of :attr:`feature_info`.
 
         Args:
             x: Images ``(N, in_chans, H, W)``.
-            indices: Which; an integer: the last so many; None: all.
+            indices: Indices of the features; an integer n: the last n; None: all.
             norm: Has no effect, there is no last normalisation.
-            stop_early: Leave out the cells behind the last of ``indices``.
+            stop_early: Skip the cells behind the last of ``indices``.
             output_fmt: Only ``"NCHW"``.
-            intermediates_only: Without the final features.
+            intermediates_only: Return the features without the final ones.
 
         Returns:
-            The features, or the final features and them.
+            The features; without ``intermediates_only`` a pair of the final features and them.
 
         Raises:
             ValueError: An index out of range, or another format.
@@ -249,7 +249,7 @@ class GenasNet(nn.Module):
         taps = [self._taps[index] for index in taken]
         last = max(taps) if stop_early or intermediates_only else len(self.cells)
         final, features = self._run(x, taps, last)
-        # In the order in which they were asked for, which need not be that of the network.
+        # In the order asked for, which may differ from the network's.
         ordered = sorted(set(taps))
         intermediates = [features[ordered.index(tap)] for tap in taps]
         return intermediates if intermediates_only else (final, intermediates)
@@ -279,7 +279,7 @@ class GenasNet(nn.Module):
         """Remove what the features ``indices`` do not need.
 
         Args:
-            indices: As in :meth:`forward_intermediates`.
+            indices: Indices of the features to keep, as in :meth:`forward_intermediates`.
             prune_norm: Has no effect.
             prune_head: Remove the classifier, also where all cells stay.
 
@@ -315,8 +315,8 @@ class GenasNet(nn.Module):
 
         Args:
             state_dict: Tensors by name.
-            strict: Every other tensor must land, and each of the network must be there.
-            assign: As in PyTorch.
+            strict: Require that all other tensors and those of the network match one another.
+            assign: Replace the network's tensors instead of copying into them.
 
         Returns:
             PyTorch's record of missing and unexpected names.
@@ -329,7 +329,7 @@ class GenasNet(nn.Module):
 
 
 class GenasFeatures(FeatureGetterNet):
-    """What ``features_only=True`` gives: the network up to its last needed feature, which takes whole checkpoints."""
+    """The network of ``features_only=True``: cut behind its last feature, and yet able to load whole checkpoints."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """See :meth:`GenasNet.set_grad_checkpointing`."""

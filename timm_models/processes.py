@@ -18,13 +18,13 @@ __all__ = ["Processes", "processes"]
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the training.
+    """This process among those of a training.
 
     Attributes:
-        device: Where it computes.
-        rank: Its number, from 0.
-        count: How many there are.
-        distributed: More than one.
+        device: Device of this process.
+        rank: Rank of this process, from 0.
+        count: Number of processes.
+        distributed: Whether there is more than one process.
     """
 
     device: torch.device
@@ -34,7 +34,7 @@ class Processes:
 
     @property
     def primary(self) -> bool:
-        """This one writes and speaks."""
+        """Whether this process writes files and reports."""
         return self.rank == 0
 
 

@@ -16,13 +16,13 @@ class LinearTailLRScheduler(Scheduler):
     code, ``adjust_lr`` and ``main`` in retrain_architecture/retrain.py).
 
     Args:
-        optimizer: Its groups have the highest learning rate.
-        epochs: E.
-        tail: k.
-        warmup: w; 0: none.
+        optimizer: Optimizer whose groups have the peak learning rate.
+        epochs: Epochs of the training, E.
+        tail: Epochs of the tail, k.
+        warmup: Epochs of the warm-up, w; 0: none.
 
     Raises:
-        ValueError: The tail leaves no epoch before it, or is below 1; a negative warm-up.
+        ValueError: ``tail`` is not from 1 to below ``epochs``, or ``warmup`` is negative.
     """
 
     def __init__(self, optimizer: Optimizer, epochs: int, tail: int = 5, warmup: int = 5) -> None:

@@ -54,7 +54,7 @@ class TrainingInterrupted(KeyboardInterrupt):
     """A signal ended a training.
 
     Attributes:
-        folder: That of the run, where it can be continued; None: nothing had been written.
+        folder: Folder of the run, which can be continued; None: nothing was written.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -66,8 +66,8 @@ def train(settings: Settings, resume: str | Path | None = None) -> Path:
     """Train a network.
 
     Args:
-        settings: What and how.
-        resume: A run's folder or a checkpoint in it: continue there.
+        settings: Settings of the training.
+        resume: Folder of a run to continue, or a checkpoint in it; None: a new run.
 
     Returns:
         The run's folder.
@@ -91,7 +91,7 @@ def train(settings: Settings, resume: str | Path | None = None) -> Path:
     except KeyboardInterrupt as error:
         raise TrainingInterrupted(folder and folder.path) from error
     except Exception as error:
-        # Which kills a loader's workers too, and their end may be what is told first.
+        # A signal also ends the loader's workers, whose error may be raised first.
         if pending_signal() is None:
             raise
         raise TrainingInterrupted(folder and folder.path) from error
@@ -101,8 +101,8 @@ class Trainer:
     """One process's part of a training.
 
     Args:
-        settings: What and how.
-        here: This process.
+        settings: Settings of the training.
+        here: This process among those of the training.
     """
 
     def __init__(self, settings: Settings, here: Processes) -> None:
@@ -286,7 +286,7 @@ class Trainer:
         return epoch
 
     def _check_checkpoint(self, path: Path) -> None:
-        """Refuse what would not be restored as it was: models may leave out what does not fit."""
+        """Refuse a checkpoint that would not be restored in full: models may leave out what does not fit."""
         saved = read_torch(path)
         needed = ["state_dict", "optimizer", *(["state_dict_ema"] if self.settings.model_ema else [])]
         if not isinstance(saved, dict) or (
