@@ -43,6 +43,12 @@ class GeNASBackbone(Backbone):
     Raises:
         ValueError: ``arch``, ``out_features``, ``norm``, ``freeze_at`` or another value is invalid.
         TypeError: ``arch`` has another type.
+
+    Example:
+        >>> from detectron2_backbones import GeNASBackbone
+        >>> backbone = GeNASBackbone("genas_flatness_c100", init_channels=4)
+        >>> {name: (shape.channels, shape.stride) for name, shape in backbone.output_shape().items()}
+        {'res3': (16, 8), 'res4': (32, 16), 'res5': (64, 32)}
     """
 
     def __init__(

@@ -154,6 +154,13 @@ def load_supernet(path: str | Path) -> Any:
     Raises:
         FileNotFoundError: There is no such file.
         CheckpointError: See :func:`load_official_supernet`; or :func:`save_network` wrote the file.
+
+    Example:
+        >>> from genas_plugins import SuperNet
+        >>> from genas_plugins.checkpoints import load_supernet, save_supernet
+        >>> path = save_supernet(SuperNet(10, init_channels=4, num_cells=3), "supernet.safetensors")
+        >>> load_supernet(path).arguments
+        {'num_classes': 10, 'init_channels': 4, 'num_cells': 3, 'stem': 'cifar'}
     """
     if read_metadata(path).get("format") == _NETWORK:
         raise CheckpointError(f"{path} holds a fixed network, no supernet: use load_official_network.")
@@ -182,6 +189,13 @@ def save_supernet(supernet: nn.Module, path: str | Path, **metadata: Any) -> Pat
         ValueError: ``path`` has another suffix, ``metadata`` uses a name of the format, or the supernet is on
             the meta device and has no values.
         OSError: The file cannot be written; an older one of that name is left as it was.
+
+    Example:
+        >>> from genas_plugins import SuperNet
+        >>> from genas_plugins.checkpoints import read_metadata, save_supernet
+        >>> path = save_supernet(SuperNet(10, init_channels=4, num_cells=3), "supernet.safetensors", epochs=50)
+        >>> read_metadata(path)["epochs"]
+        50
     """
     if not (hasattr(supernet, "search_space") and hasattr(supernet, "arguments")):
         raise TypeError(f"Expected a supernet, got {type(supernet).__name__}; unwrap it first.")

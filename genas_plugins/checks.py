@@ -34,6 +34,13 @@ def check_count(name: str, value: Any, least: int = 1, most: int = MOST) -> int:
     Raises:
         TypeError: ``value`` is not an integer; ``bool`` does not count as one.
         ValueError: It is out of bounds; the message begins with ``name``.
+
+    Example:
+        >>> from genas_plugins.checks import check_count
+        >>> check_count("epochs", 0)
+        Traceback (most recent call last):
+            ...
+        ValueError: epochs must be at least 1, got 0.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, got {shown(value, _SHOWN)}.")

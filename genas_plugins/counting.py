@@ -29,6 +29,12 @@ def count_macs(model: nn.Module, image_size: int = 224) -> int:
 
     Counts convolutions and linear layers (:mod:`torch.utils.flop_counter`, halved), as the paper's tables do.
     The model's mode is restored.
+
+    Example:
+        >>> from torch import nn
+        >>> from genas_plugins.counting import count_macs
+        >>> count_macs(nn.Conv2d(3, 8, kernel_size=3, padding=1), image_size=32)  # 32 * 32 * 3 * 8 * 9
+        221184
     """
     first = next(model.parameters())
     image = torch.empty((1, 3, image_size, image_size), device=first.device, dtype=first.dtype)
@@ -53,6 +59,13 @@ def fit_channels(genotype: Genotype, macs: float = 600e6, image_size: int = 224,
         ValueError: Even the narrowest network needs more; the message says how much. Or ``macs`` is not a finite
             number, or more than the widest network of :func:`~genas_plugins.darts.network.cell_shapes` needs; or
             ``image_size`` is not from 1 to 65,536.
+
+    Example:
+        >>> from genas_plugins import ZOO
+        >>> from genas_plugins.counting import fit_channels
+        >>> genotype = ZOO["genas_flatness_c100"].genotype
+        >>> fit_channels(genotype), fit_channels(genotype, macs=300e6)
+        (46, 32)
     """
     if not math.isfinite(macs):
         raise ValueError(f"A budget of multiply-adds must be a finite number, got {macs}.")

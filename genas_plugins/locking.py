@@ -71,6 +71,12 @@ def lock_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
         FolderInUseError: Another process, or another part of this one, holds the lock; the message says which.
         OSError: The folder cannot be made or written to.
+
+    Example:
+        >>> from genas_plugins.locking import lock_folder
+        >>> with lock_folder("run") as folder:
+        ...     sorted(path.name for path in folder.iterdir())
+        ['.lock']
     """
     folder = Path(folder)
     held: set[Path] = vars(_thread).setdefault("folders", set())

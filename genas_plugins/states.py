@@ -60,6 +60,13 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: There is no such file.
         CheckpointError: The file is damaged, is not a checkpoint, or could execute code when loaded.
+
+    Example:
+        >>> import torch
+        >>> from genas_plugins.checkpoints import read_state, unwrapped
+        >>> torch.save({"epoch": 3, "state_dict": {"module.weight": torch.ones(2)}}, "run.pt")
+        >>> unwrapped(read_state("run.pt"))
+        {'weight': tensor([1., 1.])}
     """
     path = existing(path)
     return tensors_of(read_safetensors(path)[0] if is_safetensors(path) else read_torch(path), path)

@@ -45,6 +45,13 @@ class GeNASBackbone(BaseModule):
 
     Raises:
         ValueError: ``arch`` is unknown, or ``output_stride``, ``out_indices`` or ``frozen_stages`` is invalid.
+
+    Example:
+        >>> import torch
+        >>> from mmseg_backbones import GeNASBackbone
+        >>> backbone = GeNASBackbone("genas_flatness_c100", init_channels=4, output_stride=16).eval()
+        >>> [tuple(feature.shape[1:]) for feature in backbone(torch.zeros(1, 3, 64, 64))]
+        [(4, 16, 16), (16, 8, 8), (32, 4, 4), (64, 4, 4)]
     """
 
     def __init__(

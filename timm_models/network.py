@@ -62,6 +62,14 @@ class GenasNet(nn.Module):
         ValueError: The genotype, ``init_channels``, ``num_cells``, ``output_stride``, ``drop_path_rate`` or the name of
             a layer is invalid.
         TypeError: ``genotype`` has another type.
+
+    Example:
+        >>> import timm, torch, timm_models
+        >>> model = timm.create_model("genas_cell", genotype="genas_flatness_c100", init_channels=4, num_classes=10)
+        >>> model.eval()(torch.zeros(1, 3, 64, 64)).shape
+        torch.Size([1, 10])
+        >>> [(info["num_chs"], info["reduction"]) for info in model.feature_info]
+        [(4, 4), (16, 8), (32, 16), (64, 32)]
     """
 
     def __init__(

@@ -23,6 +23,14 @@ class LinearTailLRScheduler(Scheduler):
 
     Raises:
         ValueError: ``tail`` is not from 1 to below ``epochs``, or ``warmup`` is negative.
+
+    Example:
+        >>> import torch
+        >>> from timm_models.schedule import LinearTailLRScheduler
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+        >>> LinearTailLRScheduler(optimizer, epochs=10, tail=2, warmup=0).step(4)
+        >>> optimizer.param_groups[0]["lr"]
+        0.25
     """
 
     def __init__(self, optimizer: Optimizer, epochs: int, tail: int = 5, warmup: int = 5) -> None:

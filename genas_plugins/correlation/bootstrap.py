@@ -1,4 +1,9 @@
-"""Percentile bootstrap intervals (Efron 1979) of statistics over architectures."""
+"""Percentile bootstrap intervals (Efron 1979) of statistics over architectures.
+
+The architectures are drawn with replacement, and the statistic is computed anew on each resample. An architecture that
+is drawn twice is tied with itself in every column, and tau-b leaves such pairs out. One seed draws the same resamples
+for all columns of one length, which makes their statistics comparable in pairs.
+"""
 
 from __future__ import annotations
 

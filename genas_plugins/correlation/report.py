@@ -62,6 +62,12 @@ class RankSum:
         of: The columns whose ranks are added.
         logarithm: Add the logarithms of ranks instead, lowest first, so that a bad rank weighs more than a good one
             (the non-linear aggregation of AZ-NAS, Lee and Ham, CVPR 2024).
+
+    Example:
+        >>> from genas_plugins.correlation.report import RankSum
+        >>> both = RankSum("both", of=("flatness", "angle"))
+        >>> both({"flatness": [0.1, 0.3, 0.2], "angle": [5.0, 6.0, 7.0]})
+        [2.0, 5.0, 5.0]
     """
 
     name: str

@@ -1,12 +1,8 @@
 """How well scores rank architectures: rank correlations with bootstrap intervals, and the quality of the top.
 
-All intervals are percentile bootstrap intervals (Efron 1979): the architectures are drawn with replacement, and the
-statistic is computed anew on each resample. An architecture that is drawn twice is tied with itself in every column,
-and tau-b leaves such pairs out. One seed draws the same resamples for all columns of one length, which makes their
-statistics comparable in pairs.
-
-Kendall's tau is SciPy's, O(n log n); on resamples of up to :data:`FEW` architectures it is computed from the signs of
-all pairs, O(n^2) but for all resamples in one product of matrices.
+Intervals are those of :mod:`genas_plugins.correlation.bootstrap`. Kendall's tau is SciPy's, O(n log n); on resamples of
+up to :data:`FEW` architectures it is computed from the signs of all pairs, O(n^2) but for all resamples in one product
+of matrices.
 """
 
 from __future__ import annotations
@@ -103,6 +99,13 @@ def rank_correlation(
             that failed are for the caller to leave out and report), all scores or all accuracies are the same, an
             accuracy is not in 0..100, or an option is out of its range.
         TypeError: A column is not numeric.
+
+    Example:
+        >>> from genas_plugins.ranking import rank_correlation
+        >>> scores, accuracies = [0.1, 0.2, 0.4, 0.3, 0.5], [60.0, 70.0, 80.0, 90.0, 91.0]
+        >>> ranking = rank_correlation(scores, accuracies, seed=0, top=2)
+        >>> ranking.tau.value, ranking.precision, ranking.gap
+        (0.8, 0.5, 0.0)
     """
     columns = _columns(scores=scores, truth=truth)
     values, accuracies = columns["scores"], columns["truth"]
@@ -143,6 +146,11 @@ def precision_at(scores: ArrayLike, truth: ArrayLike, top: float) -> float:
 
     Raises:
         ValueError, TypeError: As :func:`rank_correlation`.
+
+    Example:
+        >>> from genas_plugins.ranking import precision_at
+        >>> precision_at(scores=[1, 2, 3, 4], truth=[60, 90, 80, 70], top=2)
+        0.5
     """
     values, accuracies = _columns(scores=scores, truth=truth).values()
     k = _top_size(top, len(values))
@@ -259,6 +267,13 @@ def partial_kendall(
 
     Raises:
         ValueError, TypeError: As :func:`rank_correlation`.
+
+    Example:
+        >>> from genas_plugins.ranking import kendall, partial_kendall
+        >>> x, y, size = [2, 1, 3, 4, 5, 6], [1, 2, 3, 4, 6, 5], [1, 2, 3, 4, 5, 6]
+        >>> found = kendall(x, y, seed=0), partial_kendall(x, y, size, seed=0)
+        >>> [round(each.value, 3) for each in found]
+        [0.733, -0.071]
     """
     a, b, c = _columns(x=x, y=y, given=given).values()
 

@@ -107,6 +107,14 @@ def synflow(model: nn.Module, input_shape: Sequence[int] = (3, 32, 32)) -> float
     Raises:
         ValueError: ``input_shape`` is not three positive integers, or there is no convolution or linear layer.
         MeasurementError: The score is not finite.
+
+    Example:
+        >>> from torch import nn
+        >>> from genas_plugins.correlation.training_free import synflow
+        >>> chain = nn.Sequential(nn.Flatten(), nn.Linear(3, 2, bias=False), nn.Linear(2, 1, bias=False))
+        >>> ones = [nn.init.ones_(weight) for weight in chain.parameters()]
+        >>> synflow(chain, input_shape=(3, 1, 1))  # L = 2 layers, R = 3 * 2
+        12.0
     """
     shape = tuple(input_shape)
     if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):

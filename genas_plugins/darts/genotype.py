@@ -81,6 +81,15 @@ class Genotype:
     Raises:
         ValueError: An unknown operation, an input that does not exist, or a node whose two inputs coincide.
         TypeError: A cell is not a sequence of eight pairs.
+
+    Example:
+        >>> from genas_plugins import Genotype
+        >>> node = [("sep_conv_3x3", 0), ("skip_connect", 1)]
+        >>> genotype = Genotype(normal=4 * node, reduce=4 * node)
+        >>> genotype.code[:9]
+        (4, 3, 4, 3, 0, 4, 3, 0, 0)
+        >>> Genotype.from_code(genotype.code) == genotype
+        True
     """
 
     normal: CellGene

@@ -280,6 +280,14 @@ class CellNetwork(CellStack):
 
     Raises:
         ValueError: See :func:`cell_shapes`.
+
+    Example:
+        >>> import torch
+        >>> from genas_plugins import ZOO, CellNetwork
+        >>> genotype = ZOO["genas_flatness_c100"].genotype
+        >>> network = CellNetwork(genotype, init_channels=4, num_cells=3, num_classes=10, stem="cifar")
+        >>> network(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(

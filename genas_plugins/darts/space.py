@@ -31,7 +31,18 @@ def _choices() -> dict[str, tuple[tuple[Any, ...], int]]:
 
 
 class DartsSearchSpace:
-    """Sampling, mutation and crossover of genotypes. All randomness comes from the generator passed in."""
+    """Sampling, mutation and crossover of genotypes. All randomness comes from the generator passed in.
+
+    Example:
+        >>> import numpy as np
+        >>> from genas_plugins.spaces import DartsSearchSpace
+        >>> space = DartsSearchSpace()
+        >>> f"{space.size:.2g}"
+        '1.1e+18'
+        >>> genotype = space.sample(np.random.default_rng(0))
+        >>> len([operation for operation in genotype.code if operation])
+        16
+    """
 
     candidate = Genotype
     choices = _choices()

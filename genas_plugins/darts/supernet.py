@@ -86,6 +86,13 @@ class SuperNet(CellStack):
 
     Raises:
         ValueError: See :func:`genas_plugins.darts.network.cell_shapes`.
+
+    Example:
+        >>> import torch
+        >>> from genas_plugins import ZOO, SuperNet
+        >>> supernet = SuperNet(num_classes=10, init_channels=4, num_cells=3)
+        >>> supernet(torch.zeros(2, 3, 32, 32), ZOO["genas_flatness_c100"].genotype).shape
+        torch.Size([2, 10])
     """
 
     def __init__(self, num_classes: int, init_channels: int = 16, num_cells: int = 8, stem: Stem = "cifar") -> None:
@@ -153,6 +160,15 @@ class SuperNet(CellStack):
 
         Its buffers (the statistics of batch normalisation) are its own copies: recalibrating the subnet does
         not touch the supernet.
+
+        Example:
+            >>> from genas_plugins import ZOO, SuperNet
+            >>> supernet = SuperNet(num_classes=10, init_channels=4, num_cells=3)
+            >>> subnet = supernet.subnet(ZOO["genas_flatness_c100"].genotype)
+            >>> subnet.classifier.weight is supernet.classifier.weight
+            True
+            >>> subnet.stem[1].running_mean is supernet.stem[1].running_mean
+            False
         """
         return SubNet(self, genotype)
 

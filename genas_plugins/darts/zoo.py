@@ -41,6 +41,12 @@ class ZooEntry:
             ImageNet ``top1``, ``top5``, ``imagenet_v2`` and ``imagenet_a``, ``coco_ap`` (RetinaNet),
             ``cityscapes_miou`` (DeepLab-v3).
         note: Further remarks, or None.
+
+    Example:
+        >>> from genas_plugins import ZOO
+        >>> entry = ZOO["genas_flatness_c100"]
+        >>> entry.init_channels, entry.params, entry.paper["top1"]
+        (46, 5195205, 76.05)
     """
 
     name: str
@@ -72,6 +78,14 @@ def find_genotype(text: str | os.PathLike[str]) -> Genotype:
     Raises:
         ValueError: It is none of these (the message lists the names), the file holds no genotype, or the code
             is not one.
+
+    Example:
+        >>> from genas_plugins.darts.zoo import find_genotype
+        >>> genotype = find_genotype("genas_flatness_c100")
+        >>> genotype.normal[:2]
+        (('skip_connect', 0), ('sep_conv_5x5', 1))
+        >>> find_genotype(str(genotype)) == genotype
+        True
     """
     text = os.fspath(text)
     if text in ZOO:

@@ -101,6 +101,13 @@ def describe_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     Args:
         before: The stored identity.
         now: Identity of the present data, by the same rules.
+
+    Example:
+        >>> import torch
+        >>> from genas_plugins.datasets import ImageTensors, data_identity, describe_change
+        >>> data = ImageTensors(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 1]), ("cat", "dog"))
+        >>> describe_change(data_identity({"train": data}), data_identity({"train": data.subset([0, 1])}))
+        "train: 'dog' has 1 images instead of 2"
     """
     found = []
     for name in (*before, *(name for name in now if name not in before)):

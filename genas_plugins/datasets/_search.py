@@ -136,6 +136,14 @@ def load_search_data(
         TypeError: ``seed`` is not an integer.
         ValueError: An option is out of range, asks for more images than there are, or does not go with
             ``name``; or the files are not what the data set should be.
+
+    Example:
+        >>> from genas_plugins.datasets import load_search_data
+        >>> data = load_search_data("digits")
+        >>> len(data.train), len(data.validation), len(data.test)
+        (719, 719, 359)
+        >>> data.train.images.shape
+        torch.Size([719, 3, 8, 8])
     """
     root = None if root is None else user_path(root)
     _check_options(name, root, download, image_size, storage)

@@ -34,6 +34,14 @@ class ImageTensors:
     Raises:
         TypeError: ``images`` or ``labels`` is not a tensor of the stated dtype.
         ValueError: A shape, a device or a label does not fit.
+
+    Example:
+        >>> import torch
+        >>> from genas_plugins.datasets import ImageTensors
+        >>> images, labels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+        >>> data = ImageTensors(images, labels, class_names=("cat", "dog"))
+        >>> data.subset([1, 2]).labels
+        tensor([1, 0])
     """
 
     images: Tensor

@@ -33,6 +33,15 @@ class NasBench201Architecture:
 
     Raises:
         ValueError: Not six operations, or an unknown one.
+
+    Example:
+        >>> from genas_plugins.nasbench201 import NasBench201Architecture
+        >>> text = "|nor_conv_3x3~0|+|skip_connect~0|none~1|+|avg_pool_3x3~0|none~1|nor_conv_1x1~2|"
+        >>> architecture = NasBench201Architecture.from_string(text)
+        >>> architecture.index, architecture.connected
+        (10102, True)
+        >>> print(architecture.live())
+        |none~0|+|skip_connect~0|none~1|+|avg_pool_3x3~0|none~1|nor_conv_1x1~2|
     """
 
     operations: tuple[str, ...]

@@ -298,6 +298,14 @@ class NasBench201SuperNet(_Stack):
 
     Raises:
         ValueError: A number is below 1.
+
+    Example:
+        >>> import torch
+        >>> from genas_plugins.nasbench201 import NasBench201Architecture, NasBench201SuperNet
+        >>> supernet = NasBench201SuperNet(init_channels=4, cells_per_stage=1)
+        >>> subnet = supernet.subnet(NasBench201Architecture(6 * ("skip_connect",)))
+        >>> subnet(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(

@@ -20,7 +20,16 @@ _LABELS = tuple(f"cell/{source}_{node}" for source, node in EDGES)
 
 
 class NasBench201SearchSpace:
-    """Sampling, mutation and crossover of architectures. All randomness comes from the generator passed in."""
+    """Sampling, mutation and crossover of architectures. All randomness comes from the generator passed in.
+
+    Example:
+        >>> import numpy as np
+        >>> from genas_plugins.nasbench201 import NasBench201SearchSpace
+        >>> space = NasBench201SearchSpace()
+        >>> architecture = space.sample(np.random.default_rng(0))
+        >>> space.size, len(list(space.neighbours(architecture)))
+        (15625, 24)
+    """
 
     candidate = NasBench201Architecture
     choices = dict.fromkeys(_LABELS, (OPERATIONS, 1))

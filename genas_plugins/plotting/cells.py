@@ -63,6 +63,12 @@ def plot_cells(genotype: Genotype, path: str | os.PathLike[str], *, title: str |
         ValueError: The suffix is unknown.
         FileNotFoundError: The folder does not exist.
         ImportError: matplotlib is not installed.
+
+    Example:
+        >>> from genas_plugins import ZOO
+        >>> from genas_plugins.plotting import plot_cells
+        >>> plot_cells(ZOO["genas_flatness_c100"].genotype, "cells.svg")
+        PosixPath('cells.svg')
     """
     if not isinstance(genotype, Genotype):
         raise TypeError(

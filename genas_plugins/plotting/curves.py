@@ -57,6 +57,12 @@ def plot_loss_curves(curves: Sequence[LossCurve], path: str | os.PathLike[str], 
             or do not increase, or an unknown suffix.
         FileNotFoundError: The folder does not exist.
         ImportError: matplotlib is not installed.
+
+    Example:
+        >>> from genas_plugins.plotting import LossCurve, plot_loss_curves
+        >>> flat, sharp = LossCurve("flat", (0.0, 0.02), (1.0, 1.1)), LossCurve("sharp", (0.0, 0.02), (0.9, 1.7))
+        >>> plot_loss_curves([flat, sharp], "curves.svg")
+        PosixPath('curves.svg')
     """
     _check_curves(curves)
     ranking = sorted(range(len(curves)), key=lambda i: math.inf if (score := curves[i].score) is None else -score)

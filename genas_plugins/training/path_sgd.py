@@ -39,6 +39,17 @@ class PathSGD(SGD):
 
     Raises:
         ValueError: A setting is negative, or there are no parameters or several groups of them.
+
+    Example:
+        >>> import torch
+        >>> from genas_plugins.training.path_sgd import PathSGD
+        >>> weight = torch.nn.Parameter(torch.tensor(1.0))
+        >>> optimizer = PathSGD([weight], lr=0.1, weight_decay=0.5)
+        >>> for weight.grad in (torch.tensor(1.0), None):  # the second step does not sample its path
+        ...     loss = optimizer.step()
+        >>> optimizer.flush()
+        >>> round(weight.item(), 4)  # 1 - 0.1 * (1 + 0.5), and then 0.85 - 0.1 * 0.5 * 0.85
+        0.8075
     """
 
     def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
