@@ -1,4 +1,4 @@
-"""What both launchers share: options, the configuration's file, data sets of this package, and errors in one line."""
+"""Shared by both launchers: options, configuration files, this package's data sets, and errors in one line."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def run_launcher(
     """Parse the command line and run ``work`` on every process.
 
     Args:
-        name: The command's.
-        suffix: Of its configurations, ``.yaml`` or ``.py``.
-        work: What each process runs, with the options; can be pickled.
+        name: Name of the command's module.
+        suffix: Suffix of its configurations, ``.yaml`` or ``.py``.
+        work: Function of the options that each process runs; picklable.
         arguments: Command line without the program's name; None: the process's own.
 
     Returns:
@@ -70,7 +70,7 @@ def run_launcher(
         gpus = torch.cuda.device_count()
         if not 1 <= options.num_gpus <= max(gpus, 1):
             raise ValueError(f"--num-gpus {options.num_gpus} does not fit this machine, which has {gpus}.")
-        # Several processes are ended by their group's signals.
+        # Several processes receive the signals of their group.
         with interruptible() if options.num_gpus == 1 else nullcontext():
             launch(
                 work,
@@ -95,10 +95,10 @@ def run_launcher(
 
 
 def config_path(name: str, suffix: str) -> Path:
-    """The file that ``--config-file`` names: a path, or one of the package's configurations.
+    """Find the file that ``--config-file`` names: a path, or one of the package's configurations.
 
     Raises:
-        FileNotFoundError: Neither; the message has the names.
+        FileNotFoundError: It is neither; the message lists the names.
     """
     known = packaged_configs("detectron2", suffix)
     if user_path(name).is_file():
@@ -114,19 +114,19 @@ def start_logging() -> None:
 
 
 def only_writer(folder: str, options: argparse.Namespace) -> AbstractContextManager[Any]:
-    """Refuse a second training in the same folder; an evaluation beside a training may write its results there.
+    """Lock the folder of a training; an evaluation may write its results beside a training.
 
     Raises:
         FolderInUseError: On entering; another process trains there.
     """
-    # Detectron2 also writes to what only its own handlers can reach.
+    # Detectron2 also writes to remote addresses, which cannot be locked.
     if options.eval_only or not comm.is_main_process() or "://" in folder:
         return nullcontext()
     return lock_folder(folder)
 
 
 def available_device(device: str) -> str:
-    """``device``, or the CPU where that is CUDA and there is none."""
+    """Return ``device``, or the CPU if it is CUDA and there is none."""
     if not device.startswith("cuda") or torch.cuda.is_available():
         return device
     _logger.warning("There is no CUDA device: the run is on the CPU, in single precision.")
@@ -149,8 +149,8 @@ def check_classes(model: nn.Module, names: Iterable[str], *, evaluation: bool = 
 
     Args:
         model: The detector.
-        names: Of the data sets.
-        evaluation: A detector of more classes is refused too: what it calls a class is none of the images'.
+        names: Names of the data sets.
+        evaluation: Refuse a detector of more classes too, since its classes are not those of the images.
 
     Raises:
         ValueError: The images have classes that the detector does not know; the message has both numbers.
@@ -160,7 +160,7 @@ def check_classes(model: nn.Module, names: Iterable[str], *, evaluation: bool = 
     outputs = next((count for count in found if isinstance(count, int)), None)
     for name in names if outputs is not None else ():
         if not hasattr(MetadataCatalog.get(name), "thing_classes"):
-            # Sets of annotations in COCO's format tell their classes when they are read.
+            # Data sets in COCO's format have names of classes only after they are read.
             DatasetCatalog.get(name)
         classes = len(getattr(MetadataCatalog.get(name), "thing_classes", ()))
         if not classes or classes == outputs:
@@ -174,7 +174,7 @@ def check_classes(model: nn.Module, names: Iterable[str], *, evaluation: bool = 
 def register_datasets(names: Iterable[str]) -> None:
     """Register the quickstart's generated sets, if one of them is asked for.
 
-    They lie in ``genas_synthetic`` under ``DETECTRON2_DATASETS``, or ``datasets``, as Detectron2 has it.
+    They are in ``genas_synthetic`` under ``$DETECTRON2_DATASETS``, by default ``datasets``, as in Detectron2.
     """
     if not set(names).isdisjoint(_SYNTHETIC):
         from detectron2_backbones.synthetic import register

@@ -21,27 +21,34 @@ _NORMS = ("BN", "SyncBN", "FrozenBN", "GN")
 
 
 class GeNASBackbone(Backbone):
-    """The stem and the cells of a GeNAS network.
+    """A GeNAS network without its head, as a backbone of Detectron2.
 
     Features are ``stem``, ``res3``, ``res4`` and ``res5``, of strides 4, 8, 16 and 32. They are outputs of
     convolutions and poolings, not activated.
 
     Args:
         arch: A name of the zoo, the JSON file of a search, or 28 integers.
-        init_channels: C. None: that of the zoo, or for other genotypes the largest within 600 M multiply-adds.
+        init_channels: Channels of the first cells. None: those of the zoo, or for other genotypes the most within 600 M
+            multiply-adds.
         in_channels: Channels of the images.
         out_features: Features to return; what lies behind the last of them is left out.
         norm: ``BN``, ``SyncBN``, ``FrozenBN``, ``GN``, or a function of the number of channels. ``FrozenBN`` cannot
             train from random weights. ``GN`` has the largest number of groups up to 32 that divides the channels;
             Detectron2's own 32 do not.
-        freeze_at: See :meth:`freeze`.
+        freeze_at: How many stages are frozen, as in :meth:`freeze`.
         drop_path_rate: Probability to drop an operation for an image in training.
         checkpointing: Recompute activations in the backward pass: less memory, more time. Statistics of ``BN``
             then move twice in a step.
 
     Raises:
-        ValueError: An unknown ``arch``, ``out_features``, ``norm`` or ``freeze_at``, or another value that cannot be.
-        TypeError: ``arch`` is something else.
+        ValueError: ``arch``, ``out_features``, ``norm``, ``freeze_at`` or another value is invalid.
+        TypeError: ``arch`` has another type.
+
+    Example:
+        >>> from detectron2_backbones import GeNASBackbone
+        >>> backbone = GeNASBackbone("genas_flatness_c100", init_channels=4)
+        >>> {name: (shape.channels, shape.stride) for name, shape in backbone.output_shape().items()}
+        {'res3': (16, 8), 'res4': (32, 16), 'res5': (64, 32)}
     """
 
     def __init__(
@@ -58,7 +65,7 @@ class GeNASBackbone(Backbone):
         super().__init__()
         if isinstance(out_features, str) or not out_features or not set(out_features) <= set(_FEATURES):
             raise ValueError(f"out_features must be some of {', '.join(_FEATURES)}, got {out_features!r}.")
-        # LazyConfig hands over lists of its own kind.
+        # LazyConfig passes lists of its own type.
         arch = tuple(arch) if isinstance(arch, Iterable) and not isinstance(arch, str) else arch
         if init_channels is None and arch in ZOO:
             init_channels = ZOO[arch].init_channels
@@ -106,7 +113,7 @@ class GeNASBackbone(Backbone):
 
     @torch.jit.ignore
     def check_weights(self) -> None:
-        """Refuse to train frozen batch normalisation that never got weights.
+        """Raise if frozen batch normalisation would be trained without loaded weights.
 
         Raises:
             ValueError: A ``FrozenBN`` layer still has the values it was made with.
@@ -124,11 +131,11 @@ class GeNASBackbone(Backbone):
 
     @torch.jit.ignore
     def freeze(self, freeze_at: int = 0) -> GeNASBackbone:
-        """Stop training the first stages, for good: no gradients, statistics and drop path as in evaluation.
+        """Freeze the first stages for good: no gradients, statistics and drop path as in evaluation.
 
         Args:
-            freeze_at: As Detectron2 counts: 0 nothing, 1 the stem, 2 also the cells up to ``res3``, 3 up to
-                ``res4``, 4 all.
+            freeze_at: Number of stages, as Detectron2 counts them: 0 nothing, 1 the stem, 2 also the cells up to
+                ``res3``, 3 up to ``res4``, 4 all.
 
         Returns:
             The backbone.
@@ -145,7 +152,7 @@ class GeNASBackbone(Backbone):
 
     @torch.jit.ignore
     def train(self, mode: bool = True) -> GeNASBackbone:
-        """Set training mode, but for what is frozen."""
+        """Set training mode; frozen stages stay in evaluation mode."""
         super().train(mode)
         for module in self._frozen_modules():
             module.eval()
@@ -159,7 +166,7 @@ def _norm_layer(norm: str | Callable[[int], nn.Module]) -> Callable[..., nn.Modu
     if not callable(norm) and norm not in _NORMS:
         raise ValueError(f"norm must be one of {', '.join(_NORMS)}, or a function of the channels, got {norm!r}.")
     found = _group_norm if norm == "GN" else norm
-    # Not a function within this one, which could not be pickled.
+    # Not a closure, which could not be pickled.
     return functools.partial(_normalisation, norm=found)
 
 

@@ -18,7 +18,7 @@ def build_genas_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> GeNASBackbone:
     """Build the backbone that ``MODEL.GENAS`` describes; ``MODEL.BACKBONE.FREEZE_AT`` counts as Detectron2 does.
 
     Raises:
-        ValueError: A setting that cannot be.
+        ValueError: A setting is invalid.
     """
     settings = cfg.MODEL.GENAS
     return GeNASBackbone(
@@ -38,7 +38,7 @@ def build_genas_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Build the backbone with a feature pyramid, P2 to P6 from all four features; P6 is a pooled P5.
 
     Raises:
-        ValueError: A setting that cannot be, or ``MODEL.FPN.IN_FEATURES`` that the backbone does not return.
+        ValueError: A setting is invalid, or the backbone does not return ``MODEL.FPN.IN_FEATURES``.
     """
     return _build_fpn(cfg, build_genas_backbone(cfg, input_shape), LastLevelMaxPool())
 

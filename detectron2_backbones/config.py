@@ -16,13 +16,13 @@ _MOST_BASES = 100
 
 
 def check_yaml(path: str | Path) -> None:
-    """Read a yacs file and those that it is based on, before Detectron2 does.
+    """Check a yacs file and those it is based on, before Detectron2 reads them.
 
     Raises:
-        OSError: One cannot be read.
-        ValueError: One is not YAML of plain data in bounded size, is based on itself, or there are too many.
+        OSError: A file cannot be read.
+        ValueError: A file is not YAML of plain data in bounded size or is based on itself, or there are too many.
     """
-    # Each file beside those that lead to it.
+    # Each file with the files that lead to it.
     left: list[tuple[Path, tuple[Path, ...]]] = [(Path(path), ())]
     count = 0
     while left:
@@ -41,7 +41,7 @@ def check_yaml(path: str | Path) -> None:
             raise ValueError(f"{file} must hold keys and values, got {type(content).__name__}.")
         bases = content.get(_BASE, [])
         for base in bases if isinstance(bases, list) else [bases]:
-            # As Detectron2 finds them; those at an address it downloads itself.
+            # Found as by Detectron2, which downloads those at an address itself.
             if "://" not in str(base):
                 left.append((file.parent / os.path.expanduser(str(base)), (*before, file.resolve())))
 

@@ -25,14 +25,14 @@ _PREFIX = "backbone.bottom_up.network."
 
 
 def convert(source: str | Path, target: str | Path, genotype: Genotype | None = None) -> int:
-    """Write the stem and the cells of a checkpoint by the names that they have under a feature pyramid.
+    """Write the stem and the cells of a checkpoint under the names that they have below a feature pyramid.
 
     Classifier, auxiliary head and the counters of batch normalisation, which frozen layers lack, are left out.
 
     Args:
         source: An official ImageNet checkpoint, a file of ``genas convert`` or a checkpoint of ``timm_models.train``.
-        target: Ends in ``.pkl``; written whole or not at all.
-        genotype: The network's. None: the file's own, or else the one published genotype that fits.
+        target: File to write, atomically; its name must end in ``.pkl``.
+        genotype: Genotype of the network. None: the file's own, or else the one published genotype that fits.
 
     Returns:
         The number of tensors.

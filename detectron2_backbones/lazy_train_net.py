@@ -46,13 +46,14 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     Args:
         path: The Python file.
-        overrides: As ``train.max_iter=100``.
+        overrides: Overrides such as ``train.max_iter=100``.
 
     Returns:
         The configuration, on the CPU where there is no CUDA.
 
     Raises:
-        ValueError: The file is no Python program. In YAML, which one takes for data, a LazyConfig would run as well.
+        ValueError: The file is not a Python program. A LazyConfig in YAML runs code as well, which its user may not
+            expect.
     """
     if Path(path).suffix != ".py":
         raise ValueError(f"A LazyConfig is a Python program (.py), which is run, got {path}.")
@@ -88,7 +89,7 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
     strict = OmegaConf.select(cfg, "train.strict", default=True)
     checkpointer = GenasCheckpointer(model, cfg.train.output_dir, strict=strict, trainer=trainer)
-    # The order counts: what is saved and written includes what the hooks before did.
+    # The order counts: checkpoints and logs include the results of the hooks before them.
     every = [
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),

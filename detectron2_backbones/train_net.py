@@ -38,7 +38,7 @@ class Trainer(DefaultTrainer):
     """Detectron2's trainer with COCO's evaluation and a checkpointer that knows GeNAS weights."""
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks; what saves and loads knows GeNAS weights."""
+        """Detectron2's hooks, with a checkpointer that knows GeNAS weights."""
         # Here, because the hook that saves is made next and keeps the checkpointer.
         self.checkpointer = GenasCheckpointer(
             self.model,
@@ -59,7 +59,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
 
     Args:
         path: The file.
-        overrides: Keys and values in turn.
+        overrides: Keys and values, alternating.
 
     Returns:
         Detectron2's configuration with ``MODEL.GENAS``, on the CPU where there is no CUDA.

@@ -35,7 +35,7 @@ from genas_plugins._reading import expand_home
 __all__ = ["detect", "draw", "main", "visualize"]
 
 _READABLE = 480
-"""Pixels of the longer side from which on the names of classes can be read."""
+"""Pixels of the longer side from which on the names of classes are legible."""
 
 _Image = NDArray[np.uint8]
 
@@ -44,8 +44,8 @@ def detect(model: nn.Module, cfg: CfgNode, image: _Image) -> Instances:
     """Run a detector on one picture.
 
     Args:
-        model: In evaluation mode.
-        cfg: Its configuration; the picture is resized as ``INPUT.MIN_SIZE_TEST`` has it.
+        model: Detector in evaluation mode.
+        cfg: Configuration of the detector; the picture is resized to ``INPUT.MIN_SIZE_TEST``.
         image: ``(H, W, 3)``, 0 to 255, in the order of ``INPUT.FORMAT``.
 
     Returns:
@@ -74,8 +74,8 @@ def draw(
     Args:
         image: ``(H, W, 3)``, RGB, 0 to 255.
         detections: Fields ``pred_boxes``, ``scores`` and ``pred_classes``.
-        metadata: Has the names of the classes; None: they are numbers.
-        record: The picture in a data set, with ``annotations`` to draw on the right; None: there are none.
+        metadata: Metadata with the names of the classes; None: classes are numbers.
+        record: Record of the picture in a data set, whose ``annotations`` are drawn on the right; None: none are.
         threshold: Lowest score that is drawn.
 
     Returns:
@@ -112,20 +112,20 @@ def visualize(
     """Draw the detections of a trained detector, one PNG file a picture.
 
     Args:
-        cfg: The detector's configuration.
-        weights: Its checkpoint.
+        cfg: Configuration of the detector.
+        weights: Checkpoint of the detector.
         output: Folder of the drawings; made if need be. Files have the names of the pictures.
-        dataset: A registered data set, or
-        images: Files.
+        dataset: Name of a registered data set to draw; instead of ``images``.
+        images: Image files to draw; instead of ``dataset``.
         threshold: Lowest score that is drawn, 0 to 1; below the configuration's ``SCORE_THRESH_TEST`` nothing is found.
-        limit: Draw only so many; None: all.
+        limit: Most pictures to draw; None: all.
 
     Returns:
         The files.
 
     Raises:
         ValueError: Both or neither of ``dataset`` and ``images``, an unknown data set, a file that is no picture, a
-            drawing that would replace its picture, or a number that cannot be.
+            drawing that would replace its picture, or a number out of range.
         FileNotFoundError: ``weights``, a picture or the data set is missing.
         NotADirectoryError: ``output`` is a file.
         CheckpointError: ``weights`` are damaged or do not fit.
@@ -192,7 +192,7 @@ def _metadata(cfg: CfgNode, dataset: str | None) -> Metadata | None:
 def _read(path: str, pixel_format: str) -> _Image:
     try:
         return read_image(path, format=pixel_format)
-    # What Pillow raises for a damaged file has no common base.
+    # Pillow's errors for damaged files have no common base class.
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Weights of a backbone and of a whole detector, as data: nothing in a file is executed, whatever it holds."""
+"""Loads the weights of backbones and whole detectors as data: nothing in a file is executed."""
 
 from __future__ import annotations
 
@@ -28,18 +28,17 @@ class GenasCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, which also loads the ImageNet weights of a GeNAS backbone.
 
     Files: an official checkpoint (``.pth.tar``), a file of ``genas convert`` (``.safetensors``), a checkpoint of
-    ``timm_models.train``, a file of ``detectron2_backbones.convert`` (``.pkl``), or a checkpoint of a whole detector,
-    which Detectron2 wrote, also of one that was compiled, averaged or trained by several processes. The backbone is
-    found wherever the model has it. Each tensor of an ImageNet file must land
-    in it, and each of the backbone must come from the file; classifier and auxiliary head are left out. Elsewhere
-    Detectron2's rule holds: what does not fit is logged.
+    ``timm_models.train``, a file of ``detectron2_backbones.convert`` (``.pkl``), or a checkpoint of a whole detector
+    that Detectron2 wrote, also if it was compiled, averaged or trained by several processes. The backbone is found
+    wherever the model has it. The tensors of an ImageNet file and those of the backbone must match one another;
+    classifier and auxiliary head are left out. Elsewhere, as in Detectron2, tensors that do not fit are logged.
 
     Args:
         model: A detector.
-        save_dir: Where checkpoints are written.
+        save_dir: Folder for checkpoints.
         strict: Refuse weights that do not fit the backbone; False: load what fits and log the rest.
-        save_to_disk: None: only on the main process.
-        **checkpointables: What else is saved and resumed, as Detectron2 has it.
+        save_to_disk: Whether this process writes checkpoints; None: if it is the main process.
+        **checkpointables: Further objects to save and resume, as in Detectron2.
     """
 
     def __init__(
@@ -60,15 +59,15 @@ class GenasCheckpointer(DetectionCheckpointer):
         Args:
             path: The file, or an address that Detectron2 can download; ``?matching_heuristics=True`` behind it asks
                 Detectron2 to match names by their ends.
-            checkpointables: Which others to resume; None: all.
+            checkpointables: Names of the further objects to resume; None: all.
 
         Returns:
-            What else the file holds.
+            The remaining content of the file.
 
         Raises:
             FileNotFoundError: There is no such file.
-            CheckpointError: It is damaged, could execute code, or does not fit the backbone.
-            ValueError: What stands behind ``?`` is something else.
+            CheckpointError: The file is damaged, could execute code, or does not fit the backbone.
+            ValueError: Something else stands behind ``?``.
         """
         path = path and str(user_path(path))
         if path and "://" not in path and not Path(path.partition("?")[0]).is_file():
@@ -79,7 +78,7 @@ class GenasCheckpointer(DetectionCheckpointer):
         try:
             return super().load(path, checkpointables)
         finally:
-            # Left by an error, it would stop the next file from loading.
+            # If an error left it set, the next file could not be loaded.
             self._parsed_url_during_load = None
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -99,13 +98,13 @@ class GenasCheckpointer(DetectionCheckpointer):
         return checkpoint
 
     def _fit(self, state: Mapping[str, Tensor], name: str, filename: str) -> dict[str, Tensor]:
-        """The tensors by the names of the model, those of the backbone checked."""
+        """Rename the tensors to the names of the model, and check those of the backbone."""
         network = self.model.get_submodule(name)
-        # A model that is compiled itself has the names of torch.compile as well.
+        # A compiled model has the prefixes of torch.compile as well.
         own_names = {plain: key for key in self.model.state_dict() for plain in unwrapped({key: None})}
         name = next(iter(unwrapped({name: None})))
         state = unwrapped(state)
-        # In a whole detector's file the backbone has its place, and there are other tensors.
+        # The file of a whole detector also has tensors outside the backbone.
         whole = any(key in state for key in own_names if not key.startswith(f"{name}."))
         own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
         others = {key: value for key, value in state.items() if not key.startswith(f"{name}.")} if whole else {}
@@ -124,7 +123,7 @@ def find_backbone(model: nn.Module) -> str | None:
     """The name of the GeNAS network in a model, such as ``backbone.bottom_up.network``; None: it has none.
 
     Raises:
-        ValueError: It has several.
+        ValueError: The model has several.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, GeNASBackbone)]
     if len(names) > 1:
@@ -152,19 +151,20 @@ def read_pickle(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: It is damaged or something else, could execute code when loaded, or claims more than it has.
+        CheckpointError: The file is damaged or of another kind, could execute code, or claims more memory than its
+            size.
     """
     data = user_path(path).read_bytes()
     try:
         content = load_arrays(data)
         caffe2 = "model" not in content
-        # Detectors have their arrays under "blobs", ImageNet's networks at once.
+        # Detectors have their arrays under "blobs", ImageNet's networks at the top level.
         arrays = content.get("blobs", content) if caffe2 else content["model"]
         arrays = {str(name): np.asarray(value) for name, value in arrays.items() if not str(name).endswith("_momentum")}
     except pickle.UnpicklingError as error:
         reason = one_line(error, 300) if str(error).startswith("it ") else "it is damaged"
         raise CheckpointError(f"{path} is not loaded because {reason}.") from None
-    # What damaged and foreign pickles raise has no common base.
+    # Errors of damaged and foreign pickles have no common base class.
     except Exception as error:
         raise CheckpointError(
             f"{path} is damaged or holds no arrays under 'model', as detectron2_backbones.convert writes them."

@@ -1,4 +1,4 @@
-"""What users hand over, as a part of messages: bounded in length, on one line, with control characters escaped."""
+"""Formats user input for messages: bounded in length, on one line, with control characters escaped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OF_ANOTHER_PROCESS = re.compile(r"Caught \w+ in DataLoader worker process |-- P
 
 
 class _Bounded(reprlib.Repr):
-    """``repr`` that looks at no more than a message can show: lists may hold one another many times over."""
+    """``repr`` in bounded time, also for deeply nested values and containers that contain each other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,14 +24,14 @@ class _Bounded(reprlib.Repr):
         self.maxstring = self.maxother = _LONGEST_VALUE
 
     def repr1(self, x: Any, level: int) -> str:
-        # Classes derived from these would be written out whole.
+        # The base class dispatches on the type's name and would write subclasses out in full.
         for kind, write in ((dict, self.repr_dict), (list, self.repr_list), (tuple, self.repr_tuple)):
             if isinstance(x, kind):
                 return write(x, level)
         return super().repr1(x, level)
 
     def repr_int(self, x: int, level: int) -> str:
-        # Python itself refuses to write out some thousands of digits.
+        # Python refuses to print integers of more than 4,300 digits.
         return repr(x) if x.bit_length() < 512 else f"an integer of {x.bit_length()} bits"
 
 
@@ -41,21 +41,21 @@ def shown(value: Any, limit: int = _LONGEST_VALUE) -> str:
 
 
 def one_line(text: object, limit: int = _LONGEST_LINE) -> str:
-    """A text, or an error's, as one line of at most ``limit`` characters; what cannot be printed is escaped."""
+    """A text or an error's message on one line of at most ``limit`` characters; the unprintable is escaped."""
     return escaped(" ".join(str(text).split()), limit)
 
 
 def message_of(error: BaseException) -> str:
-    """An error as one line; of one that another process passes on with its traceback, what that process met."""
+    """An error on one line; of an error relayed from another process with its traceback, only the original one."""
     text = str(error).strip()
     if _OF_ANOTHER_PROCESS.match(text):
         lines = text.splitlines()
-        # Behind the traceback, the first line without indent is the error.
+        # The error is the first line without indentation after the traceback.
         last = max((number for number, line in enumerate(lines) if line.startswith("  File ")), default=0)
         start = next((number for number in range(last + 1, len(lines)) if lines[number][:1].strip()), len(lines) - 1)
         name, _, text = "\n".join(lines[start:]).partition(": ")
         text = text or name
-        # It holds a loader, whose processes would only end after a timeout.
+        # The traceback keeps a data loader alive, whose workers would only end after a timeout.
         error.__traceback__ = None
     return one_line(text) or type(error).__name__
 
@@ -67,7 +67,7 @@ def listed(names: Iterable[object], limit: int = 4) -> str:
 
 
 def escaped(name: object, limit: int = _LONGEST_VALUE) -> str:
-    """A name or a path as it is, in at most ``limit`` characters; what cannot be printed is escaped."""
+    """A name or path in at most ``limit`` characters, with unprintable characters escaped."""
     # Cut before and after: an escaped character is longer.
     text = _cut(str(name), limit)
     return _cut("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), limit)
@@ -76,6 +76,6 @@ def escaped(name: object, limit: int = _LONGEST_VALUE) -> str:
 def _cut(text: str, limit: int) -> str:
     if len(text) <= limit:
         return text
-    # What to do about an error stands at its end.
+    # Messages end with what to do, so the end is kept too.
     end = limit // 3
     return f"{text[: limit - end - 5]} ... {text[len(text) - end :]}"

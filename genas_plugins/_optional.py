@@ -1,4 +1,4 @@
-"""Optional dependencies: a missing one is a sentence that names the extra to install, not a traceback."""
+"""Imports optional dependencies; a missing one is reported in one sentence that names the extra to install."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     Args:
         module: Dotted name, for instance ``"matplotlib.pyplot"``.
         extra: The extra of ``genas-plugins`` that installs it.
-        purpose: What it is needed for, as it reads after "is needed for".
+        purpose: What needs it; completes the message "is needed for ...".
 
     Returns:
         The imported module.
 
     Raises:
-        MissingPackageError: The top-level package of ``module`` is not installed.
-        ImportError: Something inside an installed package cannot be imported, which has another cure: unchanged.
+        MissingPackageError: The top-level package of ``module`` is not installed. The message is one sentence with
+            the command that installs it.
+        ImportError: Something inside an installed package cannot be imported, which has another cause; unchanged.
     """
     package = module.partition(".")[0]
     try:

@@ -1,4 +1,4 @@
-"""Pickles of arrays, read as data: nothing that they name is run, and no array is larger than the file makes it."""
+"""Reads pickles of arrays as data: nothing they refer to is run, and arrays are no larger than the file allows."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ __all__ = ["claims_too_much", "load_arrays", "load_known", "numpy_globals"]
 
 
 def claims_too_much(claimed: int, size: int) -> bool:
-    """Whether arrays of ``claimed`` bytes are more than a file of ``size`` bytes can mean.
+    """Whether ``claimed`` bytes of arrays are implausibly many for a file of ``size`` bytes.
 
-    Four times as much is admitted, and a megabyte: weights that several names share, and small constants that were
-    saved expanded, are no attack.
+    The limit is four times the file and a megabyte: weights shared by several names and small expanded constants are
+    legitimate.
     """
     return claimed > 4 * size + 2**20
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
-    """Stand in for ``_codecs.encode``, which could be made to import any codec module."""
+    """Replace ``_codecs.encode``, which could import any codec module."""
     if encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"it asks for the codec {encoding!r}; NumPy arrays use 'latin1' only")
     return _codecs.encode(text, "latin1")
 
 
 def _empty_array(*arguments: Any) -> np.ndarray:
-    """Stand in for NumPy's ``_reconstruct``, which makes arrays of any size; a pickle fills this one from its bytes."""
+    """Replace NumPy's ``_reconstruct``, which allocates any size; the pickle fills this array from its own bytes."""
     return np.empty(0, dtype=np.int8)
 
 
 def _scalar(dtype: np.dtype, data: bytes | str) -> Any:
-    """Stand in for NumPy's ``scalar``, which without data makes one of any size."""
+    """Replace NumPy's ``scalar``, which without data allocates a value of any size."""
     data = data.encode("latin1") if isinstance(data, str) else data
     if not isinstance(data, bytes) or len(data) != dtype.itemsize:
         raise pickle.UnpicklingError("a number's bytes are not those of its type")
@@ -45,7 +45,7 @@ def _scalar(dtype: np.dtype, data: bytes | str) -> Any:
 
 def _admitted_globals() -> dict[tuple[str, str], Any]:
     admitted: dict[tuple[str, str], Any] = {
-        # Only a mark for _reconstruct: called, it would make arrays of any size.
+        # A placeholder argument of _reconstruct; the class itself, if called, would allocate arrays of any size.
         ("numpy", "ndarray"): "numpy.ndarray",
         ("numpy", "dtype"): np.dtype,
         ("collections", "OrderedDict"): OrderedDict,
@@ -54,13 +54,13 @@ def _admitted_globals() -> dict[tuple[str, str], Any]:
     for core in ("numpy.core", "numpy._core"):
         admitted[f"{core}.multiarray", "_reconstruct"] = _empty_array
         admitted[f"{core}.multiarray", "scalar"] = _scalar
-        # How protocol 5, the default of Python 3.14, stores an array; a view of the file's own bytes.
+        # Protocol 5, the default of Python 3.14, stores arrays this way: as a view of the file's own bytes.
         admitted[f"{core}.numeric", "_frombuffer"] = np.empty(0).__reduce_ex__(5)[0]
     return admitted
 
 
 def numpy_globals() -> list[Any]:
-    """What ``torch.load`` is to admit (``torch.serialization.safe_globals``) to read NumPy's numbers and arrays."""
+    """Globals that ``torch.load`` needs (``torch.serialization.safe_globals``) to read NumPy numbers and arrays."""
     allowed: list[Any] = [np.ndarray, np.dtype]
     for core in ("numpy.core", "numpy._core"):
         allowed += [(_empty_array, f"{core}.multiarray._reconstruct"), (_scalar, f"{core}.multiarray.scalar")]
@@ -83,7 +83,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 class _Nothing:
-    """Stands for whatever else a pickle makes: takes all that it is given, and keeps none of it."""
+    """Placeholder for any other object of a pickle: accepts all arguments and items, and keeps none."""
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> _Nothing:
         return super().__new__(cls)
@@ -94,14 +94,14 @@ class _Nothing:
 
 
 class _KnownUnpickler(_ArrayUnpickler):
-    """Leaves out what :class:`_ArrayUnpickler` would refuse."""
+    """Replaces the objects that :class:`_ArrayUnpickler` refuses by :class:`_Nothing`."""
 
     def find_class(self, module: str, name: str) -> Any:
         return self._admitted.get((module, name), _Nothing)
 
 
 class _Limited:
-    """The beginning of a file, beyond which there is an error."""
+    """A file that raises once more than ``limit`` bytes are read."""
 
     def __init__(self, file: BinaryIO, limit: int) -> None:
         self._file, self._left = file, limit
@@ -120,15 +120,15 @@ class _Limited:
 
 
 def load_known(file: BinaryIO, limit: int) -> Any:
-    """Read a pickle of containers and NumPy arrays in which other objects may be, which are left out.
+    """Read the containers and NumPy arrays of a pickle, leaving out all other objects.
 
     Args:
-        file: Unpacked; read no further than needed.
-        limit: Most bytes to read of it.
+        file: The uncompressed pickle, read no further than needed.
+        limit: Most bytes to read.
 
     Raises:
-        pickle.UnpicklingError: It is longer.
-        Exception: It is damaged: what is raised depends on where.
+        pickle.UnpicklingError: The pickle is longer than ``limit``.
+        Exception: The pickle is damaged; the type of the error depends on where.
     """
     return _KnownUnpickler(_Limited(file, limit), encoding="latin1").load()
 
@@ -137,11 +137,11 @@ def load_arrays(data: bytes) -> Any:
     """Read a pickle of containers and NumPy arrays. Strings of Python 2 are read as latin1.
 
     Raises:
-        pickle.UnpicklingError: It refers to something else, which the message names, or is damaged.
-        Exception: It is damaged: what is raised depends on where.
+        pickle.UnpicklingError: It refers to another global, which the message names, or is damaged.
+        Exception: The pickle is damaged; the type of the error depends on where.
     """
     for opcode, argument, _ in pickletools.genops(data):
-        # Its table of results is as long as the highest number in it.
+        # The unpickler's memo is allocated up to the highest index in the pickle.
         if "PUT" in opcode.name and isinstance(argument, int) and argument > len(data):
             raise pickle.UnpicklingError("it numbers more results than it has bytes")
     return _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()

@@ -1,4 +1,4 @@
-"""Readers of text that users hand over: each has a bound, takes a byte order mark, and runs nothing."""
+"""Readers of text, JSON and YAML from users: bounded in size, aware of byte order marks, and running no code."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ TEXT_LIMIT = 2**20
 """Bytes of a configuration, a genotype or settings: more than a hundred times what any of ours has."""
 
 _YAML_LIMIT = 4 * TEXT_LIMIT
-"""Characters of a YAML document whose aliases are written out."""
+"""Most characters of a YAML document once its aliases are expanded."""
 
 _MERGE = "tag:yaml.org,2002:merge"
 _NUMBER_LIMIT = 100
-"""Characters of a number in YAML: PyYAML's time grows with their square."""
+"""Most characters of a number in YAML: PyYAML's time grows with their square."""
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    # Before UTF-16, whose mark is the beginning of that of UTF-32.
+    # Before UTF-16, whose mark is a prefix of the mark of UTF-32.
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -50,12 +50,12 @@ class ReadingError(ValueError):
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """The path, with ``~`` at its beginning as the user's home."""
+    """The path, with a leading ``~`` expanded to the user's home."""
     return Path(os.path.expanduser(path))
 
 
 def expand_home(options: argparse.Namespace) -> argparse.Namespace:
-    """Read ``~`` in options as the shell does at the beginning of a word; ``--output=~/runs`` it leaves alone."""
+    """Expand a leading ``~`` in all options; the shell does not expand the one in ``--output=~/runs``."""
     for name, value in vars(options).items():
         if isinstance(value, str):
             setattr(options, name, os.path.expanduser(value))
@@ -69,11 +69,11 @@ def read_text(path: str | os.PathLike[str], *, limit: int = TEXT_LIMIT) -> str:
 
     Args:
         path: The file; ``~`` is the user's home.
-        limit: Most bytes.
+        limit: Most bytes to accept.
 
     Raises:
         OSError: The file cannot be read.
-        ReadingError: It is longer, or is not such text.
+        ReadingError: The file is longer, or is not such text.
     """
     with user_path(path).open("rb") as file:
         data = file.read(limit + 1)
@@ -95,7 +95,7 @@ def parse_json(text: str) -> Any:
     """Read JSON.
 
     Raises:
-        ReadingError: It is not JSON, or is nested too deeply.
+        ReadingError: The text is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(text)
@@ -114,8 +114,8 @@ def parse_yaml(text: str) -> Any:
     """Read one YAML document of plain data.
 
     Raises:
-        ReadingError: It is not YAML, asks for other than plain data, has a key twice, is nested too deeply, or is too
-            large when its aliases are written out.
+        ReadingError: The text is not YAML, has tags other than of plain data, repeats a key, is nested too deeply, or
+            is too large once its aliases are expanded.
         ImportError: PyYAML is not installed.
     """
     yaml = require("yaml", extra="nni", purpose="reading YAML")
@@ -125,13 +125,13 @@ def parse_yaml(text: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        # Before anything is built: a merge key copies what its aliases stand for.
+        # Checked before construction, because merge keys copy what their aliases refer to.
         if _written_out(node, {}) > _YAML_LIMIT:
             raise ReadingError(f"its aliases stand for more than {_YAML_LIMIT:,} characters")
         return loader.construct_document(node)
     except ReadingError:
         raise
-    # ValueError: dates and numbers that look like one and are none.
+    # ValueError: malformed dates and numbers.
     except (yaml.YAMLError, ValueError) as error:
         raise ReadingError(one_line(error, 300)) from error
     except RecursionError:
@@ -142,7 +142,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def _written_out(node: Any, known: dict[int, int | None]) -> int:
-    """Characters of a node, of which an alias has as many as what it stands for."""
+    """The number of characters of a node with its aliases expanded."""
     if id(node) in known:
         size = known[id(node)]
         if size is None:
@@ -154,7 +154,7 @@ def _written_out(node: Any, known: dict[int, int | None]) -> int:
             raise ReadingError(f"it has a number of {len(node.value):,} characters")
         size = 1 + len(node.value)
     else:
-        # A mapping's entries are pairs of nodes. Of two settings of one name the first would mean nothing.
+        # A mapping's entries are pairs of nodes. Of a repeated key PyYAML would silently keep the last value.
         names = Counter(entry[0].value for entry in node.value if _is_name(entry))
         if names and (first := names.most_common(1)[0])[1] > 1:
             raise ReadingError(f"the key {shown(first[0])} stands twice (line {node.start_mark.line + 1} and below)")
@@ -165,5 +165,5 @@ def _written_out(node: Any, known: dict[int, int | None]) -> int:
 
 
 def _is_name(entry: Any) -> bool:
-    """Whether an entry of a node is a pair, of a mapping, whose key is a scalar and stands for itself."""
+    """Whether a node's entry is a pair of a mapping whose key is a scalar and not a merge key."""
     return isinstance(entry, tuple) and isinstance(entry[0].value, str) and entry[0].tag != _MERGE

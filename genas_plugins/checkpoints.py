@@ -64,13 +64,13 @@ __all__ = [
 _SUPERNET, _NETWORK = "genas-supernet", "genas-network"
 _OWN_KEYS = ("format", "arguments", "genotype")
 _BESIDE = ("total_ops", "total_params", "n_averaged")
-"""What profilers and averaged models keep beside a network's own tensors."""
+"""Entries that profilers and averaged models add to a network's own tensors."""
 _PREFIX = re.compile(r"(?:.*\.)?(?=cells\.0\.(?:preprocess0|edges)\.)")
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Read what :func:`save_supernet` or :func:`save_network` wrote beside the tensors.
+    """Read the metadata that :func:`save_supernet` or :func:`save_network` wrote beside the tensors.
 
     Returns:
         ``"format"``, ``"arguments"`` and what else was saved; empty for a file that neither of them wrote.
@@ -112,13 +112,13 @@ def load_official_network(
 ) -> CellNetwork:
     """Load a fixed network, for ImageNet or CIFAR, of the official code or of :func:`save_network`.
 
-    Channels, cells, classes and stem are read off the shapes, as in :func:`load_official_supernet`. Weights
-    show neither an operation's input nor poolings and skips: a genotype wrong only there passes unnoticed.
+    Channels, cells, classes and stem are read off the shapes, as in :func:`load_official_supernet`. The tensors do not
+    show inputs of operations, poolings and skips: a genotype that is wrong only there is not detected.
 
     Args:
         path: The checkpoint.
-        genotype: The network's genotype, its pairs in the order in which it was trained, because the order
-            numbers the operations. None: the file's own, which only :func:`save_network` writes.
+        genotype: Genotype of the network with its pairs in the order of training, which numbers the operations. None:
+            the file's own, which only :func:`save_network` writes.
         auxiliary: Load the auxiliary head too; False drops the file's, if it has one.
 
     Returns:
@@ -126,7 +126,7 @@ def load_official_network(
 
     Raises:
         FileNotFoundError: There is no such file.
-        TypeError: ``genotype`` is something else.
+        TypeError: ``genotype`` is not a Genotype.
         CheckpointError: See :func:`load_official_supernet`; or there is no genotype, the file holds another,
             or ``auxiliary`` asks for a head that the file lacks.
     """
@@ -145,15 +145,22 @@ def load_official_network(
 
 
 def load_supernet(path: str | Path) -> Any:
-    """Load a supernet of :func:`save_supernet`, or any other that :func:`load_official_supernet` reads.
+    """Load a supernet written by :func:`save_supernet`, or any that :func:`load_official_supernet` reads.
 
-    That of NAS-Bench-201 is told by its names, which are also those of RLNAS; that of a registered space
-    (:mod:`genas_plugins.spaces`) by its class method ``arguments_of(state)``, which gives its constructor's arguments,
-    or ``None`` for tensors of another.
+    Supernets of NAS-Bench-201, also those of RLNAS, are recognised by the names of their tensors; those of a registered
+    space (:mod:`genas_plugins.spaces`) by its class method ``arguments_of(state)``, which returns the arguments of the
+    constructor, or ``None`` for tensors of another space.
 
     Raises:
         FileNotFoundError: There is no such file.
         CheckpointError: See :func:`load_official_supernet`; or :func:`save_network` wrote the file.
+
+    Example:
+        >>> from genas_plugins import SuperNet
+        >>> from genas_plugins.checkpoints import load_supernet, save_supernet
+        >>> path = save_supernet(SuperNet(10, init_channels=4, num_cells=3), "supernet.safetensors")
+        >>> load_supernet(path).arguments
+        {'num_classes': 10, 'init_channels': 4, 'num_cells': 3, 'stem': 'cifar'}
     """
     if read_metadata(path).get("format") == _NETWORK:
         raise CheckpointError(f"{path} holds a fixed network, no supernet: use load_official_network.")
@@ -173,15 +180,22 @@ def save_supernet(supernet: nn.Module, path: str | Path, **metadata: Any) -> Pat
     """Write a supernet's parameters and buffers, whole or not at all.
 
     Args:
-        supernet: Wrapped neither by ``DistributedDataParallel`` nor by ``torch.compile``.
-        path: Ends in ``.safetensors``.
+        supernet: A supernet that is not wrapped by ``DistributedDataParallel`` or ``torch.compile``.
+        path: File to write; its name must end in ``.safetensors``.
         **metadata: JSON data to keep beside the tensors; :func:`read_metadata` reads it.
 
     Raises:
-        TypeError: ``supernet`` is something else, or ``metadata`` is not JSON data.
+        TypeError: ``supernet`` is not a supernet, or ``metadata`` is not JSON data.
         ValueError: ``path`` has another suffix, ``metadata`` uses a name of the format, or the supernet is on
             the meta device and has no values.
         OSError: The file cannot be written; an older one of that name is left as it was.
+
+    Example:
+        >>> from genas_plugins import SuperNet
+        >>> from genas_plugins.checkpoints import read_metadata, save_supernet
+        >>> path = save_supernet(SuperNet(10, init_channels=4, num_cells=3), "supernet.safetensors", epochs=50)
+        >>> read_metadata(path)["epochs"]
+        50
     """
     if not (hasattr(supernet, "search_space") and hasattr(supernet, "arguments")):
         raise TypeError(f"Expected a supernet, got {type(supernet).__name__}; unwrap it first.")
@@ -191,8 +205,8 @@ def save_supernet(supernet: nn.Module, path: str | Path, **metadata: Any) -> Pat
 def save_network(network: CellNetwork, path: str | Path, **metadata: Any) -> Path:
     """Write a fixed network's parameters and buffers, whole or not at all, with its genotype.
 
-    The genotype keeps the order of its pairs, which its code would lose and which numbers the operations.
-    Arguments and errors are those of :func:`save_supernet`.
+    The genotype is stored as pairs, since their order numbers the operations and its code would lose it. Arguments and
+    errors are those of :func:`save_supernet`.
     """
     if not isinstance(network, CellNetwork):
         raise TypeError(f"Expected a CellNetwork, got {type(network).__name__}; unwrap it first.")
@@ -202,12 +216,12 @@ def save_network(network: CellNetwork, path: str | Path, **metadata: Any) -> Pat
 def convert_network(
     source: str | Path, target: str | Path, genotype: Genotype | None = None, *, auxiliary: bool = True
 ) -> CellNetwork:
-    """Write the fixed network of any checkpoint as a clean file: its tensors, by the official names, its genotype.
+    """Write the fixed network of any checkpoint as a clean file: its tensors by official names, and its genotype.
 
     Args:
-        source: Whatever :func:`load_official_network` reads.
-        target: Ends in ``.safetensors``.
-        genotype: The network's. None: the file's own, or else the one published genotype that fits.
+        source: Any checkpoint that :func:`load_official_network` reads.
+        target: File to write; its name must end in ``.safetensors``.
+        genotype: Genotype of the network. None: the file's own, or else the one published genotype that fits.
         auxiliary: Keep the auxiliary head if there is one.
 
     Returns:
@@ -236,14 +250,14 @@ def _recognized(path: str | Path, auxiliary: bool) -> CellNetwork:
 
 
 def network_state(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """The tensors of the one network among ``state``, by their names in the official code.
+    """Extract the tensors of the one network in ``state``, by their names in the official code.
 
     A prefix that all names share (``module.``, or that of Lightning and NNI) is dropped, and so are what wrappers
     add (:func:`unwrapped`) and the profiler's ``total_ops`` and ``total_params``.
 
     Args:
         state: Tensors by name.
-        source: Where they are from, for the message.
+        source: Name of their source, for error messages.
 
     Raises:
         CheckpointError: There is no network of cells, or there are several.
@@ -254,12 +268,12 @@ def network_state(state: Mapping[str, Tensor], source: str | Path) -> dict[str, 
         found = f"{len(prefixes)} networks, under {shown(prefixes)}" if prefixes else f"no cells ({listed(state)})"
         raise CheckpointError(f"{source} holds {found}, expected one: save the network's state_dict alone.")
     prefix = prefixes[0]
-    # Tensors outside of the prefix get names that fit nowhere: theirs may be those of the network without it.
+    # Tensors outside the prefix get names that match nothing: their own may equal names without the prefix.
     return {name.removeprefix(prefix) if name.startswith(prefix) else f"./{name}": state[name] for name in state}
 
 
 def describe_mismatch(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """Which tensors are missing, left over or of another shape, counted, with the first names; empty: none."""
+    """Count the tensors that are missing, left over or of another shape, with the first names; empty: all fit."""
     common = [name for name in expected if name in state]
     problems = {
         "missing": [name for name in expected if name not in state],
@@ -282,7 +296,7 @@ def _arguments(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
     missing = [name for name in needed if name not in state or state[name].dim() == 0]
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}, so the size of its network is unknown.")
-    # Counted, not the highest number: a foreign cells.999999999.* must not build that many.
+    # The count rather than the highest index: a foreign cells.999999999.* must not build that many.
     cells = {found[1] for name in state if (found := re.match(r"cells\.(\d+)\.", name))}
     channels, classes = state[stem_weight].shape[0] // multiplier, state["classifier.weight"].shape[0]
     return {"num_classes": classes, "init_channels": channels, "num_cells": len(cells), "stem": stem}
@@ -334,7 +348,7 @@ def _save(model: nn.Module, path: str | Path, kind: str, metadata: Mapping[str, 
         entries["genotype"] = model.genotype.to_dict()
     header = {"format": kind, **{key: json.dumps(value) for key, value in entries.items()}}
     with atomic_path(path) as temporary:
-        # Not save_file, whose error on a full disk is none of the operating system's.
+        # Not save_file, which does not raise OSError on a full disk.
         temporary.write_bytes(save({name: _plain(value) for name, value in state.items()}, header))
     return path
 

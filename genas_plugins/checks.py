@@ -1,7 +1,6 @@
-"""Settings that a user hands over: what no measurement and no training can use is refused where it enters.
+"""Validates the settings of users where they enter.
 
-Upper bounds are far beyond anything in use. What they refuse would not fit into any machine, would never end, or would
-leave the range of float32.
+Upper bounds are far beyond anything in use: larger values would not fit into memory, never end, or overflow float32.
 """
 
 from __future__ import annotations
@@ -17,24 +16,31 @@ from genas_plugins._messages import shown
 __all__ = ["MOST", "MOST_IMAGES", "MOST_SEED", "check_count", "check_device", "check_flag", "check_real", "check_seed"]
 
 MOST = 1_000_000
-"""Of whatever is counted and names no bound of its own."""
+"""Default upper bound of counts."""
 
 MOST_IMAGES = 2**40
-"""More than any data set has."""
+"""Upper bound of numbers of images, more than any data set has."""
 
 MOST_SEED = 2**63 - 1
-"""The largest seed that PyTorch and NumPy take both, as a number with a sign."""
+"""The largest seed that both PyTorch and NumPy accept, a signed 64-bit integer."""
 
 _LARGEST = sys.float_info.max
 _SHOWN = 80
 
 
 def check_count(name: str, value: Any, least: int = 1, most: int = MOST) -> int:
-    """Return a whole number within its bounds.
+    """Return ``value`` as an integer from ``least`` to ``most``.
 
     Raises:
-        TypeError: It is no whole number.
-        ValueError: It is out of its bounds.
+        TypeError: ``value`` is not an integer; ``bool`` does not count as one.
+        ValueError: It is out of bounds; the message begins with ``name``.
+
+    Example:
+        >>> from genas_plugins.checks import check_count
+        >>> check_count("epochs", 0)
+        Traceback (most recent call last):
+            ...
+        ValueError: epochs must be at least 1, got 0.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, got {shown(value, _SHOWN)}.")
@@ -55,11 +61,11 @@ def check_real(
     below: float | None = None,
     most: float | None = None,
 ) -> float:
-    """Return a finite number within its bounds; ``above`` and ``below`` are not in them, ``least`` and ``most`` are.
+    """Return ``value`` as a finite float within its bounds, of which ``above`` and ``below`` are exclusive.
 
     Raises:
-        TypeError: It is no number.
-        ValueError: It is not finite or out of its bounds.
+        TypeError: ``value`` is not a number.
+        ValueError: It is not finite or out of bounds.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {shown(value, _SHOWN)}.")
@@ -77,10 +83,10 @@ def check_real(
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """Return what is true or false; text and numbers are neither.
+    """Return ``value`` if it is a ``bool``.
 
     Raises:
-        TypeError: It is no truth value.
+        TypeError: It is text, a number or anything else.
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be true or false, got {shown(value, _SHOWN)}.")
@@ -88,20 +94,20 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_seed(seed: Any, name: str = "seed") -> int:
-    """Return a seed that all generators take.
+    """Return ``seed`` if PyTorch and NumPy both accept it.
 
     Raises:
-        TypeError: It is no whole number.
+        TypeError: ``seed`` is not an integer.
         ValueError: It is negative or above :data:`MOST_SEED`.
     """
     return check_count(name, seed, 0, MOST_SEED)
 
 
 def check_device(device: torch.device | str, name: str = "device") -> torch.device:
-    """Return a device that this machine has.
+    """Return ``device`` if this machine has it.
 
     Raises:
-        ValueError: There is no such kind of device, or this machine has none, or not so many of it.
+        ValueError: The kind of device is unknown, or this machine has no CUDA device of that index.
     """
     try:
         found = torch.device(device)

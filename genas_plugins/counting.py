@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of a network."""
+"""Parameters and multiply-adds of a network, and the widest network within a budget."""
 
 from __future__ import annotations
 
@@ -28,7 +28,13 @@ def count_macs(model: nn.Module, image_size: int = 224) -> int:
     """Multiply-adds of one image ``(1, 3, image_size, image_size)`` in evaluation mode.
 
     Counts convolutions and linear layers (:mod:`torch.utils.flop_counter`, halved), as the paper's tables do.
-    The model is left in the mode it had.
+    The model's mode is restored.
+
+    Example:
+        >>> from torch import nn
+        >>> from genas_plugins.counting import count_macs
+        >>> count_macs(nn.Conv2d(3, 8, kernel_size=3, padding=1), image_size=32)  # 32 * 32 * 3 * 8 * 9
+        221184
     """
     first = next(model.parameters())
     image = torch.empty((1, 3, image_size, image_size), device=first.device, dtype=first.dtype)
@@ -43,15 +49,23 @@ def fit_channels(genotype: Genotype, macs: float = 600e6, image_size: int = 224,
 
     Args:
         genotype: The two cells.
-        macs: Most multiply-adds of one image, for 3 channels and 1000 classes; the paper's networks are near
+        macs: The budget: most multiply-adds of one image, for 3 channels and 1000 classes; the paper's networks are
+            near
             600 million.
-        image_size: Pixels, square.
+        image_size: Height and width of the image in pixels.
         num_cells: Cells in the stack.
 
     Raises:
         ValueError: Even the narrowest network needs more; the message says how much. Or ``macs`` is not a finite
             number, or more than the widest network of :func:`~genas_plugins.darts.network.cell_shapes` needs; or
             ``image_size`` is not from 1 to 65,536.
+
+    Example:
+        >>> from genas_plugins import ZOO
+        >>> from genas_plugins.counting import fit_channels
+        >>> genotype = ZOO["genas_flatness_c100"].genotype
+        >>> fit_channels(genotype), fit_channels(genotype, macs=300e6)
+        (46, 32)
     """
     if not math.isfinite(macs):
         raise ValueError(f"A budget of multiply-adds must be a finite number, got {macs}.")
@@ -63,8 +77,8 @@ def fit_channels(genotype: Genotype, macs: float = 600e6, image_size: int = 224,
             f"No network of this genotype fits {macs / 1e6:g} M multiply-adds: the narrowest (2 channels) needs "
             f"{narrow / 1e6:.1f} M at {image_size} pixels."
         )
-    # Every layer has C channels, or a multiple, on one side or on both: a C^2 + b C, exactly.
-    # With C = 2 k that is a k^2 + b k of other, whole a and b, whose larger root is rounded down in integers.
+    # Each layer has a multiple of C channels on one or both sides, so the count is exactly quadratic in C. With C = 2 k
+    # it is a k^2 + b k with integers a and b, whose positive root is rounded down in integer arithmetic.
     a, b = (wide - 2 * narrow) // 2, (4 * narrow - wide) // 2
     channels = 2 * ((math.isqrt(b * b + 4 * a * math.floor(macs)) - b) // (2 * a))
     if channels > MAX_CHANNELS:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: a killed process or a full disk leaves the previous state readable."""
+"""Atomic writing of files: after a crash or on a full disk the previous content is still readable."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LEFTOVER = re.compile(r"\..+-[a-z0-9_]{8}\.partial(\.[^.]*)?")
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an error says that there is no room: of the disk, of the user's share, or for a file of that size."""
+    """Whether an error means a full disk, an exceeded quota, or a file too large for the file system."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -45,7 +45,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp makes private files; a result is for everybody whom the user's umask admits.
+        # mkstemp creates private files; results get the permissions of the user's umask.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -56,14 +56,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Remove the temporary files of writers that were killed; those that are being written are left alone.
+    """Remove the temporary files of killed writers, but not those still being written.
 
-    Where the file system or the platform has no ``flock``, nothing tells the two apart, and all are left.
+    Without ``flock`` the two cannot be told apart, and all are left.
     """
     for path in Path(folder).iterdir():
         if _LEFTOVER.fullmatch(path.name) is None or not path.is_file():
             continue
-        # Somebody else's file, or no longer there.
+        # The file belongs to another user, or is already gone.
         with contextlib.suppress(OSError):
             handle = os.open(path, os.O_RDWR)
             try:
@@ -74,7 +74,7 @@ def remove_leftovers(folder: str | Path) -> None:
 
 
 def _mark(handle: int) -> bool:
-    """Hold a file as long as this process lives; False where another does, or nobody can."""
+    """Lock a file until this process ends; False if another process holds it or there is no ``flock``."""
     if fcntl is None:
         return False
     try:
@@ -100,7 +100,7 @@ def packaged_configs(host: str, suffix: str = ".yaml") -> dict[str, Path]:
 
     Args:
         host: Folder of ``configs``, for instance ``"nni"``.
-        suffix: Of the files.
+        suffix: Suffix of the files.
     """
     package = Path(genas_plugins.__file__).parent
     # Installed, the configs lie inside the package; in a checkout, beside it.

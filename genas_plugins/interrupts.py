@@ -1,7 +1,7 @@
-"""SIGTERM is what Ctrl-C is, and neither is lost.
+"""Handles SIGTERM like Ctrl-C, and makes sure that neither is lost.
 
-An exception that a signal handler raises while Python runs a callback (in ``os.fork``, in a finalizer) is printed and
-forgotten. So the handler also notes the signal, and whatever runs for long asks between its steps.
+Python prints and discards an exception that a signal handler raises during a callback (in ``os.fork``, in a finalizer).
+So the handler also records the signal, and long-running code polls for it between steps (:func:`raise_pending`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _pending: list[int] = []
 def interruptible() -> Iterator[None]:
     """In the block, SIGINT and SIGTERM raise KeyboardInterrupt in the main thread.
 
-    A signal that the process ignores, as those of a job in the background may be, stays ignored.
+    Signals that the process ignores, for instance as a background job, stay ignored.
     """
     _pending.clear()
     if threading.current_thread() is not threading.main_thread():
@@ -33,7 +33,7 @@ def interruptible() -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner and number == signal.SIGTERM:
-            # A worker that was forked and has no handlers of its own yet: how its parent ends it.
+            # In a forked worker that has not set handlers of its own yet: let its parent terminate it.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
@@ -41,7 +41,7 @@ def interruptible() -> Iterator[None]:
         raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in _SIGNALS}
-    # None: set by other than Python, and could not be put back.
+    # None: the handler was not set from Python and could not be restored.
     taken = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
     for number in taken:
         signal.signal(number, handle)
@@ -53,16 +53,16 @@ def interruptible() -> Iterator[None]:
 
 
 def pending_signal() -> int | None:
-    """The first signal that came in the last block of :func:`interruptible`."""
+    """The first signal received in the last block of :func:`interruptible`, or None."""
     return _pending[0] if _pending else None
 
 
 def raise_pending() -> None:
-    """Raise the KeyboardInterrupt of a signal whose exception was swallowed."""
+    """Raise KeyboardInterrupt if a signal was received, in case its own exception was discarded."""
     if _pending:
         raise KeyboardInterrupt
 
 
 def exit_status() -> int:
-    """The exit status of a command that a signal ended, as a shell has it: 130 after Ctrl-C, 143 after SIGTERM."""
+    """Exit status of an interrupted command, by the shell's convention: 130 after Ctrl-C, 143 after SIGTERM."""
     return 128 + (pending_signal() or signal.SIGINT)

@@ -1,4 +1,4 @@
-"""One writer a folder: a lock that ends with the process that holds it, however that ends."""
+"""Locks a folder for one writer; the lock ends with its process, even if that is killed."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _logger = logging.getLogger(__name__)
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 _descriptors: set[int] = set()
-"""Of this process's locks."""
+"""File descriptors of the locks that this process holds."""
 
 _thread = threading.local()
-"""``folders``: those that the thread has locked."""
+"""``folders``: the folders that this thread has locked."""
 
 
 class _NoFlockError(Exception):
-    """This system, or this file system, has no flock."""
+    """The platform or the file system has no flock."""
 
 
 class FolderInUseError(OSError):
@@ -48,22 +48,22 @@ class FolderInUseError(OSError):
 
 @contextmanager
 def lock_folder(folder: str | Path) -> Iterator[Path]:
-    """Be the only one who writes to ``folder``, and remove what killed writers left half written.
+    """Exclude other writers from ``folder``, and remove unfinished files of killed ones.
 
-    The lock is ``flock`` on the hidden file ``.lock``, which says who holds it. It is gone when the process is, also
-    after a kill or a power cut; processes that this one starts do not inherit it. Where the block leaves by an
-    exception and nothing has been written, folders that were made for it are removed again.
+    The lock is ``flock`` on the hidden file ``.lock``, which says who holds it. It ends with the process, also after a
+    kill or power loss; child processes do not inherit it. If the block raises before anything was written, folders
+    created for it are removed again.
 
-    It keeps out the processes of one machine on every file system of its own, and those of other machines where the
-    network file system carries ``flock`` over: NFS since Linux 2.6.12 unless mounted with ``nolock`` or
-    ``local_lock``, Lustre mounted with ``flock`` (with ``localflock`` it does not), CephFS, GPFS and SMB; not sshfs,
-    nor what mounts object stores. On file systems and platforms without ``flock`` a file that exists is the lock: it
-    is taken over where its holder was on this machine and is no more, and otherwise has to be removed by hand.
+    It excludes processes of this machine on local file systems, and those of other machines where the network file
+    system supports ``flock``: NFS since Linux 2.6.12 unless mounted with ``nolock`` or ``local_lock``, Lustre mounted
+    with ``flock`` (not with ``localflock``), CephFS, GPFS and SMB; not sshfs, nor what mounts object stores. Without
+    ``flock`` the existence of a file is the lock: it is taken over if its holder ran on this machine and has ended,
+    and otherwise has to be removed by hand.
 
-    A thread that holds the lock may ask for it again.
+    The lock is reentrant within a thread.
 
     Args:
-        folder: Made if it is missing.
+        folder: Folder to lock; created if it is missing.
 
     Yields:
         The folder.
@@ -71,6 +71,12 @@ def lock_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
         FolderInUseError: Another process, or another part of this one, holds the lock; the message says which.
         OSError: The folder cannot be made or written to.
+
+    Example:
+        >>> from genas_plugins.locking import lock_folder
+        >>> with lock_folder("run") as folder:
+        ...     sorted(path.name for path in folder.iterdir())
+        ['.lock']
     """
     folder = Path(folder)
     held: set[Path] = vars(_thread).setdefault("folders", set())
@@ -94,7 +100,7 @@ def lock_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def _make(folder: Path) -> list[Path]:
-    """Make a folder with its parents; returns those that were missing, the innermost first."""
+    """Create a folder and its parents; returns those that were missing, the innermost first."""
     missing = []
     for path in (folder, *folder.parents):
         if path.exists():
@@ -116,13 +122,13 @@ def _lock(folder: Path) -> Iterator[None]:
     try:
         before = _holder(os.pread(descriptor, 1000, 0))
         if before.get("host", socket.gethostname()) != socket.gethostname():
-            # Killed there; or this file system does not carry locks from one machine to the other.
+            # Its process was killed, or this file system does not share locks between machines.
             _logger.warning("%s was left by %s, which did not end well: see that it has ended.", folder, _said(before))
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, _own(), 0)
         yield
     finally:
-        # A forked process that leaves by an exception has closed it already.
+        # In a forked process, _forget has closed it already.
         if descriptor in _descriptors:
             with contextlib.suppress(OSError):
                 if _is_at(descriptor, path):
@@ -140,7 +146,7 @@ def _acquire(folder: Path, path: Path) -> int:
                     f"{folder} is in use by {_said(_holder(os.pread(descriptor, 1000, 0)))}: wait for its end, or name "
                     "another folder."
                 )
-            # Who held it before removes the file: if that was between the two calls, this is not the one with the name.
+            # The previous holder removes the file; if it did so between the two calls, this descriptor is of that file.
             if _is_at(descriptor, path):
                 _descriptors.add(descriptor)
                 return descriptor
@@ -158,7 +164,7 @@ def _flock(descriptor: int) -> bool:
     except OSError as error:
         if error.errno in _UNSUPPORTED:
             raise _NoFlockError from error
-        # Some network file systems speak of a conflict as of a lack of rights.
+        # Some network file systems report a conflict as missing permission.
         if isinstance(error, BlockingIOError | PermissionError):
             return False
         raise
@@ -174,7 +180,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 @contextmanager
 def _exclusive_file(folder: Path) -> Iterator[None]:
-    """The lock where there is no ``flock``: whoever has made the file holds it."""
+    """The lock without ``flock``: whoever created the file holds it."""
     (folder / LOCK_FILE).unlink(missing_ok=True)
     path = folder / _EXCLUSIVE_FILE
     if path.exists() and _is_gone(_holder(path.read_bytes())):
@@ -195,7 +201,7 @@ def _exclusive_file(folder: Path) -> Iterator[None]:
 
 
 def _is_gone(holder: dict[str, Any]) -> bool:
-    # On Windows a signal of 0 is Ctrl-C.
+    # On Windows, signal 0 is Ctrl-C.
     if os.name != "posix" or holder.get("host") != socket.gethostname() or type(holder.get("pid")) is not int:
         return False
     try:
@@ -227,7 +233,7 @@ def _said(holder: dict[str, Any]) -> str:
 
 
 def _forget() -> None:
-    """In a forked process: a data loader's worker that outlives a killed search must not hold on to the lock."""
+    """Release the locks in a forked process: a data-loader worker that outlives a killed search must not keep them."""
     vars(_thread).clear()
     while _descriptors:
         os.close(_descriptors.pop())

@@ -1,4 +1,4 @@
-"""The statistics of :mod:`genas_plugins.correlation.statistics`, under the name that they had first."""
+"""Alias of :mod:`genas_plugins.correlation.statistics` under its earlier name."""
 
 from genas_plugins.correlation.statistics import (
     Estimate,

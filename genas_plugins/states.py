@@ -1,4 +1,4 @@
-"""Files of tensors by name, read as data: nothing in them is executed, and none takes more memory than it has bytes."""
+"""Reads files of named tensors as data: nothing in them is executed, and the file size bounds the memory."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ __all__ = [
 ]
 
 _STATES = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state")
-"""Where training programs keep the tensors: averaged ones first, as timm has it."""
+"""Keys under which training programs store the tensors; averaged weights first, as in timm."""
 _COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
-# What torch.load raises on damaged or foreign files: found by truncating files and by changing their bytes.
+# Errors of torch.load on damaged or foreign files, found by truncating files and changing their bytes.
 _DAMAGE = (pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError, TypeError, LookupError)
 _DAMAGE += (ArithmeticError, AssertionError, AttributeError, MemoryError)
 
@@ -52,24 +52,31 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read the named tensors of a checkpoint, on the CPU.
 
     Args:
-        path: A ``.safetensors`` file (in any case), or one that ``torch.save`` wrote: tensors by name, or a
-            dictionary that holds them as ``"state_dict"`` (the official runs, Lightning, timm), ``"model"`` or
-            ``"model_state"`` (Detectron2, many others) or, which then counts, as ``"state_dict_ema"`` or
-            ``"model_ema"`` (averaged weights, which timm prefers too). NumPy arrays and numbers become tensors.
+        path: A ``.safetensors`` file (suffix in any case) or a file of ``torch.save``: tensors by name, or a dictionary
+            that holds them as ``"state_dict"`` (official runs, Lightning, timm), ``"model"`` or ``"model_state"``
+            (Detectron2 and others). Averaged weights (``"state_dict_ema"``, ``"model_ema"``) take precedence, as in
+            timm. NumPy arrays and numbers become tensors.
 
     Raises:
         FileNotFoundError: There is no such file.
         CheckpointError: The file is damaged, is not a checkpoint, or could execute code when loaded.
+
+    Example:
+        >>> import torch
+        >>> from genas_plugins.checkpoints import read_state, unwrapped
+        >>> torch.save({"epoch": 3, "state_dict": {"module.weight": torch.ones(2)}}, "run.pt")
+        >>> unwrapped(read_state("run.pt"))
+        {'weight': tensor([1., 1.])}
     """
     path = existing(path)
     return tensors_of(read_safetensors(path)[0] if is_safetensors(path) else read_torch(path), path)
 
 
 def tensors_of(content: Any, source: str | Path) -> dict[str, Tensor]:
-    """The named tensors among what a file of ``torch.save`` held; see :func:`read_state`.
+    """Find the named tensors in the content of a ``torch.save`` file; see :func:`read_state`.
 
     Raises:
-        CheckpointError: There are none, or not only such.
+        CheckpointError: There are none, or other objects are among them.
     """
     state = content
     if isinstance(content, Mapping):
@@ -81,10 +88,10 @@ def tensors_of(content: Any, source: str | Path) -> dict[str, Tensor]:
 
 
 def dense_tensors(state: Mapping[Any, Any], source: str | Path) -> dict[str, Tensor]:
-    """The tensors by their names; NumPy arrays and numbers become tensors.
+    """Check that all values are dense tensors; NumPy arrays and numbers are converted.
 
     Raises:
-        CheckpointError: Something else is among them.
+        CheckpointError: A value is none of these.
     """
     tensors, bad = {}, []
     for name, value in state.items():
@@ -100,13 +107,13 @@ def dense_tensors(state: Mapping[Any, Any], source: str | Path) -> dict[str, Ten
 
 
 def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by the names that they have without wrappers.
+    """Remove what wrappers add to the names of tensors.
 
-    ``_orig_mod.`` of ``torch.compile`` is dropped wherever it stands, and so is ``module.`` where all names begin with
-    it, as ``DistributedDataParallel`` and PyTorch's ``AveragedModel`` have it, with the latter's ``n_averaged``.
+    That is ``_orig_mod.`` of ``torch.compile`` anywhere, and ``module.`` of ``DistributedDataParallel`` and
+    ``AveragedModel`` if all names begin with it, with the latter's ``n_averaged``.
     """
     plain = {_COMPILED.sub("", name): value for name, value in state.items()}
-    # Two that become one are not the same tensor twice.
+    # If names would collide they are kept: the tensors differ.
     state = plain if len(plain) == len(state) else dict(state)
     while True:
         names = [name for name in state if name != "n_averaged"]
@@ -116,7 +123,7 @@ def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def existing(path: str | Path) -> Path:
-    """The file, with ``~`` as the user's home.
+    """The path of a file that must exist, with ``~`` expanded.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -127,18 +134,18 @@ def existing(path: str | Path) -> Path:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether the file's name says so."""
+    """Whether the file has the suffix ``.safetensors``, in any case."""
     return path.suffix.lower() == ".safetensors"
 
 
 def damaged(path: Path) -> CheckpointError:
-    """What to raise for a file that cannot be read."""
+    """The error to raise for a file that cannot be read."""
     advice = "copy it again, or pass a file that torch.save or safetensors (suffix .safetensors) wrote"
     return CheckpointError(f"{path} is damaged or is not a checkpoint: {advice}.")
 
 
 def read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, if they are asked for, and metadata; the library refuses a header that the file does not bear out.
+    """Read the tensors (if ``tensors``) and the metadata; safetensors itself refuses headers that do not fit the file.
 
     Raises:
         CheckpointError: The file is damaged.
@@ -155,7 +162,7 @@ def read_torch(path: Path) -> Any:
     """Read a file of ``torch.save`` as data.
 
     Raises:
-        CheckpointError: It is damaged, could execute code when loaded, or claims more than it has.
+        CheckpointError: The file is damaged, could execute code when loaded, or claims more memory than its size.
     """
     path = user_path(path)
     _check_archive(path)
@@ -165,15 +172,15 @@ def read_torch(path: Path) -> Any:
 
 
 def _load(path: Path) -> Any:
-    # timm's training script keeps its arguments in a Namespace, which only holds them; others keep an accuracy as
-    # NumPy's number. At its end, safe_globals also takes away what was admitted before it.
+    # timm's training script stores its arguments as a Namespace, others an accuracy as a NumPy number. Only what is not
+    # admitted yet is passed, because on exit safe_globals removes all that it was given.
     admitted = torch.serialization.get_safe_globals()
     allowed = [item for item in (argparse.Namespace, *numpy_globals()) if item not in admitted]
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        # What a seek beyond the start of a file that was cut off gives.
+        # In a truncated file, torch.load seeks to before its start.
         if error.errno != errno.EINVAL:
             raise
         raise damaged(path) from error
@@ -187,7 +194,7 @@ def _load(path: Path) -> Any:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse an archive that unpacks to much more than it is; ``torch.save`` does not compress."""
+    """Refuse an archive that unpacks to far more than its size; ``torch.save`` does not compress."""
     if not zipfile.is_zipfile(path):
         return
     try:
@@ -199,12 +206,12 @@ def _check_archive(path: Path) -> None:
 
 
 def _check_claims(content: Any, path: Path) -> None:
-    """Refuse tensors that are larger than the file can make them, such as one number expanded to gigabytes."""
+    """Refuse tensors far larger than the file, such as one number expanded to gigabytes."""
     claimed, seen, left = 0, set(), [content]
     while left:
         value = left.pop()
         if isinstance(value, Mapping | list | tuple | set | frozenset) and id(value) not in seen:
-            # Containers may hold one another many times over; a tensor is copied once for each of its names.
+            # Containers may be nested many times over, so each counts once; a tensor is copied once per name.
             seen.add(id(value))
             left.extend(value.values() if isinstance(value, Mapping) else value)
         elif isinstance(value, Tensor) and not is_hollow(value):
@@ -224,5 +231,5 @@ def _check_size(claimed: int, path: Path) -> None:
 
 
 def is_hollow(tensor: Tensor) -> bool:
-    """Whether a tensor has no values in memory of its own."""
+    """Whether a tensor has no dense storage: it is sparse, or on the meta device."""
     return tensor.is_meta or tensor.layout is not torch.strided

@@ -11,7 +11,7 @@ for _package in ("timm", "mmengine", "mmcv", "ftfy", "regex"):
 try:
     require("mmseg", extra="mmseg", purpose="mmseg_backbones")
 except AssertionError as error:
-    # How MMSegmentation refuses mmcv 2.2; its message names the lower limit only.
+    # MMSegmentation refuses mmcv 2.2 this way; its message only names the lower limit.
     raise ImportError(
         "MMSegmentation refuses the mmcv that is installed, it takes 2.0.0rc4 to 2.1: pip install 'mmcv-lite<2.2'. "
         f"({error})"

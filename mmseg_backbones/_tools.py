@@ -1,4 +1,4 @@
-"""Finds the tools that come inside MMSegmentation's wheel and runs them, every option passed on."""
+"""Runs the scripts that come inside MMSegmentation's wheel, passing on every option."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def run_tool(name: str, *, trains: bool = False) -> None:
     """Run the script in this process, with this process's arguments.
 
     Args:
-        name: Of the script.
-        trains: It writes checkpoints; where another process writes to the same folder, it ends with one line on
-            standard error, as it does after Ctrl-C and SIGTERM.
+        name: Name of the script.
+        trains: The script writes checkpoints: its folder is locked, and it ends with one line on standard error if
+            another process writes there, and after Ctrl-C and SIGTERM.
     """
     path = find_tool(name)
     arguments = sys.argv[1:]
@@ -74,10 +74,10 @@ def work_folder(arguments: Sequence[str]) -> Path | None:
     """The folder that MMSegmentation's ``train.py`` writes to, by its own rules.
 
     Args:
-        arguments: Its command line, without the script's name.
+        arguments: Command line of the script, without its name.
 
     Returns:
-        None where this process does not write, or where the script will refuse the command line.
+        The folder; None if this process does not write, or the script will refuse the command line.
     """
     ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"))
     if next((rank for rank in ranks if rank is not None), "0") != "0":
@@ -96,8 +96,8 @@ def check_classes(cfg: Any, part: str) -> None:
 
     Args:
         cfg: A configuration of MMSegmentation.
-        part: ``"train"``, which the sets for training and validation are for, or ``"test"``, where a head of more
-            classes is refused too.
+        part: ``"train"`` compares the sets for training and validation; ``"test"`` the one for testing, where a head of
+            more classes is refused too.
 
     Raises:
         ValueError: The images have classes that a head does not know; the message has both numbers.
@@ -117,7 +117,7 @@ def check_classes(cfg: Any, part: str) -> None:
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace | None:
-    """What the script will read of its command line; None where it will refuse it, and say why, or show its help."""
+    """Parse the options that matter here; None if the script will refuse its command line or show its help."""
     from mmengine.config import DictAction
 
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
@@ -150,7 +150,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _classes(dataset: Any) -> Iterator[tuple[str, int]]:
-    """Kind and number of classes of a data set, and of those within it, where they are known without opening it."""
+    """Type and number of classes of a data set and those it wraps, as far as known without opening them."""
     from mmseg.registry import DATASETS
     from mmseg.utils import register_all_modules
 
@@ -163,6 +163,6 @@ def _classes(dataset: Any) -> Iterator[tuple[str, int]]:
         kind = one.get("type")
         found = DATASETS.get(kind) if isinstance(kind, str) else kind
         names = (one.get("metainfo") or {}).get("classes") or getattr(found, "METAINFO", {}).get("classes")
-        # A string is a file with their names.
+        # A string is the path of a file with their names.
         if names and not isinstance(names, str):
             yield getattr(found, "__name__", str(kind)), len(names)

@@ -22,18 +22,19 @@ __all__ = ["GeNASBackbone"]
 
 @MODELS.register_module()
 class GeNASBackbone(BaseModule):
-    """The stem and the cells of a GeNAS network, from a few strides.
+    """A GeNAS network without its head, as a backbone of MMSegmentation.
 
     Stages: the stem (0), and the cells up to each reduction (1, 2, 3). Features: 0 is the stem's at stride 4, 1 to
     3 are the stages', at strides 8, 16 and 32 where ``output_stride`` does not keep them lower.
 
     Args:
         arch: A name of the zoo, the JSON file of a search, or 28 integers.
-        init_channels: C. None: that of the zoo, or for other genotypes the largest within 600 M multiply-adds.
+        init_channels: Channels of the first cells. None: those of the zoo, or for other genotypes the most within 600 M
+            multiply-adds.
         in_channels: Channels of the images.
         out_indices: Features to return, ascending.
         output_stride: 8, 16 or 32; see :class:`timm_models.GenasNet`.
-        norm_cfg: MMSegmentation's, for instance ``dict(type="SyncBN", requires_grad=True)``.
+        norm_cfg: Normalisation as MMSegmentation writes it, for instance ``dict(type="SyncBN", requires_grad=True)``.
         norm_eval: Keep the statistics of batch normalisation in training.
         frozen_stages: Stages up to this one are not trained; -1: all are.
         drop_path_rate: Probability to drop an operation for an image in training.
@@ -43,7 +44,14 @@ class GeNASBackbone(BaseModule):
             the backbone of a whole segmentor. Or any other of mmengine's.
 
     Raises:
-        ValueError: An unknown ``arch``, an ``output_stride``, ``out_indices`` or ``frozen_stages`` that cannot be.
+        ValueError: ``arch`` is unknown, or ``output_stride``, ``out_indices`` or ``frozen_stages`` is invalid.
+
+    Example:
+        >>> import torch
+        >>> from mmseg_backbones import GeNASBackbone
+        >>> backbone = GeNASBackbone("genas_flatness_c100", init_channels=4, output_stride=16).eval()
+        >>> [tuple(feature.shape[1:]) for feature in backbone(torch.zeros(1, 3, 64, 64))]
+        [(4, 16, 16), (16, 8, 8), (32, 4, 4), (64, 4, 4)]
     """
 
     def __init__(
@@ -74,7 +82,7 @@ class GeNASBackbone(BaseModule):
             global_pool="",
             output_stride=output_stride,
             drop_path_rate=drop_path_rate,
-            # Not a function of this one, which could not be pickled.
+            # Not a closure, which could not be pickled.
             norm_layer=functools.partial(_normalisation, norm_cfg=norm_cfg),
         )
         self.out_indices = self.network.prune_intermediate_layers(list(out_indices))
@@ -90,7 +98,7 @@ class GeNASBackbone(BaseModule):
 
     @property
     def out_strides(self) -> list[int]:
-        """Their strides."""
+        """Strides of the features that are returned."""
         return [self.network.feature_info[index]["reduction"] for index in self.out_indices]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -110,8 +118,8 @@ class GeNASBackbone(BaseModule):
 
         Raises:
             FileNotFoundError: There is no such checkpoint.
-            ValueError: It cannot be read.
-            RuntimeError: It does not fit.
+            ValueError: The checkpoint cannot be read.
+            RuntimeError: The checkpoint does not fit the network.
         """
         configs = self.init_cfg if isinstance(self.init_cfg, list | tuple) else [self.init_cfg]
         pretrained = [config for config in configs if config and is_pretrained(config)]
@@ -124,7 +132,7 @@ class GeNASBackbone(BaseModule):
         self._is_init = True
 
     def train(self, mode: bool = True) -> GeNASBackbone:
-        """Set training mode, but for what is frozen."""
+        """Set training mode; frozen stages stay in evaluation mode."""
         super().train(mode)
         self._freeze()
         if mode and self.norm_eval:

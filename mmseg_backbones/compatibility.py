@@ -1,4 +1,4 @@
-"""What MMSegmentation 1.2 lacks on current PyTorch: mmcv's compiled operations, and checkpoints that load as data.
+"""Fills gaps of MMSegmentation 1.2 on current PyTorch: mmcv's compiled operations, and loading checkpoints as data.
 
 No mmcv that MMSegmentation accepts (below 2.2) compiles against current PyTorch. ``mmcv-lite`` has everything but
 the compiled operations, and ``mmseg.models`` imports some of these, although DeepLab-v3 and most other segmentors
@@ -29,7 +29,7 @@ _EXTENSION = "mmcv._ext"
 
 
 class _StandIn(ModuleType):
-    """mmcv's compiled operations: any name can be imported, and none can be called."""
+    """Stands in for mmcv's compiled operations: any name can be imported, and none can be called."""
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:
         if name.startswith("__"):
@@ -61,12 +61,12 @@ def stand_in_for_mmcv_ops() -> bool:
 def allow_checkpoints() -> None:
     """Let mmengine and ``torch.load`` read mmengine's checkpoints as data.
 
-    They hold the history of what was logged, as mmengine's ``HistoryBuffer`` of NumPy arrays. PyTorch refuses
-    such classes unless they are named; these only hold numbers. A ``HistoryBuffer`` refers to its own methods by
-    ``getattr``, in whose place stands a function that gives these and nothing else.
+    They hold the history of logged values as mmengine's ``HistoryBuffer`` of NumPy arrays, classes that PyTorch refuses
+    unless they are allowed; these only hold numbers. A ``HistoryBuffer`` refers to its methods by ``getattr``, which is
+    replaced by a function that returns these methods and nothing else.
     """
     torch.serialization.add_safe_globals([HistoryBuffer, (_statistic, "builtins.getattr"), *numpy_globals()])
-    # mmengine's own way to say how files are read.
+    # mmengine's hook for how local files are read.
     CheckpointLoader.register_scheme(prefixes="", loader=load_from_local, force=True)
 
 

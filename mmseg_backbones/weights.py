@@ -1,4 +1,4 @@
-"""Weights as MMSegmentation's configurations ask for them, read as data and checked."""
+"""Loads the weights that configurations of MMSegmentation name, as data and checked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KEYS = ("type", "checkpoint", "prefix", "map_location")
 
 
 def is_pretrained(config: Mapping[str, Any]) -> bool:
-    """Whether an ``init_cfg`` asks for the weights of a file: by name, with a scope or not, or by the class."""
+    """Whether an ``init_cfg`` is of type ``Pretrained``, given by name, with a scope or not, or as a class."""
     kind = config.get("type")
     if isinstance(kind, str):
         kind = WEIGHT_INITIALIZERS.get(kind)
@@ -31,15 +31,15 @@ def is_pretrained(config: Mapping[str, Any]) -> bool:
 
 
 def read_pretrained(config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors that an ``init_cfg`` of the kind ``Pretrained`` means.
+    """Read the tensors of an ``init_cfg`` of type ``Pretrained``.
 
     Args:
-        config: ``checkpoint``, a file or the address of one, and ``prefix``: only what the file has under this name, as
-            it is or without what wrappers add to it.
+        config: The ``init_cfg``: ``checkpoint`` is a file or the address of one, ``prefix`` selects the tensors whose
+            names begin with it, as they are or without what wrappers add.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It cannot be read, has nothing under ``prefix``, or ``config`` says what is not known here.
+        ValueError: The file cannot be read or has nothing under ``prefix``, or ``config`` has unknown keys.
     """
     if unknown := [key for key in config if key not in _KEYS]:
         raise ValueError(f"init_cfg of type Pretrained has {', '.join(_KEYS[1:])}, got {listed(unknown)}.")
@@ -57,11 +57,11 @@ def read_pretrained(config: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def load_from_local(filename: str, map_location: Any = None) -> Any:
-    """Read a local file for mmengine, whatever model it is of: as data, and without the names of ``torch.compile``.
+    """Read a local checkpoint of any model for mmengine: as data, and without the prefixes of ``torch.compile``.
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: It is damaged, could execute code when loaded, or claims more than it has.
+        CheckpointError: The file is damaged, could execute code when loaded, or claims more memory than its size.
     """
     path = existing(filename)
     content = read_state(path) if is_safetensors(path) else read_torch(path)
@@ -73,12 +73,12 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
 
 
 def _renamed(state: dict[str, Any]) -> dict[str, Any]:
-    # What has no such names stays as it is, with what mmengine keeps beside it.
+    # A state without such names is returned unchanged, with the metadata that mmengine attaches to it.
     return unwrapped(state) if any("_orig_mod." in str(name) for name in state) else state
 
 
 def _fetched(checkpoint: str) -> str | Path:
-    """The file; one with an address is downloaded once, to where PyTorch keeps such files."""
+    """A local file; one with an address is downloaded once, to PyTorch's folder of checkpoints."""
     if not str(checkpoint).startswith(("http://", "https://")):
         return checkpoint
     folder = Path(torch.hub.get_dir()) / "checkpoints"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import os
 import subprocess
 import sys
@@ -44,5 +46,24 @@ def two_processes() -> Callable[..., None]:
                 process.kill()
         for process, output in zip(processes, outputs, strict=True):
             assert process.returncode == 0, output
+
+    return run
+
+
+@pytest.fixture
+def run_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs the examples in the docstrings of a package, in a temporary folder; doctest prints what goes wrong."""
+
+    def run(package: str, root: Path = Path(__file__).parents[1]) -> None:
+        monkeypatch.chdir(tmp_path)
+        outcomes = {}
+        for path in sorted((root / package).rglob("*.py")):
+            if written := path.read_text(encoding="utf-8").count(">>> "):
+                name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+                with torch.random.fork_rng(devices=[]):
+                    outcomes[name] = written, *doctest.testmod(importlib.import_module(name))
+        assert outcomes
+        # All that are written are tried: doctest does not see those behind a constant.
+        assert {name: counts for name, counts in outcomes.items() if counts != (counts[0], 0, counts[0])} == {}
 
     return run

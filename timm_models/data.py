@@ -1,8 +1,8 @@
-"""Images for training and validation, in an order that can be repeated.
+"""Images for training and validation, in a reproducible order.
 
-Folders are read as ``genas search`` and ``timm_models.validate`` read them; other sources and the loaders are timm's.
-timm's own reader of folders makes nested folders into classes, replaces what it cannot read by the next image, and
-16-bit pictures by white ones.
+Folders are read by the rules of ``genas search`` and ``timm_models.validate``; other sources and the loaders are
+timm's. timm's own reader of folders treats nested folders as classes, replaces unreadable images by the next one, and
+turns 16-bit pictures white.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _TRAINING, _VALIDATION = ("train", "training"), ("val", "valid", "validation", "
 _MODES = {1: "L", 3: "RGB"}
 _SOURCES = ("torch", "hfds")
 _LONGEST_MAP = 2**26
-"""Bytes of a class map: a million names."""
+"""Most bytes of a class map, enough for a million names."""
 
 
 class Lighting:
@@ -65,7 +65,7 @@ class Lighting:
         self.std = std
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """The image with one colour added to all of its pixels."""
+        """Add one random colour to all pixels of an image."""
         factors = np.random.normal(scale=self.std, size=3).astype(np.float32)
         added = self._VECTORS @ (self._VALUES * factors)
         pixels = np.asarray(image.convert("RGB"), dtype=np.float32) + 255.0 * added
@@ -76,7 +76,7 @@ class Checked(Dataset[tuple[Any, int]]):
     """A dataset of timm or torchvision whose pictures are read as strictly as :class:`ImageFiles` reads files.
 
     Args:
-        dataset: Gives Pillow images, or has a ``reader`` of timm's, and classes.
+        dataset: Dataset with Pillow images, or a ``reader`` of timm's, and with names of classes.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -114,8 +114,8 @@ def load_datasets(settings: Settings, primary: bool = True) -> tuple[Dataset, Da
     """The training and the validation set.
 
     Args:
-        settings: Where they are.
-        primary: This process reports what was found, and looks at the files of folders before they are needed.
+        settings: Settings that name the data.
+        primary: Whether this process reports what was found, and checks the files' headers beforehand.
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -182,7 +182,7 @@ def _open_folder(settings: Settings, split: str, primary: bool) -> ImageFiles:
 
 
 def _read_class_map(settings: Settings) -> dict[str, int]:
-    """Labels by the names of classes: the lines of a text file, or timm's pickled dictionary, read as data."""
+    """Labels by name of class, from the lines of a text file or timm's pickled dictionary, read as data."""
     path = next(
         path for path in (Path(settings.class_map), Path(settings.data_dir) / settings.class_map) if path.is_file()
     )
@@ -232,23 +232,23 @@ def _class_names(dataset: Any) -> dict[str, int]:
 
 
 def count_classes(dataset: Any) -> int | None:
-    """Number of classes, where the dataset says it."""
+    """Number of classes; None if the dataset does not say it."""
     return len(_class_names(dataset)) or None
 
 
 def image_config(
     arguments: Mapping[str, Any], model: nn.Module, channels: int | None = None, use_test_size: bool = False
 ) -> dict[str, Any]:
-    """timm's configuration of the images for a network, of its number of channels.
+    """timm's configuration of the images for a network, adapted to its number of channels.
 
     Args:
-        arguments: Those of timm's ``resolve_data_config``.
+        arguments: Arguments of timm's ``resolve_data_config``.
         model: The network.
-        channels: Those of its input; None: what it says, or else three.
-        use_test_size: The network's size for evaluation.
+        channels: Input channels of the network; None: its ``in_chans``, or else 3.
+        use_test_size: Use the network's image size for evaluation.
 
     Raises:
-        ValueError: It has neither one channel nor three.
+        ValueError: The network has neither one input channel nor three.
     """
     channels = channels or getattr(model, "in_chans", 3)
     if channels not in _MODES:
@@ -256,7 +256,7 @@ def image_config(
     config = resolve_data_config({**arguments, "in_chans": channels}, model=model, use_test_size=use_test_size)
     config["input_size"] = (channels, *config["input_size"][1:])
     if channels == 1:
-        # timm's are those of three colours.
+        # timm's are for three channels.
         config |= {name: (fmean(config[name]),) for name in ("mean", "std")}
     return config
 
@@ -304,13 +304,13 @@ def _training_loader(dataset: Dataset, settings: Settings, data_config: dict[str
         distributed=True,
         pin_memory=settings.pin_mem,
         device=device,
-        # Workers that live on keep a random state that a resumed run could not have.
+        # Persistent workers would keep a random state that a resumed run could not restore.
         persistent_workers=False,
     )
 
 
 def evaluation_loader(dataset: Dataset, settings: Settings, data_config: dict[str, Any], device: torch.device) -> Any:
-    """Batches of centre crops; each process has its part, the last image may be repeated to make parts equal."""
+    """Batches of centre crops; each process has a part, and the last image may be repeated to make parts equal."""
     return create_loader(
         dataset,
         input_size=data_config["input_size"],

@@ -1,4 +1,4 @@
-"""How far a training is, and whether it still goes somewhere."""
+"""The progress of a training, and the check that its loss is finite."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Lines that tell how far the training is.
+    """Logs the progress of one epoch.
 
     Args:
-        trainer: What trains.
-        epoch: The epoch that begins.
+        trainer: The trainer of the run.
+        epoch: Number of the epoch, from 0.
     """
 
     def __init__(self, trainer: Trainer, epoch: int) -> None:
@@ -39,9 +39,9 @@ class Progress:
         """Log a line, in the first process.
 
         Args:
-            update: Steps of the epoch before this one.
-            loss: Their mean loss.
-            seen: Images of this process.
+            update: Number of the step in the epoch, from 0.
+            loss: Mean training loss of the epoch so far.
+            seen: Images that this process has seen in the epoch.
         """
         trainer = self._trainer
         if not trainer.here.primary:
@@ -49,7 +49,7 @@ class Progress:
         updates = trainer.updates_per_epoch
         elapsed = time.monotonic() - self._start
         left = updates * (trainer.epochs - self._epoch) - (update + 1)
-        # Validation is not in it.
+        # Without the time of validation.
         eta = timedelta(seconds=round(elapsed / (update + 1) * left))
         memory = ""
         if trainer.here.device.type == "cuda":
@@ -72,7 +72,7 @@ def checked_mean(total: Tensor, seen: int, epoch: int, update: int) -> float:
     """The mean loss over the images seen.
 
     Raises:
-        FloatingPointError: It is no finite number.
+        FloatingPointError: The loss is not finite.
     """
     mean = total.item() / seen
     if not math.isfinite(mean):

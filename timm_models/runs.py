@@ -1,4 +1,4 @@
-"""The folder of a training: its settings, checkpoints, figures, and where it goes on after it was killed."""
+"""The folder of a training: settings, checkpoints and metrics, and how a killed run is resumed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 
 CONFIG, SUMMARY = "args.yaml", "summary.csv"
 _LATEST = ("last.pth.tar", "tmp.pth.tar")
-"""What a run continues from. timm writes the second and renames it: a kill in between leaves only that one."""
+"""Checkpoints to resume from. timm writes the second and renames it, so a kill may leave only that one."""
 _PROBE = 2**20
 
 
@@ -41,8 +41,8 @@ class RunFolder:
     ``last.pth.tar``, ``model_best.pth.tar`` and the best few by their epochs.
 
     Attributes:
-        path: Where it is.
-        checkpoint: What the run continues from, or None.
+        path: Path of the folder.
+        checkpoint: Checkpoint that the run continues from, or None.
     """
 
     def __init__(self, path: Path, settings: Settings, primary: bool, checkpoint: Path | None) -> None:
@@ -54,13 +54,13 @@ class RunFolder:
     @classmethod
     @contextmanager
     def open(cls, settings: Settings, primary: bool, size: int, resume: str | Path | None) -> Iterator[RunFolder]:
-        """Create a run's folder, or find that of the run to continue, and be the only one who writes to it.
+        """Create a run's folder, or open that of the run to continue, and lock it.
 
         Args:
-            settings: Those of the run.
-            primary: This process writes.
-            size: Pixels, for the folder's name.
-            resume: The folder or a checkpoint in it.
+            settings: Settings of the run.
+            primary: Whether this process writes.
+            size: Size of the images in pixels, for the folder's name.
+            resume: Folder of the run to continue, or a checkpoint in it; None: a new run.
 
         Raises:
             FileNotFoundError: There is nothing to resume.
@@ -80,24 +80,24 @@ class RunFolder:
             _refuse_a_run(path)
         with lock_folder(path) if primary else nullcontext():
             if primary:
-                # Once more, now that nobody else can begin one.
+                # Again, now that the folder is locked.
                 _refuse_a_run(path)
             yield cls(path, settings, primary, None)
 
     def check(self, identity: Mapping[str, Any] | None) -> None:
-        """Refuse to continue on other data than the run began with.
+        """Raise if the data differs from that of the run's start.
 
         Raises:
             DataChangedError: It is other data; the message says what differs.
-            ValueError: What the run began with cannot be read.
+            ValueError: The stored identity of the data cannot be read.
         """
         if identity is not None and (self.path / CONFIG).exists():
             check_identity(self.path, identity)
 
     def begin(self, identity: Mapping[str, Any] | None) -> None:
-        """Write settings and data of the run, and remove a checkpoint that a killed process has not finished.
+        """Write the run's settings and data identity, and remove an unfinished checkpoint of a killed process.
 
-        Only now: what is refused leaves a run as it was.
+        To be called after all checks, so that a refused run is left unchanged.
         """
         if not self._primary or identity is None:
             return
@@ -111,7 +111,7 @@ class RunFolder:
     def saver(
         self, task: TrainingTask, optimizer: Optimizer, scaler: utils.NativeScaler | None
     ) -> utils.CheckpointSaver | None:
-        """timm's keeper of checkpoints, with what it knew when the run stopped; None where nothing is written."""
+        """Build timm's saver of checkpoints, and open the summaries; None if this process does not write."""
         if not self._primary:
             return None
         saver = utils.CheckpointSaver(
@@ -135,9 +135,9 @@ class RunFolder:
         return saver
 
     def settle(self, saver: utils.CheckpointSaver | None) -> None:
-        """Bring a resumed run's checkpoints into the state after the epoch that it continues from.
+        """Restore a resumed run's checkpoints to their state after the epoch that it continues from.
 
-        The run may have been killed while it wrote them; so what it did last is done again.
+        The run may have been killed while it wrote them, so the last save is repeated.
         """
         if saver is None or self.checkpoint is None:
             return
@@ -152,13 +152,13 @@ class RunFolder:
         self._save(saver, epoch, metric)
 
     def _save(self, saver: utils.CheckpointSaver, epoch: int, metric: float | None) -> tuple[float | None, int | None]:
-        """Save a checkpoint; an OSError that says what is wrong where it cannot be written."""
+        """Save a checkpoint; if that fails, raise an OSError with the system's reason."""
         try:
             return saver.save_checkpoint(epoch, metric=metric)
         except (RuntimeError, OSError) as error:
             unfinished = self.path / _LATEST[1]
             try:
-                # PyTorch's writer does not pass on what the system said: it says it again.
+                # PyTorch's writer hides the system's error, which writing to the file again shows.
                 with unfinished.open("ab") as file:
                     file.write(bytes(_PROBE))
                     os.fsync(file.fileno())
@@ -175,7 +175,7 @@ class RunFolder:
         measured: Mapping[str, float],
         saver: utils.CheckpointSaver | None,
     ) -> None:
-        """Keep what an epoch gave: figures first, then the checkpoint that makes it final."""
+        """Write an epoch's results: metrics first, then the checkpoint that makes them final."""
         if saver is None:
             return
         ranking = measured.get("top1_ema", measured["top1"])
@@ -203,7 +203,7 @@ class RunFolder:
 
 
 def _trim(summary: Path, epochs: int) -> None:
-    """Keep the figures of the first epochs, and nothing that was written by halves."""
+    """Keep the metrics of the first ``epochs`` epochs, without incomplete lines."""
     if not summary.is_file():
         return
     lines = summary.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -215,7 +215,7 @@ def _trim(summary: Path, epochs: int) -> None:
             kept.setdefault(int(values[0]), line)
     if len(kept) < epochs:
         _logger.warning("%s has the figures of %d of %d epochs: others are lost.", summary, len(kept), epochs)
-    # Without the header where there is nothing below it: later columns may be others.
+    # An empty table loses its header too, because the columns may change.
     write_text(summary, "".join(f"{line}\n" for line in [*lines[: bool(kept)], *kept.values()]))
 
 
@@ -225,7 +225,7 @@ def _refuse_a_run(path: Path) -> None:
 
 
 def find_checkpoint(place: str | Path) -> Path | None:
-    """The latest checkpoint in a run's folder that is whole, or the one that is named; None: the run has none yet.
+    """Find the latest intact checkpoint in a run's folder, or check the one named; None: the run has none yet.
 
     Raises:
         FileNotFoundError: There is no such run.
@@ -237,14 +237,14 @@ def find_checkpoint(place: str | Path) -> Path | None:
         raise FileNotFoundError(f"{place} is not the folder of a run.")
     for candidate in candidates:
         try:
-            # All of it, not only what is read at first.
+            # Reads the whole file, since any part may be damaged.
             read_torch(candidate)
         except (CheckpointError, OSError) as error:
             _logger.warning("%s", one_line(error, 500))
             continue
         return candidate
     earlier = [] if place.is_file() else sorted(place.glob("*.pth.tar"))
-    # The first checkpoint gets its other name when it is whole: the run was killed before that.
+    # The only checkpoint still has its temporary name: the run was killed while it wrote its first.
     if not candidates or earlier == [place / _LATEST[1]]:
         return None
     others = [path.name for path in earlier if path not in candidates]

@@ -16,13 +16,21 @@ class LinearTailLRScheduler(Scheduler):
     code, ``adjust_lr`` and ``main`` in retrain_architecture/retrain.py).
 
     Args:
-        optimizer: Its groups have the highest learning rate.
-        epochs: E.
-        tail: k.
-        warmup: w; 0: none.
+        optimizer: Optimizer whose groups have the peak learning rate.
+        epochs: Epochs of the training, E.
+        tail: Epochs of the tail, k.
+        warmup: Epochs of the warm-up, w; 0: none.
 
     Raises:
-        ValueError: The tail leaves no epoch before it, or is below 1; a negative warm-up.
+        ValueError: ``tail`` is not from 1 to below ``epochs``, or ``warmup`` is negative.
+
+    Example:
+        >>> import torch
+        >>> from timm_models.schedule import LinearTailLRScheduler
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+        >>> LinearTailLRScheduler(optimizer, epochs=10, tail=2, warmup=0).step(4)
+        >>> optimizer.param_groups[0]["lr"]
+        0.25
     """
 
     def __init__(self, optimizer: Optimizer, epochs: int, tail: int = 5, warmup: int = 5) -> None:

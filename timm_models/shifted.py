@@ -1,4 +1,4 @@
-"""ImageNet and its shifted test sets: which folder is which class, and the measure of ImageNet-O.
+"""ImageNet and its shifted test sets: the mapping of folders to classes, and the metric of ImageNet-O.
 
 Folders are read strictly, because classes in another order look like a bad network. The class lists are timm's.
 ImageNet-A and -R: Hendrycks et al., arXiv:1907.07174 and arXiv:2006.16241. ImageNet-O: the former, with
@@ -60,8 +60,8 @@ class ImageSet:
     Attributes:
         samples: Path and target of each image, class by class.
         num_classes: Outputs that the network must have.
-        indices: The outputs that compete, of which a target is the position; None: all.
-        report: Which files were found, used and left out.
+        indices: The network's outputs to compare; targets are positions in this list. None: all.
+        report: Summary of the files found, used and left out.
     """
 
     samples: tuple[tuple[str, int], ...]
@@ -71,12 +71,12 @@ class ImageSet:
 
 
 class ImageFiles(Dataset[tuple[Any, int]]):
-    """Images that are decoded when asked for, and refused if they cannot be: timm's dataset would take the next one.
+    """Images that are decoded on access; an unreadable one is an error, where timm's dataset takes the next one.
 
     Args:
-        samples: Path and target of each.
+        samples: Path and target of each image.
         class_names: Names of the targets.
-        class_to_idx: Targets by the names of folders, several of which may be one class.
+        class_to_idx: Targets by name of folder; several folders may be one class.
 
     Attributes:
         mode: Pillow's, of the images: ``"RGB"``, or ``"L"`` for a network of one channel.
@@ -119,12 +119,11 @@ def _listed(name: str) -> tuple[str, ...]:
 def open_images(
     kind: str, root: str | Path, in_distribution: str | Path | None = None, num_classes: int | None = None
 ) -> tuple[ImageSet, ...] | dict[str, tuple[Path, ...]]:
-    """The checked folder of this kind, two of ImageNet-O, many of ImageNet-C; see the functions below.
+    """Open and check the folder of a kind: one set, two for ImageNet-O, or the folders of ImageNet-C.
 
     Raises:
         ImportError: scikit-learn is missing, and needed for this kind.
-        ValueError: An argument does not go with the kind, or, here and in all functions below, the layout is another
-            one; the message says which.
+        ValueError: An argument does not go with the kind, or the layout is another one, which the message names.
     """
     if (kind == "o") != (in_distribution is not None):
         raise ValueError("--in-distribution DIR, ImageNet's validation images, goes with --kind o, which needs it.")
@@ -138,7 +137,7 @@ def open_images(
 
 
 def open_imagenet(root: str | Path, num_classes: int | None = None) -> ImageSet:
-    """A folder with one folder a class: ImageNet's validation images by synset, or another dataset.
+    """Open a folder with one folder a class: ImageNet's validation images by synset, or another dataset.
 
     The classes of another dataset are numbered as in timm's training script, which has ``class2`` before ``class10``.
 
@@ -278,7 +277,7 @@ def _advice(folders: Mapping[str, Path]) -> str:
 
 
 def _inner_advice(folders: Mapping[str, Path]) -> str:
-    """Which of the folders was probably meant, rather than the one that holds them."""
+    """Suggest which of the folders was probably meant instead of the one that holds them."""
     for name in sorted(folders, key=lambda name: name not in _SPLITS)[:20]:
         inside = [entry.name for entry in folders[name].iterdir() if entry.is_dir()]
         if _kind(inside) or (inside and name in _SPLITS):
@@ -287,7 +286,7 @@ def _inner_advice(folders: Mapping[str, Path]) -> str:
 
 
 def anomaly_aupr(anomalous: Tensor, known: Tensor) -> float:
-    """Area under the precision-recall curve of finding anomalous images, as average precision from 0 to 1.
+    """Area under the precision-recall curve of detecting anomalous images, as average precision from 0 to 1.
 
     The anomaly score of an image is minus its confidence, the highest softmax probability among the logits of the 200
     classes, and the anomalous images are the positive class.
@@ -298,7 +297,7 @@ def anomaly_aupr(anomalous: Tensor, known: Tensor) -> float:
 
     Raises:
         ImportError: scikit-learn is missing.
-        ValueError: There are no images of a kind.
+        ValueError: One of the sets is empty.
     """
     metrics = require("sklearn.metrics", extra="timm", purpose="the AUPR of ImageNet-O")
     if not len(anomalous) or not len(known):

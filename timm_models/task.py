@@ -18,12 +18,12 @@ class AuxiliaryClassificationTask(ClassificationTask):
     Args:
         model: A network that returns ``(logits, auxiliary_logits)`` in training mode, such as
             ``timm.create_model("genas_flatness_c100", auxiliary=True)``.
-        criterion: As in :class:`timm.task.ClassificationTask`.
-        auxiliary_weight: The paper's 0.4.
-        criterion_kwargs: As in :class:`timm.task.ClassificationTask`.
-        device: As in :class:`timm.task.ClassificationTask`.
-        dtype: As in :class:`timm.task.ClassificationTask`.
-        verbose: As in :class:`timm.task.ClassificationTask`.
+        criterion: Loss of logits and target; None: cross-entropy, as ``criterion_kwargs`` describe it.
+        auxiliary_weight: Weight of the auxiliary loss; the paper's is 0.4.
+        criterion_kwargs: Arguments of timm's ``create_classification_loss``, such as ``smoothing``.
+        device: Device of the criterion.
+        dtype: Type of the task's tensors.
+        verbose: Log which criterion is used.
 
     Raises:
         ValueError: ``auxiliary_weight`` is negative or not finite.

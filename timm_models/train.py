@@ -28,7 +28,7 @@ _CHANGEABLE = (
     *("torchcompile", "grad_checkpointing", "batch_size", "validation_batch_size", "grad_accum_steps"),
     *("log_interval", "checkpoint_hist", "tensorboard", "dist_bn", "sync_bn"),
 )
-"""What a resumed run may change: where and how it computes, not what."""
+"""Settings that a resumed run may change: where and how it computes, not what."""
 _EXAMPLES = """examples:
   python -m timm_models.train --config genas_flatness_c100_imagenet --data-dir /data/imagenet
   torchrun --nproc-per-node 8 -m timm_models.train --config genas_flatness_c100_imagenet --data-dir /data/imagenet

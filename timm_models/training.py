@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +37,7 @@ from timm_models.data import (
     load_datasets,
     training_loader,
 )
+from timm_models.processes import Processes, processes
 from timm_models.progress import Progress, checked_mean
 from timm_models.runs import RunFolder
 from timm_models.schedule import LinearTailLRScheduler
@@ -51,50 +50,11 @@ __all__ = ["Trainer", "TrainingInterrupted", "processes", "train"]
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Processes:
-    """This process among those of the training.
-
-    Attributes:
-        device: Where it computes.
-        rank: Its number, from 0.
-        count: How many there are.
-        distributed: More than one.
-    """
-
-    device: torch.device
-    rank: int
-    count: int
-    distributed: bool
-
-    @property
-    def primary(self) -> bool:
-        """This one writes and speaks."""
-        return self.rank == 0
-
-
-@contextmanager
-def processes(device: str) -> Iterator[Processes]:
-    """Join the process group that ``torchrun`` announces, or form one alone; leave it at the end."""
-    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise SettingsError(f"device is {wanted}, but torch sees no CUDA device: use --device cpu.")
-    options = Namespace(device=wanted)
-    found = utils.init_distributed_device(options)
-    if not options.distributed:
-        # A group of one, so that images come in the same order as with any number of processes.
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield Processes(found, options.rank, options.world_size, options.distributed)
-    finally:
-        dist.destroy_process_group()
-
-
 class TrainingInterrupted(KeyboardInterrupt):
     """A signal ended a training.
 
     Attributes:
-        folder: That of the run, where it can be continued; None: nothing had been written.
+        folder: Folder of the run, which can be continued; None: nothing was written.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -106,8 +66,8 @@ def train(settings: Settings, resume: str | Path | None = None) -> Path:
     """Train a network.
 
     Args:
-        settings: What and how.
-        resume: A run's folder or a checkpoint in it: continue there.
+        settings: Settings of the training.
+        resume: Folder of a run to continue, or a checkpoint in it; None: a new run.
 
     Returns:
         The run's folder.
@@ -131,7 +91,7 @@ def train(settings: Settings, resume: str | Path | None = None) -> Path:
     except KeyboardInterrupt as error:
         raise TrainingInterrupted(folder and folder.path) from error
     except Exception as error:
-        # Which kills a loader's workers too, and their end may be what is told first.
+        # A signal also ends the loader's workers, whose error may be raised first.
         if pending_signal() is None:
             raise
         raise TrainingInterrupted(folder and folder.path) from error
@@ -141,8 +101,8 @@ class Trainer:
     """One process's part of a training.
 
     Args:
-        settings: What and how.
-        here: This process.
+        settings: Settings of the training.
+        here: This process among those of the training.
     """
 
     def __init__(self, settings: Settings, here: Processes) -> None:
@@ -326,7 +286,7 @@ class Trainer:
         return epoch
 
     def _check_checkpoint(self, path: Path) -> None:
-        """Refuse what would not be restored as it was: models may leave out what does not fit."""
+        """Refuse a checkpoint that would not be restored in full: models may leave out what does not fit."""
         saved = read_torch(path)
         needed = ["state_dict", "optimizer", *(["state_dict_ema"] if self.settings.model_ema else [])]
         if not isinstance(saved, dict) or (

@@ -42,7 +42,7 @@ _EPILOG = """examples:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation(Accuracy):
-    """Fractions from 0 to 1, the number of images, and the highest softmax probability of each, on the CPU."""
+    """Top-1 and top-5 as fractions, the number of images, and the highest softmax probability of each, on the CPU."""
 
     images: int
     confidences: Tensor
@@ -59,11 +59,11 @@ def evaluate(
     """Top-1 and top-5 accuracy in evaluation mode; the model's mode is restored.
 
     Args:
-        model: On the device; maps images ``(N, C, H, W)`` to logits ``(N, num_classes)``.
-        loader: Images and targets ``(N,)``.
-        indices: The outputs that compete, of which a target is the position. None: all.
-        device: Where images and targets are put.
-        amp_dtype: The type of automatic mixed precision. None: without.
+        model: Network on the device; maps images ``(N, C, H, W)`` to logits ``(N, num_classes)``.
+        loader: Batches of images and targets ``(N,)``.
+        indices: Outputs to compare; targets are positions in this list. None: all.
+        device: Device to move images and targets to.
+        amp_dtype: Type of automatic mixed precision. None: without.
 
     Raises:
         ValueError: There is no image; or the logits are not ``(N, num_classes)``, or not finite.
@@ -91,10 +91,10 @@ def evaluate(
 def load_model(
     name: str, checkpoint: str | Path | None, num_classes: int | None, model_kwargs: Mapping[str, Any]
 ) -> nn.Module:
-    """Build a timm model of which no parameter is random.
+    """Build a timm model all of whose parameters are loaded.
 
     Args:
-        name: timm's name; ``genas_cell`` needs ``genotype`` in ``model_kwargs``.
+        name: Name of the timm model; ``genas_cell`` needs ``genotype`` in ``model_kwargs``.
         checkpoint: The weights; averaged ones (``state_dict_ema``) if there are. None: those that timm publishes.
         num_classes: Outputs. None: the model's own.
         model_kwargs: Further arguments of the model.
@@ -112,7 +112,7 @@ def load_model(
         if published != model.num_classes:
             raise ValueError(f"The published weights of {name} are for {published} classes, not {model.num_classes}.")
         return model
-    # A GenasNet keeps its fresh classifier where the file's does not fit: what stays NaN was not loaded.
+    # A GenasNet keeps its fresh classifier if the file's does not fit: parameters that stay NaN were not loaded.
     for parameter in model.parameters():
         parameter.detach().fill_(float("nan"))
     model.load_state_dict(state)
@@ -171,8 +171,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _validate(options: argparse.Namespace) -> dict[str, Any]:
-    """What the command prints; accuracies, errors and AUPR are percentages, as in timm's result files."""
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options before anything is loaded."""
     results = Path(options.results or "results.csv")
     if bool(options.checkpoint) == options.pretrained:
         raise ValueError("Give --checkpoint FILE or --pretrained, one of them: random weights are not scored.")
@@ -185,11 +185,16 @@ def _validate(options: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name.replace('_', '-')} must be from {least} to {most}, got {value}.")
     if results.suffix.lower() not in (".csv", ".json") or not results.parent.is_dir():
         raise ValueError(f"--results must be a .csv or .json file in an existing folder, got {results}.")
+
+
+def _validate(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the command and return what it prints; figures are percentages, as in timm's result files."""
+    _check(options)
     sets = shifted.open_images(options.kind, options.folder, options.in_distribution, options.num_classes)
     if isinstance(sets, tuple):
         check_headers([path for images in sets for path, _ in images.samples])
     classes = sets[0].num_classes if isinstance(sets, tuple) else 1000
-    # With ImageNet's number nothing is asked for: a model of another one is to be refused, not to be changed.
+    # 1000 classes are not asked for, so that a model of another number is refused rather than changed.
     asked = options.num_classes or (None if classes == 1000 else classes)
     model = load_model(options.model, options.checkpoint, asked, options.model_kwargs)
     if model.num_classes != classes:
@@ -227,12 +232,16 @@ def _validate(options: argparse.Namespace) -> dict[str, Any]:
     if isinstance(sets, tuple):
         print(*(images.report for images in sets), sep="\n", file=sys.stderr)
     if options.results is not None:
-        with atomic_path(results) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-            if results.suffix.lower() == ".json":
-                json.dump(record, file, indent=2)
-            else:
-                csv.writer(file).writerows([record.keys(), record.values()])
+        _write(record, Path(options.results))
     return record
+
+
+def _write(record: Mapping[str, Any], path: Path) -> None:
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix.lower() == ".json":
+            json.dump(record, file, indent=2)
+        else:
+            csv.writer(file).writerows([record.keys(), record.values()])
 
 
 def _measure(sets: Sequence[shifted.ImageSet], score: Callable[[shifted.ImageSet], Evaluation]) -> dict[str, Any]:

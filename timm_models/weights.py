@@ -1,4 +1,4 @@
-"""Weights by the names of the official code, for a network that may differ in its head or its input."""
+"""Fits weights with the names of the official code to a network, which may differ in its head or its input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from genas_plugins.checkpoints import CheckpointError, describe_mismatch, network_state, read_state, unwrapped
 
 if TYPE_CHECKING:
-    from timm_models.genas import GenasNet
+    from timm_models.network import GenasNet
 
 __all__ = ["check_pretrained", "fit_state", "read_weights"]
 
@@ -24,7 +24,7 @@ _HEADS = ("classifier.", "auxiliary_head.classifier.")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a checkpoint of any network of timm as data, by the names that timm itself would give it.
+    """Read a checkpoint of any timm network as data, with the names of tensors that timm uses.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -34,7 +34,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def fit_state(state: Mapping[str, Any], model: GenasNet, strict: bool) -> tuple[Mapping[str, Any], bool]:
-    """Bring a checkpoint's tensors into the form of the network; see :meth:`GenasNet.load_state_dict`.
+    """Fit a checkpoint's tensors to the network; see :meth:`GenasNet.load_state_dict`.
 
     Returns:
         The tensors, and whether a classifier was left out.
@@ -66,7 +66,7 @@ def fit_state(state: Mapping[str, Any], model: GenasNet, strict: bool) -> tuple[
 
 
 def check_pretrained(state: Mapping[str, Any], model: GenasNet) -> dict[str, Any]:
-    """timm's filter for ``pretrained=True`` with a file: timm itself adapts head and input, and is not strict."""
+    """Check the tensors of ``pretrained=True`` with a file: timm itself adapts head and input, but is not strict."""
     return _checked(state, model, model.state_dict(), True)
 
 
@@ -82,10 +82,10 @@ def _checked(state: Mapping[str, Any], model: GenasNet, expected: Mapping[str, T
         unwanted += ("classifier.",)
     if model.auxiliary_head is None:
         unwanted += ("auxiliary_head.",)
-    # Frozen batch normalisation has no counters: either side may lack them, as PyTorch has it too.
+    # Frozen batch normalisation has no counters: either side may lack them, as in PyTorch.
     counters = {name for name in state.keys() ^ expected.keys() if name.endswith("num_batches_tracked")}
     state = {name: value for name, value in state.items() if not (name in counters or name.startswith(unwanted))}
-    # What is adapted later may differ in the one dimension that is adapted, and in nothing else.
+    # Tensors that are adapted later may only differ in the adapted dimension.
     compared = {name: value for name, value in expected.items() if name not in counters}
     for head in _HEADS:
         _tolerate(compared, state, f"{head}weight", 0)

@@ -41,27 +41,33 @@ __all__ = [
 ]
 
 LEAST_SLOPE = 0.01
-"""Below this share of Eq. 4 the slope term decides next to nothing, and flatness ranks as the loss does."""
+"""Share of Eq. 4 below which the slope term is negligible, and flatness ranks like the loss."""
 
 TRAINING_FREE = ("NASWOT", "SynFlow", "ZiCo")
 """Columns of networks that were never trained."""
 
 ON_SUPERNET = tuple(f"{name}, supernet" for name in TRAINING_FREE)
-"""The same formulas on the supernet's trained weights."""
+"""Columns of the training-free scores on the supernet's trained weights."""
 
 GIVEN = ("loss", "accuracy")
-"""What a score is to add something to."""
+"""Columns given which the partial tau of a score is computed."""
 
 
 @dataclass(frozen=True)
 class RankSum:
-    """A column that adds the ranks of others: scores of different units, with equal say and without labels.
+    """A column that adds the ranks of others, which gives scores of different units equal weight.
 
     Attributes:
-        name: Of the column.
+        name: Name of the column.
         of: The columns whose ranks are added.
         logarithm: Add the logarithms of ranks instead, lowest first, so that a bad rank weighs more than a good one
             (the non-linear aggregation of AZ-NAS, Lee and Ham, CVPR 2024).
+
+    Example:
+        >>> from genas_plugins.correlation.report import RankSum
+        >>> both = RankSum("both", of=("flatness", "angle"))
+        >>> both({"flatness": [0.1, 0.3, 0.2], "angle": [5.0, 6.0, 7.0]})
+        [2.0, 5.0, 5.0]
     """
 
     name: str
@@ -69,7 +75,7 @@ class RankSum:
     logarithm: bool = False
 
     def __call__(self, table: Mapping[str, Sequence[float]]) -> list[float]:
-        """The column, from those of a table."""
+        """Compute the column from those of a table."""
         ranks = [rankdata(table[name]) for name in self.of]
         return sum(map(np.log, ranks) if self.logarithm else ranks).tolist()
 
@@ -79,12 +85,12 @@ class Row:
     """A line of the table.
 
     Attributes:
-        name: The column of scores.
-        ranking: How it ranks.
-        given: Kendall's partial tau with the accuracy given the supernet's ``"loss"`` without noise, and given its
-            ``"accuracy"`` where that is a column, through normal variables, so that it is zero where a score owes all
-            to them; empty for references and terms.
-        slope_share: Median share of the slope term; None where there is none.
+        name: Name of the column of scores.
+        ranking: Rank statistics of the column.
+        given: Kendall's partial tau with the true accuracy, given the supernet's ``"loss"`` without noise and, if it is
+            a column, its ``"accuracy"``; through normal variables, so that it is zero for a score that adds nothing to
+            them. Empty for references and terms.
+        slope_share: Median share of the slope term in Eq. 4; None if the score has none.
     """
 
     name: str
@@ -109,13 +115,13 @@ def write_report(
     ranks nothing and is left out. A training-free score that is not finite counts as the lowest.
 
     Args:
-        folder: Where to.
-        raws: Measurements of :func:`genas_plugins.correlation.run.measure_all`.
-        settings: The columns.
-        truth: Accuracy in percent by architecture.
-        sums: Further columns, of those that there are.
-        seed: Of the bootstrap.
-        resamples: Of the bootstrap; 200 do for all 15,625 architectures.
+        folder: Folder to write to.
+        raws: Measurements of :func:`genas_plugins.correlation.run.measure_all`, one for each architecture.
+        settings: Settings of the measured columns.
+        truth: Test accuracy in percent by architecture.
+        sums: Further columns, computed from the others.
+        seed: Seed of the bootstrap.
+        resamples: Number of bootstrap resamples; 200 suffice for all 15,625 architectures.
 
     Returns:
         The table, highest tau first, and how many architectures were left out.
@@ -159,17 +165,17 @@ def write_report(
 def score_table(
     raws: Sequence[Mapping[str, Any]], settings: Sequence[Setting], sums: Sequence[RankSum] = ()
 ) -> tuple[list[str], dict[str, list[float]]]:
-    """All columns of scores, of the architectures whose scores are all defined.
+    """The columns of all scores, for the architectures whose scores are all defined.
 
     A column with one value for all of them is left out, and a training-free score that is not finite is the lowest.
 
     Args:
-        raws: Measurements of :func:`genas_plugins.correlation.run.measure_all`.
-        settings: The columns.
-        sums: Further columns, of those that there are.
+        raws: Measurements of :func:`genas_plugins.correlation.run.measure_all`, one for each architecture.
+        settings: Settings of the measured columns.
+        sums: Further columns, computed from the others.
 
     Returns:
-        The architectures, and by name the columns, in their order.
+        The architectures, and the columns by name in the same order.
     """
     names = [raw["architecture"] for raw in raws]
     table = {**references(names), **_training_free_columns(raws), **columns(settings, raws)}
@@ -182,7 +188,7 @@ def score_table(
 
 
 def table_of(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """The table for the eye, its head first."""
+    """The table as text for display, header first."""
     table: list[tuple[str, ...]] = [
         (
             *("score", "tau [95 %]", "rho", "better half", "top k", "nDCG", "best pick", "gap"),
@@ -203,7 +209,7 @@ def table_of(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def remarks(rows: Sequence[Row], left_out: int) -> Iterator[str]:
-    """What is to be said under the table."""
+    """The lines to print below the table."""
     ranking = rows[0].ranking
     yield f"\n{ranking.count} architectures" + (
         f"; {left_out} without a finite score are left out." if left_out else "."
@@ -215,7 +221,7 @@ def remarks(rows: Sequence[Row], left_out: int) -> Iterator[str]:
 
 
 def references(names: Sequence[str]) -> dict[str, list[float]]:
-    """The two that need no training: what every score is shown beside."""
+    """Parameters and live FLOPs of architectures, the baselines beside every score."""
     architectures = [NasBench201Architecture.from_string(name) for name in names]
     return {
         "parameters": [float(nasbench201_costs(a).parameters) for a in architectures],

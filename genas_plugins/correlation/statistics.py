@@ -1,24 +1,22 @@
-"""How well scores rank architectures: rank correlations with bootstrap intervals, and what the top is worth.
+"""How well scores rank architectures: rank correlations with bootstrap intervals, and the quality of the top.
 
-All intervals are percentile bootstrap intervals (Efron 1979): the architectures are drawn with replacement, and the
-statistic is computed anew on each resample. An architecture that is drawn twice is tied with itself in every column,
-and tau-b leaves such pairs out. The same seed draws the same resamples for any columns of that length, so that
-figures computed with one seed are comparable in pairs.
-
-Kendall's tau is SciPy's, O(n log n); on resamples of up to :data:`FEW` architectures it is computed from the signs of
-all pairs, O(n^2) but for all resamples in one product of matrices.
+Intervals are those of :mod:`genas_plugins.correlation.bootstrap`. Kendall's tau is SciPy's, O(n log n); on resamples of
+up to :data:`FEW` architectures it is computed from the signs of all pairs, O(n^2) but for all resamples in one product
+of matrices.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats
+
+from genas_plugins.correlation.bootstrap import Array, Estimate, bootstrap, drawn, fewest_resamples
 
 __all__ = [
     "Estimate",
@@ -34,33 +32,9 @@ __all__ = [
 ]
 
 FEW = 2000
-"""Architectures up to which resamples share the signs of their pairs; beyond, these would take too much memory."""
+"""Most architectures for which resamples share a matrix of the signs of pairs; it grows with their square."""
 
-_Array = NDArray[np.float64]
 _FEWEST = 3
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A statistic and its confidence interval.
-
-    Attributes:
-        value: On the architectures given; NaN where it is not defined.
-        low: Lower end of the interval.
-        high: Upper end.
-    """
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def sign(self) -> int:
-        """1 or -1 where the whole interval is above or below zero, else 0."""
-        return int(self.low > 0) - int(self.high < 0)
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclass(frozen=True)
@@ -71,7 +45,7 @@ class Ranking:
     the mean.
 
     Attributes:
-        count: Architectures.
+        count: Number of architectures.
         tau: Kendall's tau-b with the accuracy.
         rho: Spearman's rho.
         tau_better_half: Tau-b among the architectures whose accuracy is at least the median; NaN where they are
@@ -80,7 +54,7 @@ class Ranking:
         precision: See :func:`precision_at`.
         ndcg: See :func:`ndcg`.
         best_accuracy: Accuracy in percent of the architecture with the highest score.
-        gap: What it lacks to the best accuracy, in percentage points.
+        gap: Difference of ``best_accuracy`` to the highest accuracy, in percentage points.
     """
 
     count: int
@@ -113,28 +87,35 @@ def rank_correlation(
     """Measure how well scores rank architectures.
 
     Args:
-        scores: One for each architecture, higher is better, shape ``(n,)``.
-        truth: Test accuracies in percent, shape ``(n,)``.
-        seed: Of the bootstrap.
-        top: What counts as the top: an integer number of architectures, or a float for a fraction of them.
-        resamples: Of the bootstrap; each costs two tau and one rho.
-        confidence: Of the intervals.
+        scores: Scores of the architectures ``(n,)``, higher is better.
+        truth: Their test accuracies ``(n,)`` in percent.
+        seed: Seed of the bootstrap.
+        top: Size of the top: a number of architectures as an integer, or a fraction of them as a float.
+        resamples: Number of bootstrap resamples; each costs two tau and one rho.
+        confidence: Confidence level of the intervals.
 
     Raises:
         ValueError: The lengths differ, there are fewer than 3 architectures, a score is not finite (architectures
             that failed are for the caller to leave out and report), all scores or all accuracies are the same, an
             accuracy is not in 0..100, or an option is out of its range.
         TypeError: A column is not numeric.
+
+    Example:
+        >>> from genas_plugins.ranking import rank_correlation
+        >>> scores, accuracies = [0.1, 0.2, 0.4, 0.3, 0.5], [60.0, 70.0, 80.0, 90.0, 91.0]
+        >>> ranking = rank_correlation(scores, accuracies, seed=0, top=2)
+        >>> ranking.tau.value, ranking.precision, ranking.gap
+        (0.8, 0.5, 0.0)
     """
     columns = _columns(scores=scores, truth=truth)
     values, accuracies = columns["scores"], columns["truth"]
     _check_percent(accuracies)
     k = _top_size(top, len(values))
     tau, rho, half = (
-        _bootstrap(statistic, len(values), seed, resamples, confidence)
+        bootstrap(statistic, len(values), seed, resamples, confidence)
         for statistic in (
             lambda counts: _taus(values, accuracies, counts),
-            lambda counts: np.array([_rho(values[drawn], accuracies[drawn]) for drawn in map(_drawn, counts)]),
+            lambda counts: np.array([_rho(values[chosen], accuracies[chosen]) for chosen in map(drawn, counts)]),
             lambda counts: _taus_better_half(values, accuracies, counts),
         )
     )
@@ -153,19 +134,23 @@ def rank_correlation(
 
 
 def precision_at(scores: ArrayLike, truth: ArrayLike, top: float) -> float:
-    """Which share of the k best by the score are among the k best by the truth.
+    """Fraction of the k best by the score that are among the k best by the truth.
 
     Architectures that share the k-th best accuracy all count as among the best. Where the k-th best score is
     shared, the share is the mean over all ways to break the tie.
 
     Args:
-        scores: Shape ``(n,)``, higher is better.
-        truth: Shape ``(n,)``.
+        scores: Scores ``(n,)``, higher is better.
+        truth: True accuracies ``(n,)``.
         top: k as an integer, or as a float for a fraction of n.
 
     Raises:
-        ValueError: As :func:`rank_correlation`.
-        TypeError: As :func:`rank_correlation`.
+        ValueError, TypeError: As :func:`rank_correlation`.
+
+    Example:
+        >>> from genas_plugins.ranking import precision_at
+        >>> precision_at(scores=[1, 2, 3, 4], truth=[60, 90, 80, 70], top=2)
+        0.5
     """
     values, accuracies = _columns(scores=scores, truth=truth).values()
     k = _top_size(top, len(values))
@@ -186,13 +171,12 @@ def ndcg(scores: ArrayLike, truth: ArrayLike, top: float) -> float:
     share a score get the mean of their gains (McSherry and Najork, ECIR 2008), as in scikit-learn.
 
     Args:
-        scores: Shape ``(n,)``, higher is better.
-        truth: Test accuracies in percent, shape ``(n,)``.
+        scores: Scores ``(n,)``, higher is better.
+        truth: Test accuracies ``(n,)`` in percent.
         top: k as an integer, or as a float for a fraction of n.
 
     Raises:
-        ValueError: As :func:`rank_correlation`.
-        TypeError: As :func:`rank_correlation`.
+        ValueError, TypeError: As :func:`rank_correlation`.
     """
     values, accuracies = _columns(scores=scores, truth=truth).values()
     _check_percent(accuracies)
@@ -208,18 +192,17 @@ def kendall(x: ArrayLike, y: ArrayLike, *, seed: int, resamples: int = 1000, con
     """Estimate Kendall's tau-b of two columns, for instance of two scores.
 
     Args:
-        x: Shape ``(n,)``.
-        y: Shape ``(n,)``.
-        seed: Of the bootstrap.
-        resamples: Of the bootstrap.
-        confidence: Of the interval.
+        x: First column ``(n,)``.
+        y: Second column ``(n,)``.
+        seed: Seed of the bootstrap.
+        resamples: Number of bootstrap resamples.
+        confidence: Confidence level of the interval.
 
     Raises:
-        ValueError: As :func:`rank_correlation`, whatever the columns' range.
-        TypeError: As :func:`rank_correlation`.
+        ValueError, TypeError: As :func:`rank_correlation`; any range of values is accepted.
     """
     a, b = _columns(x=x, y=y).values()
-    return _bootstrap(lambda counts: _taus(a, b, counts), len(a), seed, resamples, confidence)
+    return bootstrap(lambda counts: _taus(a, b, counts), len(a), seed, resamples, confidence)
 
 
 def compare(
@@ -240,16 +223,15 @@ def compare(
         first: Scores, shape ``(n,)``.
         second: Scores of the same architectures, shape ``(n,)``.
         truth: Accuracies, shape ``(n,)``.
-        seed: Of the bootstrap.
-        resamples: Of the bootstrap.
-        confidence: Of the interval.
+        seed: Seed of the bootstrap.
+        resamples: Number of bootstrap resamples.
+        confidence: Confidence level of the interval.
 
     Raises:
-        ValueError: As :func:`rank_correlation`.
-        TypeError: As :func:`rank_correlation`.
+        ValueError, TypeError: As :func:`rank_correlation`.
     """
     a, b, y = _columns(first=first, second=second, truth=truth).values()
-    return _bootstrap(lambda counts: _taus(a, y, counts) - _taus(b, y, counts), len(y), seed, resamples, confidence)
+    return bootstrap(lambda counts: _taus(a, y, counts) - _taus(b, y, counts), len(y), seed, resamples, confidence)
 
 
 def partial_kendall(
@@ -272,33 +254,39 @@ def partial_kendall(
     the correlations :math:`\sin(\pi\tau/2)`, turned back into a tau, is zero there.
 
     Args:
-        x: Shape ``(n,)``, a score for instance.
-        y: Shape ``(n,)``, the accuracies for instance.
-        given: Shape ``(n,)``, what x and y may owe their agreement to.
-        seed: Of the bootstrap.
+        x: First column ``(n,)``, for instance a score.
+        y: Second column ``(n,)``, for instance the accuracies.
+        given: Third column ``(n,)``, whose influence on the agreement of x and y is removed.
+        seed: Seed of the bootstrap.
         normal: Compute it through the correlations of normal variables with these taus.
-        resamples: Of the bootstrap.
-        confidence: Of the interval.
+        resamples: Number of bootstrap resamples.
+        confidence: Confidence level of the interval.
 
     Returns:
         The estimate. NaN where ``given`` orders as ``x`` or ``y`` does: nothing is left to correlate.
 
     Raises:
-        ValueError: As :func:`rank_correlation`.
-        TypeError: As :func:`rank_correlation`.
+        ValueError, TypeError: As :func:`rank_correlation`.
+
+    Example:
+        >>> from genas_plugins.ranking import kendall, partial_kendall
+        >>> x, y, size = [2, 1, 3, 4, 5, 6], [1, 2, 3, 4, 6, 5], [1, 2, 3, 4, 5, 6]
+        >>> found = kendall(x, y, seed=0), partial_kendall(x, y, size, seed=0)
+        >>> [round(each.value, 3) for each in found]
+        [0.733, -0.071]
     """
     a, b, c = _columns(x=x, y=y, given=given).values()
 
-    def partial(counts: _Array) -> _Array:
+    def partial(counts: Array) -> Array:
         taus = [_taus(*pair, counts) for pair in ((a, b), (a, c), (b, c))]
         if normal:
             return 2 / math.pi * np.arcsin(_partial(*(np.sin(math.pi / 2 * tau) for tau in taus)))
         return _partial(*taus)
 
-    return _bootstrap(partial, len(a), seed, resamples, confidence)
+    return bootstrap(partial, len(a), seed, resamples, confidence)
 
 
-def correlation_matrix(columns: Mapping[str, ArrayLike]) -> _Array:
+def correlation_matrix(columns: Mapping[str, ArrayLike]) -> Array:
     """Compute tau-b between all pairs of columns.
 
     Args:
@@ -308,8 +296,7 @@ def correlation_matrix(columns: Mapping[str, ArrayLike]) -> _Array:
         Shape ``(m, m)``, in the order of the columns; symmetric with ones on the diagonal.
 
     Raises:
-        ValueError: As :func:`rank_correlation`; the message names the column.
-        TypeError: As :func:`rank_correlation`.
+        ValueError, TypeError: As :func:`rank_correlation`; the message names the column.
     """
     arrays = list(_columns(**columns).values())
     matrix = np.eye(len(arrays))
@@ -319,8 +306,8 @@ def correlation_matrix(columns: Mapping[str, ArrayLike]) -> _Array:
     return matrix
 
 
-def _columns(**given: ArrayLike) -> dict[str, _Array]:
-    columns: dict[str, _Array] = {}
+def _columns(**given: ArrayLike) -> dict[str, Array]:
+    columns: dict[str, Array] = {}
     for name, values in given.items():
         try:
             column = np.asarray(values, dtype=np.float64)
@@ -343,7 +330,7 @@ def _columns(**given: ArrayLike) -> dict[str, _Array]:
     return columns
 
 
-def _check_percent(accuracies: _Array) -> None:
+def _check_percent(accuracies: Array) -> None:
     if accuracies.min() < 0 or accuracies.max() > 100:
         worst = accuracies.min() if accuracies.min() < 0 else accuracies.max()
         raise ValueError(f"truth must be accuracies in percent, from 0 to 100, got {worst}.")
@@ -360,60 +347,18 @@ def _top_size(top: float, count: int) -> int:
     )
 
 
-def fewest_resamples(confidence: float = 0.95) -> int:
-    """With fewer than one resample beyond either end, an interval would be the extremes of what was drawn.
-
-    Raises:
-        ValueError: ``confidence`` is not between 0 and 1.
-    """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}.")
-    return math.ceil(round(2 / (1 - confidence), 6))
-
-
-def _bootstrap(
-    statistic: Callable[[_Array], _Array], count: int, seed: int, resamples: int, confidence: float
-) -> Estimate:
-    """Estimate what ``statistic`` computes; resamples where it is not defined (NaN) are left out.
+def _taus(x: Array, y: Array, counts: Array) -> Array:
+    """Tau-b of each resample, NaN where a column is constant.
 
     Args:
-        statistic: Of rows that say how often each architecture is drawn, one value a row.
-        count: Architectures.
-        seed: Of the draws.
-        resamples: How often ``count`` are drawn.
-        confidence: Of the interval.
-    """
-    fewest = fewest_resamples(confidence)
-    if resamples < fewest:
-        raise ValueError(f"An interval of confidence {confidence} needs {fewest} resamples or more, got {resamples}.")
-    rng = np.random.default_rng(seed)
-    draws = (rng.integers(count, size=count) for _ in range(resamples))
-    # The first row is the architectures as given.
-    counts = np.stack([np.ones(count), *(np.bincount(drawn, minlength=count) for drawn in draws)])
-    value, *drawn_values = statistic(counts)
-    defined = np.array(drawn_values)[~np.isnan(drawn_values)]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(defined, [tail, 1 - tail]) if len(defined) else (math.nan, math.nan)
-    return Estimate(float(value), float(low), float(high))
-
-
-def _drawn(counts: _Array) -> NDArray[np.intp]:
-    """The architectures that are drawn, each as often as a row of counts says."""
-    return np.repeat(np.arange(len(counts)), counts.astype(np.intp))
-
-
-def _taus(x: _Array, y: _Array, counts: _Array) -> _Array:
-    """Tau-b of each resample, NaN where one of both is constant.
-
-    Args:
-        x: ``(n,)``.
-        y: ``(n,)``.
-        counts: ``(resamples, n)``, how often each is drawn.
+        x: First column ``(n,)``.
+        y: Second column ``(n,)``.
+        counts: How often each is drawn, ``(resamples, n)``.
     """
     if len(x) > FEW:
-        return np.array([_tau(x[drawn], y[drawn]) for drawn in map(_drawn, counts)])
-    # Over the pairs of a resample, each counted twice: those in the same order less those in opposite order, and those
-    # without a tie in x, or in y. All are integers, and exact.
+        return np.array([_tau(x[chosen], y[chosen]) for chosen in map(drawn, counts)])
+    # Over all ordered pairs of a resample: concordant minus discordant ones, and those not tied in x, or in y. All are
+    # exact integers.
     signs = [np.sign(column[:, None] - column) for column in (x, y)]
     agreeing, in_x, in_y = (
         ((counts @ pairs) * counts).sum(1) for pairs in (signs[0] * signs[1], np.abs(signs[0]), np.abs(signs[1]))
@@ -422,29 +367,29 @@ def _taus(x: _Array, y: _Array, counts: _Array) -> _Array:
     return np.round(np.divide(agreeing, scale, out=np.full(len(counts), math.nan), where=scale > 0), 12)
 
 
-def _tau(x: _Array, y: _Array) -> float:
-    # The method concerns the p-value only; the exact one would cost O(n^2). Rounding makes a perfect order exactly
-    # 1, of which the partial tau takes the square root of the difference; one pair of a million differs by 4e-12.
+def _tau(x: Array, y: Array) -> float:
+    # The method only affects the p-value; the exact one would cost O(n^2). Rounding makes a perfect order exactly 1, as
+    # the partial tau needs it; one pair of a million differs by 4e-12.
     return round(float(stats.kendalltau(x, y, method="asymptotic").statistic), 12)
 
 
-def _rho(x: _Array, y: _Array) -> float:
+def _rho(x: Array, y: Array) -> float:
     first, second = (ranks - ranks.mean() for ranks in (stats.rankdata(x), stats.rankdata(y)))
     scale = math.sqrt((first @ first) * (second @ second))
     return float(first @ second) / scale if scale else math.nan
 
 
-def _taus_better_half(scores: _Array, truth: _Array, counts: _Array) -> _Array:
+def _taus_better_half(scores: Array, truth: Array, counts: Array) -> Array:
     """Tau-b of each resample among those whose accuracy is at least the resample's median."""
-    medians = np.array([np.median(truth[drawn]) for drawn in map(_drawn, counts)])
+    medians = np.array([np.median(truth[chosen]) for chosen in map(drawn, counts)])
     better = counts * (truth >= medians[:, None])
     return np.where(better.sum(1) >= _FEWEST, _taus(scores, truth, better), math.nan)
 
 
-def _partial(xy: _Array, xz: _Array, yz: _Array) -> _Array:
+def _partial(xy: Array, xz: Array, yz: Array) -> Array:
     scale = np.sqrt(np.maximum(0.0, (1 - xz**2) * (1 - yz**2)))
     found = np.divide(xy - xz * yz, scale, out=np.full(len(scale), math.nan), where=scale > 0)
-    # Rounding may carry it past 1, for which there is no arcsine.
+    # Rounding errors may carry it past 1, where arcsine is not defined.
     return np.clip(found, -1.0, 1.0)
 
 

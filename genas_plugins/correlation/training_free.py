@@ -30,7 +30,7 @@ Deviation = Literal["signed", "absolute"]
 
 @parameter_types_alone()
 def naswot(model: nn.Module, images: Tensor) -> float:
-    """Log-determinant of how far the ReLU codes of the images agree: ``log |K_H|``.
+    """NASWOT: log-determinant of the agreement of the images' ReLU codes, ``log |K_H|``.
 
     An image's code says for each ReLU output whether it is above 0. ``K_H[i, j]`` is the number of outputs, over
     all layers, on which images i and j agree: the sum over layers of ``x x^T + (1 - x)(1 - x)^T``. The authors take
@@ -42,8 +42,8 @@ def naswot(model: nn.Module, images: Tensor) -> float:
     multiplies by 0, as well. Calls of the function ``relu`` and other activations are not seen.
 
     Args:
-        model: Maps images ``(N, 3, H, W)`` to logits.
-        images: At least two, on the model's device.
+        model: Network that maps images ``(N, 3, H, W)`` to logits.
+        images: At least two such images on the model's device.
 
     Returns:
         Natural logarithm, computed in float64; ``-inf`` where the matrix is singular in float64, for instance
@@ -62,7 +62,7 @@ def naswot(model: nn.Module, images: Tensor) -> float:
 
     def compare(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal layers
-        # Of codes of -1 and 1, the product is agreements minus disagreements.
+        # The product of codes of -1 and 1 is agreements minus disagreements.
         codes = (output.flatten(1) > 0).float() * 2 - 1
         kernel.add_((codes @ codes.T).double() + codes.shape[1], alpha=0.5)
         layers += 1
@@ -101,12 +101,20 @@ def synflow(model: nn.Module, input_shape: Sequence[int] = (3, 32, 32)) -> float
     orders of magnitude; take its logarithm for anything but ranks.
 
     Args:
-        model: Maps images to logits.
-        input_shape: ``(C, H, W)`` of an image.
+        model: Network that maps images to logits.
+        input_shape: Shape ``(C, H, W)`` of an image.
 
     Raises:
         ValueError: ``input_shape`` is not three positive integers, or there is no convolution or linear layer.
         MeasurementError: The score is not finite.
+
+    Example:
+        >>> from torch import nn
+        >>> from genas_plugins.correlation.training_free import synflow
+        >>> chain = nn.Sequential(nn.Flatten(), nn.Linear(3, 2, bias=False), nn.Linear(2, 1, bias=False))
+        >>> ones = [nn.init.ones_(weight) for weight in chain.parameters()]
+        >>> synflow(chain, input_shape=(3, 1, 1))  # L = 2 layers, R = 3 * 2
+        12.0
     """
     shape = tuple(input_shape)
     if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
@@ -150,7 +158,7 @@ def zico(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], deviation: 
     statistics; dropout stays off.
 
     Args:
-        model: Maps images ``(N, 3, H, W)`` to logits ``(N, num_classes)``.
+        model: Network that maps images ``(N, 3, H, W)`` to logits ``(N, num_classes)``.
         batches: At least two pairs of images and labels ``(N,)`` on the model's device.
         deviation: Paper and code differ. ``"signed"``: that of ``g``, as the code does. ``"absolute"``: that of
             ``|g|``, as Eq. 15 is printed.
@@ -200,7 +208,7 @@ def zico(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], deviation: 
 
 @contextmanager
 def _batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch normalisation uses the batch at hand, all else is in evaluation mode; afterwards all is as before."""
+    """Evaluation mode, except that batch normalisation uses statistics of the batch; all is restored afterwards."""
     with evaluation_mode(model), preserve_batchnorm(model):
         for module in model.modules():
             if isinstance(module, _BatchNorm):

@@ -71,16 +71,25 @@ def node_edges(node: int) -> range:
 class Genotype:
     """A normal and a reduction cell.
 
-    Genotypes are equal when their codes are: the order of a node's two edges does not matter. It is kept
-    all the same, because published checkpoints number a network's operations in it.
+    Genotypes are equal if their codes are, whatever the order of a node's two edges. The order is kept, because
+    published checkpoints number a network's operations by it.
 
     Attributes:
         normal: Eight pairs ``(operation, input)``; pairs ``2k`` and ``2k + 1`` enter node ``2 + k``.
-        reduce: The same for the cell that halves the resolution.
+        reduce: Eight such pairs for the cell that halves the resolution.
 
     Raises:
         ValueError: An unknown operation, an input that does not exist, or a node whose two inputs coincide.
         TypeError: A cell is not a sequence of eight pairs.
+
+    Example:
+        >>> from genas_plugins import Genotype
+        >>> node = [("sep_conv_3x3", 0), ("skip_connect", 1)]
+        >>> genotype = Genotype(normal=4 * node, reduce=4 * node)
+        >>> genotype.code[:9]
+        (4, 3, 4, 3, 0, 4, 3, 0, 0)
+        >>> Genotype.from_code(genotype.code) == genotype
+        True
     """
 
     normal: CellGene
@@ -123,7 +132,7 @@ class Genotype:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Genotype:
-        """Read what :meth:`to_dict` wrote; other keys (score, provenance) are ignored.
+        """Build a genotype from the output of :meth:`to_dict`; other keys (score, provenance) are ignored.
 
         Raises:
             ValueError: The data is not in this format, or its code contradicts its cells.

@@ -36,7 +36,7 @@ __all__ = [
 Stem = Literal["imagenet", "cifar"]
 STEMS: tuple[Stem, ...] = ("imagenet", "cifar")
 MAX_CELLS, MAX_CHANNELS, MAX_CLASSES = 256, 2**16, 2**24
-"""Far beyond any network that can be trained; a number from a file or an option must not build for hours."""
+"""Upper bounds of sizes from files and options, far beyond any network that can be trained."""
 _STEM_STRIDES: dict[Stem, int] = {"imagenet": 8, "cifar": 1}
 _DEFAULT = Layers()
 CELL_OUTPUTS = len(NODES)
@@ -53,9 +53,9 @@ class CellShape:
         channels: Channels of each intermediate node.
         reduction: The cell halves the resolution.
         previous_reduced: The previous cell (or the ImageNet stem) halved it, so ``c_{k-2}`` is twice as large.
-        dilation: How many times ``c_{k-1}`` is larger than the strides of the official network would make it.
-        replace_stride: A reduction cell that keeps the resolution; what follows is dilated instead.
-        previous_replaced: The previous cell is one.
+        dilation: Factor by which ``c_{k-1}`` is larger than in the official network, because strides were left out.
+        replace_stride: The reduction cell keeps the resolution; later layers are dilated instead.
+        previous_replaced: ``replace_stride`` of the previous cell.
     """
 
     before_previous: int
@@ -81,18 +81,19 @@ class CellShape:
 def cell_shapes(
     init_channels: int, num_cells: int, stem: Stem, output_stride: int | None = None
 ) -> tuple[CellShape, ...]:
-    """Shapes of a stack: reduction cells at one and two thirds, where the channels double.
+    """Shapes of the cells of a stack; reduction cells, where channels double, are at one and two thirds.
 
     Args:
         init_channels: C, channels of the first cells; even.
         num_cells: Cells in the stack.
         stem: ``"imagenet"`` (the cells start at stride 8) or ``"cifar"`` (at stride 1).
-        output_stride: Stride of the last cell. None: 4 times that of the first. Where it is smaller, the last
-            reduction cell, or both, keep the resolution.
+        output_stride: Stride of the last cell. None: 4 times that of the first. If it is smaller, the last reduction
+            cell, or both, keep the resolution.
 
     Raises:
         ValueError: ``init_channels`` is not a positive even number up to 65,536, ``num_cells`` is not from 2 to 256,
-            ``stem`` is neither ``"imagenet"`` nor ``"cifar"``, or no such stack has the ``output_stride``.
+            ``stem`` is neither ``"imagenet"`` nor ``"cifar"``, or ``output_stride`` is not 1, 2 or 4 times the stride
+            of the first cell.
     """
     if stem not in STEMS:
         raise ValueError(f"Unknown stem {stem!r}; valid stems: {', '.join(STEMS)}.")
@@ -130,7 +131,7 @@ def cell_shapes(
 
 
 class Cell(nn.Module):
-    """Two preprocessed inputs, four nodes that add two operations each, concatenated.
+    """A cell: two preprocessed inputs, and four nodes that add two operations each and are concatenated.
 
     Args:
         preprocess0: Brings ``c_{k-2}`` to the cell's channels and to the resolution of ``c_{k-1}``.
@@ -189,9 +190,8 @@ class Cell(nn.Module):
 class AuxiliaryHead(nn.Module):
     """Classifier on an intermediate cell, for training only: ``(N, C, H, W)`` to ``(N, num_classes)``.
 
-    Made for 7x7 (ImageNet at 224) or 8x8 (CIFAR) features; larger ones are averaged at the end and smaller
-    ones resized first. Its second convolution has no batch normalisation on ImageNet, as in the official
-    code and in DARTS before it.
+    Made for 7x7 (ImageNet at 224) or 8x8 (CIFAR) features; larger ones are averaged at the end and smaller ones resized
+    first. On ImageNet its second convolution has no batch normalisation, as in the official code and DARTS.
     """
 
     def __init__(self, in_channels: int, num_classes: int, stem: Stem = "imagenet", layers: Layers = _DEFAULT) -> None:
@@ -224,7 +224,7 @@ def _at_least(x: Tensor, size: int) -> Tensor:
 
 
 class CellStack(nn.Module):
-    """What fixed networks, supernets and their subnets share: the stem, the walk over the cells, the head.
+    """Base of fixed networks and supernets: the stem, the list of cells, the head.
 
     Args:
         shapes: Shapes of the cells, from :func:`cell_shapes`.
@@ -280,6 +280,14 @@ class CellNetwork(CellStack):
 
     Raises:
         ValueError: See :func:`cell_shapes`.
+
+    Example:
+        >>> import torch
+        >>> from genas_plugins import ZOO, CellNetwork
+        >>> genotype = ZOO["genas_flatness_c100"].genotype
+        >>> network = CellNetwork(genotype, init_channels=4, num_cells=3, num_classes=10, stem="cifar")
+        >>> network(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
@@ -323,7 +331,7 @@ class CellNetwork(CellStack):
 def build_imagenet_stem(
     channels: int, in_channels: int = 3, layers: Layers = _DEFAULT
 ) -> tuple[nn.Sequential, nn.Sequential]:
-    """The freshly initialised stem: ``(N, in_channels, H, W)`` to stride 4, and from there to stride 8."""
+    """Build the two parts of the stem: ``(N, in_channels, H, W)`` to stride 4, and from there to stride 8."""
     half = channels // 2
     stem0 = nn.Sequential(
         layers.conv(in_channels, half, 3, stride=2, padding=1),
@@ -341,7 +349,7 @@ def build_imagenet_stem(
 
 
 def build_preprocessing(shape: CellShape, layers: Layers = _DEFAULT) -> tuple[nn.Module, nn.Module]:
-    """The two freshly initialised input layers of a cell."""
+    """Build the two input layers of a cell."""
     second = ReLUConvBN(shape.previous, shape.channels, layers)
     if not shape.previous_reduced:
         return ReLUConvBN(shape.before_previous, shape.channels, layers), second

@@ -32,13 +32,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Layers:
-    """What networks are made of: normalisation, activation, and where their tensors are created.
+    """The kinds of layers that a network is built from, and where their tensors are created.
 
     Attributes:
-        norm: Builds a normalisation layer of so many channels.
+        norm: Builds a normalisation layer for a number of channels.
         act: Builds an activation.
-        device: Of fresh parameters and buffers; None: PyTorch's default.
-        dtype: The same.
+        device: Device of new parameters and buffers; None: PyTorch's default.
+        dtype: Type of new parameters; None: PyTorch's default.
     """
 
     norm: Callable[..., nn.Module] = nn.BatchNorm2d
@@ -61,7 +61,7 @@ class Layers:
         return self.norm(channels, **self.placement)
 
     def activate(self, inplace: bool = False) -> nn.Module:
-        """An activation; in place where asked for and where the activation can."""
+        """An activation layer, in place if asked for and supported."""
         layer = self.act().to(**self.placement)
         if hasattr(layer, "inplace"):
             layer.inplace = inplace
@@ -95,18 +95,18 @@ class ReLUConvBN(nn.Module):
 
 
 class FactorizedReduce(nn.Module):
-    """Halve the resolution: two strided 1x1 convolutions, the second one pixel further, concatenated.
+    """Halve the resolution: two strided 1x1 convolutions, the second shifted by one pixel, concatenated.
 
     ``(N, C_in, H, W)`` to ``(N, C_out, ceil(H / 2), ceil(W / 2))``. On odd sizes the second half reads one row
     and column of zeros beyond the image, so that both halves agree; on even sizes nothing is padded and the
     result is that of the official code.
 
     Args:
-        in_channels: C_in.
-        out_channels: C_out, even.
-        layers: What it is made of.
-        dilation: Distance of the second convolution from the first, in pixels; above 1 only without stride.
-        replace_stride: Keep the resolution; every second output, row and column, is that of the strided layer.
+        in_channels: Channels of the input, C_in.
+        out_channels: Channels of the output, C_out; even.
+        layers: Kinds of layers to build from.
+        dilation: Shift of the second convolution in pixels; above 1 only without stride.
+        replace_stride: Keep the resolution; every second row and column equals the output of the strided layer.
 
     Raises:
         ValueError: ``out_channels`` is odd.
@@ -149,10 +149,9 @@ class FactorizedReduce(nn.Module):
 
 
 def shift_image(x: Tensor, distance: int) -> Tensor:
-    """Drop the first rows and columns of ``x``, and add as many of zeros behind the last.
+    """Shift ``x`` up and left by ``distance`` pixels and fill up with zeros.
 
-    What a stride of 2 then reads is the same with an even number of rows and, but for the zeros, with an odd one: no
-    branch on the size, so that a network which is traced or exported at one size runs at all.
+    Even and odd sizes take the same path, so that a network traced or exported at one size runs at all sizes.
     """
     return F.pad(x, [-distance, distance, -distance, distance])
 
@@ -166,8 +165,8 @@ def reduce_for_training(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """
     if x.device.type != "cpu":
         return torch.cat([F.conv2d(x, first, None, 2), F.conv2d(shift_image(x, 1), second, None, 2)], dim=1)
-    # The gradient of a slice is an image of zeros, and that of a concatenation has holes between its pixels; one
-    # convolution that reads the first pixel of each 2x2 block or the last has neither.
+    # The gradient of a slice is mostly zeros and that of a concatenation is not contiguous, which is slow. One
+    # convolution whose kernels read the first or the last pixel of each 2x2 block has neither.
     kernels = torch.cat([F.pad(first, [0, 1, 0, 1]), F.pad(second, [1, 0, 1, 0])])
     if x.shape[2] % 2 > 0 or x.shape[3] % 2 > 0:
         x = F.pad(x, [0, x.shape[3] % 2, 0, x.shape[2] % 2])
@@ -176,21 +175,21 @@ def reduce_for_training(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def dilated_for_training(x: Tensor, kernels: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
-    """A dilated depthwise convolution with a backward pass for CPUs; the result is that of ``conv2d``.
+    """A dilated depthwise convolution with a fast backward pass on CPUs; the result is that of ``conv2d``.
 
-    oneDNN has fast kernels for the gradients of a depthwise convolution only where it is not dilated; those of a
-    dilated one take 5 to 20 times as long. But pixels whose coordinates differ by multiples of the dilation see only
-    one another: they are images of their own, and the convolution of those is an ordinary one.
+    The gradients of dilated depthwise convolutions take oneDNN 5 to 20 times as long as those of ordinary ones. Pixels
+    whose coordinates differ by multiples of the dilation only interact with one another, so they are convolved as
+    images of their own, without dilation.
 
     Args:
         x: ``(N, C, H, W)``.
         kernels: ``(C, 1, k, k)``.
-        stride: 1 or ``dilation``; others go to ``conv2d``, as does all that is not on a CPU.
+        stride: 1 or ``dilation``; other strides, and other devices, use ``conv2d``.
         padding: A multiple of ``dilation``.
         dilation: Above 1.
     """
     channels, size = kernels.shape[0], kernels.shape[2]
-    # A gradient in the layout of the kernels, which DistributedDataParallel asks for.
+    # Keeps the gradient in the layout of the kernels, as DistributedDataParallel requires.
     kernels = kernels.flatten(0, 1)[:, None]
     if x.device.type != "cpu" or (stride != 1 and stride != dilation):
         return F.conv2d(x, kernels, None, stride, padding, dilation, channels)
@@ -293,7 +292,7 @@ class SepConv(nn.Module):
 
 
 class DilatedAvgPool(nn.Module):
-    """Mean of the 3x3 pixels at a distance of ``dilation`` that lie within the image; keeps the resolution.
+    """3x3 average pooling with dilation that does not count the padding and keeps the resolution.
 
     PyTorch's own average pooling cannot be dilated.
     """
@@ -359,11 +358,12 @@ def build_operation(
 
     Args:
         name: One of :data:`genas_plugins.darts.genotype.OPERATIONS` but ``none``.
-        channels: C, in and out.
+        channels: Channels of input and output, C.
         stride: 1, or 2 on the edges that leave the inputs of a reduction cell.
-        layers: What it is made of.
-        dilation: Spacing of the kernels' taps, on top of that of the dilated convolutions. With an input
-            that was not reduced d times, its pixels d apart see what they would have seen after the reduction.
+        layers: Kinds of layers to build from.
+        dilation: Factor d on the spacing of the kernels' taps, on top of that of dilated convolutions: for an input
+            whose reduction by d was left out, so that every d-th pixel has the output that it would have after the
+            reduction.
         replace_stride: Keep the resolution where the stride would halve it, and dilate the kernels that follow
             within the operation instead; every second output is that of the strided operation. Above a
             dilation of 1 the stride must be 1 or replaced.
@@ -385,7 +385,7 @@ def drop_path(x: Tensor, probability: float) -> Tensor:
     if torch.jit.is_scripting() or not torch.compiler.is_compiling():
         mask = torch.empty((x.shape[0], 1, 1, 1), device=x.device, dtype=x.dtype).bernoulli_(keep)
     else:
-        # The compiler would make a network anew for each probability that bernoulli_ is given, and give up after eight
-        # of them; a comparison takes it as a number like any other.
+        # torch.compile would recompile for each probability given to bernoulli_, and give up after eight; in a
+        # comparison the probability is an ordinary number.
         mask = (torch.rand((x.shape[0], 1, 1, 1), device=x.device) < keep).to(x.dtype)
     return x * (mask / keep)

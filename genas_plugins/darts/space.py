@@ -31,7 +31,18 @@ def _choices() -> dict[str, tuple[tuple[Any, ...], int]]:
 
 
 class DartsSearchSpace:
-    """Draws, mutates and crosses genotypes. All randomness comes from the generator passed in."""
+    """Sampling, mutation and crossover of genotypes. All randomness comes from the generator passed in.
+
+    Example:
+        >>> import numpy as np
+        >>> from genas_plugins.spaces import DartsSearchSpace
+        >>> space = DartsSearchSpace()
+        >>> f"{space.size:.2g}"
+        '1.1e+18'
+        >>> genotype = space.sample(np.random.default_rng(0))
+        >>> len([operation for operation in genotype.code if operation])
+        16
+    """
 
     candidate = Genotype
     choices = _choices()
@@ -76,7 +87,7 @@ class DartsSearchSpace:
         return self.repair([a if p else b for a, b, p in zip(first.code, second.code, pick, strict=True)], rng)
 
     def repair(self, code: Sequence[int], rng: np.random.Generator) -> Genotype:
-        """Make a code valid at random: drop uniform edges of a node that has too many, add to one that has too few."""
+        """Make a code valid at random: nodes with too many edges lose some, nodes with too few get some."""
         fixed = list(code)
         for edges in _all_node_edges():
             used = [edge for edge in edges if fixed[edge]]

@@ -56,7 +56,7 @@ class _SuperCell(nn.Module):
         return self._ops[edge_index(source, node)]._ops[str(OPERATIONS.index(name))]
 
     def forward(self, s0: Tensor, s1: Tensor, gene: CellGene) -> Tensor:
-        """Compute the nodes, concatenated, from inputs that were rectified already."""
+        """Compute the concatenated nodes from inputs that are already rectified."""
         states = [self.preprocess0.after_relu(s0), self.preprocess1.after_relu(s1)]
         added: list[Tensor] = []
         for node, name, source in cell_edges(gene):
@@ -70,7 +70,7 @@ class _SuperCell(nn.Module):
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    """A gradient without holes: that of a concatenation has them, and batch normalisation on a CPU is slow with it."""
+    """A contiguous gradient: that of a concatenation is not, and slows batch normalisation on a CPU."""
     last = gradient.stride(1) == 1
     return gradient.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
@@ -86,6 +86,13 @@ class SuperNet(CellStack):
 
     Raises:
         ValueError: See :func:`genas_plugins.darts.network.cell_shapes`.
+
+    Example:
+        >>> import torch
+        >>> from genas_plugins import ZOO, SuperNet
+        >>> supernet = SuperNet(num_classes=10, init_channels=4, num_cells=3)
+        >>> supernet(torch.zeros(2, 3, 32, 32), ZOO["genas_flatness_c100"].genotype).shape
+        torch.Size([2, 10])
     """
 
     def __init__(self, num_classes: int, init_channels: int = 16, num_cells: int = 8, stem: Stem = "cifar") -> None:
@@ -107,7 +114,8 @@ class SuperNet(CellStack):
     def forward(self, x: Tensor, genotype: Genotype) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)`` along the path of ``genotype``."""
         before, last = self.stem_states(x)
-        # Two cells read a state, each through a ReLU of its own; nobody but the head reads what is in front of it.
+        # Two cells read each state, both through a ReLU, so it is rectified once and in place; the head reads the last
+        # state without.
         s0 = before.relu_()
         s1 = s0 if last is before else last.relu_()
         for shape, cell in zip(self.shapes, self.cells, strict=True):
@@ -116,7 +124,7 @@ class SuperNet(CellStack):
         return self.head(s1)
 
     def path_modules(self, genotype: Genotype) -> Iterator[nn.Module]:
-        """What a call along the path of ``genotype`` runs, as modules that share no parameter with one another."""
+        """The modules that a call along the path of ``genotype`` runs; no two share a parameter."""
         for name, child in self.named_children():
             if name != "cells":
                 yield child
@@ -152,6 +160,15 @@ class SuperNet(CellStack):
 
         Its buffers (the statistics of batch normalisation) are its own copies: recalibrating the subnet does
         not touch the supernet.
+
+        Example:
+            >>> from genas_plugins import ZOO, SuperNet
+            >>> supernet = SuperNet(num_classes=10, init_channels=4, num_cells=3)
+            >>> subnet = supernet.subnet(ZOO["genas_flatness_c100"].genotype)
+            >>> subnet.classifier.weight is supernet.classifier.weight
+            True
+            >>> subnet.stem[1].running_mean is supernet.stem[1].running_mean
+            False
         """
         return SubNet(self, genotype)
 
@@ -187,14 +204,14 @@ class SubNet(nn.Module):
 
 
 def share_parameters(module: nn.Module) -> nn.Module:
-    """Copy a module tree whose copy shares the parameters and owns its buffers."""
+    """Copy a module tree; the copy shares the parameters and owns its buffers."""
     # copy.deepcopy with the parameters in its memo gives the same, several times slower; a search does this
     # for every candidate.
     copy = module.__new__(type(module))
     own = copy.__dict__
     for name, value in module.__dict__.items():
-        # Copies of the dictionaries too: a hook on the copy is not one on the original. Most are empty, and an empty
-        # one is made in a tenth of the time.
+        # Dictionaries are copied too: a hook on the copy is not one on the original. Most are empty, and creating an
+        # empty one takes a tenth of the time.
         own[name] = (value.copy() if value else type(value)()) if isinstance(value, dict | set) else value
     own["_buffers"] = {name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
     own["_modules"] = {

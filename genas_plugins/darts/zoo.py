@@ -30,17 +30,23 @@ class ZooEntry:
     """A published genotype and its ImageNet network of 14 cells.
 
     Attributes:
-        name: Its key in :data:`ZOO`.
+        name: Key of the entry in :data:`ZOO`.
         genotype: The two cells, their pairs in the published order.
         init_channels: C of the ImageNet network, chosen by the paper for about 600 M multiply-adds.
         params: Parameters of the network, without the auxiliary head, for 1000 classes.
         macs_million: Multiply-adds in millions at 224x224, convolutions and linear layers.
-        search_dataset: What was searched on, for instance ``"CIFAR-100"``.
-        metric: What the search maximised.
+        search_dataset: Data set of the search, for instance ``"CIFAR-100"``.
+        metric: Score that the search maximised.
         paper: Figures of the paper, whichever it gives: ``params_million`` and ``macs_giga``; in percent
             ImageNet ``top1``, ``top5``, ``imagenet_v2`` and ``imagenet_a``, ``coco_ap`` (RetinaNet),
             ``cityscapes_miou`` (DeepLab-v3).
-        note: What else there is to know, or None.
+        note: Further remarks, or None.
+
+    Example:
+        >>> from genas_plugins import ZOO
+        >>> entry = ZOO["genas_flatness_c100"]
+        >>> entry.init_channels, entry.params, entry.paper["top1"]
+        (46, 5195205, 76.05)
     """
 
     name: str
@@ -72,6 +78,14 @@ def find_genotype(text: str | os.PathLike[str]) -> Genotype:
     Raises:
         ValueError: It is none of these (the message lists the names), the file holds no genotype, or the code
             is not one.
+
+    Example:
+        >>> from genas_plugins.darts.zoo import find_genotype
+        >>> genotype = find_genotype("genas_flatness_c100")
+        >>> genotype.normal[:2]
+        (('skip_connect', 0), ('sep_conv_5x5', 1))
+        >>> find_genotype(str(genotype)) == genotype
+        True
     """
     text = os.fspath(text)
     if text in ZOO:

@@ -24,12 +24,12 @@ _TEST_FRACTION = 0.1
 
 
 class DiskImages(Dataset[tuple[Tensor, int]]):
-    """Images that are decoded when they are asked for; picklable, so data-loader workers can hold it.
+    """Images that are decoded on access; picklable, so that data-loader workers can hold it.
 
     Args:
         samples: (path, label) pairs, at least one.
         class_names: One name per class.
-        reader: How a file becomes an image.
+        reader: Decodes and resizes a file.
 
     Raises:
         ValueError: There is no sample.

@@ -1,8 +1,8 @@
-"""What a run was given to read, in a form that is stored with it and compared when it is resumed.
+"""Identity (a fingerprint) of a run's data, stored with the run and compared when it is resumed.
 
-The identity of ImageNet's 1.3 million files has the name and the size of each, and a few KiB of some of each class: it
-tells other files, another order, other labels and other classes, and reads a thousandth of the bytes. It has nothing of
-where the files lie, so that they may move.
+The identity of ImageNet's 1.3 million files covers the name and the size of each, and a few KiB of some files of each
+class: it detects other files, order, labels and classes, and reads a thousandth of the bytes. It does not depend on
+where the files are, so that they may be moved.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 DATA_FILE = "data.json"
-"""In the folder of a run: the identity of its data."""
+"""Name of the file, in the folder of a run, that holds the identity of its data."""
 
 _SAMPLED_FILES = 1024
 _SAMPLED_BYTES = 4096
@@ -48,11 +48,11 @@ _ADVICE = (
     "data is the same."
 )
 _LONGEST = 2**28
-"""Bytes of an identity: some millions of classes."""
+"""Most bytes of a stored identity, enough for some millions of classes."""
 
 
 class DataChangedError(ValueError):
-    """A run is to be resumed on other data than it began with."""
+    """A run would be resumed on other data than it began with."""
 
 
 class FileSamples(Protocol):
@@ -63,7 +63,7 @@ class FileSamples(Protocol):
 
 
 class Items(Protocol):
-    """Other images by number: (image, label) pairs, of which each image is an array or becomes one; class names."""
+    """Any other data set: (image, label) pairs by index, whose images NumPy can convert, and class names."""
 
     class_names: Sequence[str]
 
@@ -73,12 +73,12 @@ class Items(Protocol):
 
 
 def data_identity(parts: Mapping[str, ImageTensors | FileSamples | Items]) -> dict[str, Any]:
-    """What tells these images from others, as JSON data.
+    """Compute the identity of images, as JSON data.
 
-    Of each part: the classes, the labels in order, and of each class how many images it has and digests. Of files these
-    are of their names (with the folder that holds them), of their sizes, and of the first and the last 4 KiB of up to
-    1,024 files; of tensors, of 64 values of each image. Of other data sets: their length, and up to 256 images with
-    their labels.
+    It has, for each part, the classes, the labels in order, and for each class its number of images and digests. For
+    files the digests are of the names (with the folder that holds them), the sizes, and the first and the last 4 KiB of
+    up to 1,024 files; for tensors, of 64 values of each image. For other data sets it has the length, and up to 256
+    images with their labels.
 
     Args:
         parts: The images by what they are for, such as ``{"train": ..., "validation": ...}``. A part is
@@ -96,11 +96,18 @@ def data_identity(parts: Mapping[str, ImageTensors | FileSamples | Items]) -> di
 
 
 def describe_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """In words what two identities differ in, the first few differences by name; empty: in nothing.
+    """Describe in what two identities differ, naming the first few differences; empty if they are equal.
 
     Args:
-        before: An identity.
-        now: Another, by the same rules.
+        before: The stored identity.
+        now: Identity of the present data, by the same rules.
+
+    Example:
+        >>> import torch
+        >>> from genas_plugins.datasets import ImageTensors, data_identity, describe_change
+        >>> data = ImageTensors(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 1]), ("cat", "dog"))
+        >>> describe_change(data_identity({"train": data}), data_identity({"train": data.subset([0, 1])}))
+        "train: 'dog' has 1 images instead of 2"
     """
     found = []
     for name in (*before, *(name for name in now if name not in before)):
@@ -121,7 +128,7 @@ def write_identity(folder: str | Path, identity: Mapping[str, Any]) -> Path:
 
 
 def read_identity(folder: str | Path) -> dict[str, Any] | None:
-    """The identity of the data that a run began with; None where the run, of an earlier version, has not stored it.
+    """Read the identity of the data that a run began with; None if the run, of an earlier version, has none.
 
     Raises:
         ValueError: What is stored is damaged.
@@ -139,11 +146,11 @@ def read_identity(folder: str | Path) -> dict[str, Any] | None:
 
 
 def check_identity(folder: str | Path, identity: Mapping[str, Any], parts: Collection[str] | None = None) -> bool:
-    """Compare data with what a run began with; False where the run, of an earlier version, has not stored it.
+    """Compare data with that of a run's start; False if the run, of an earlier version, has no identity.
 
     Args:
-        folder: Of the run.
-        identity: Of the data now.
+        folder: Folder of the run.
+        identity: Identity of the present data.
         parts: Compare only these; ``None`` for all.
 
     Raises:
@@ -163,13 +170,13 @@ def refuse_change(
     source: str | Path,
     parts: Collection[str] | None = None,
 ) -> None:
-    """Refuse data that is not what it was.
+    """Raise if two identities differ.
 
     Args:
-        before: An identity that was stored.
-        now: Of the data now.
-        what: Names the former data in messages.
-        source: The file that it was stored in.
+        before: The identity that was stored.
+        now: Identity of the present data.
+        what: Name of the former data in messages.
+        source: The file that ``before`` was stored in.
         parts: Compare only these; ``None`` for all.
 
     Raises:
@@ -191,7 +198,7 @@ def refuse_change(
 def _digest(chunks: Iterable[bytes]) -> str:
     state = hashlib.blake2b(digest_size=8)
     for chunk in chunks:
-        # With its length, so that two chunks are not one.
+        # With its length, so that two chunks do not equal their concatenation.
         state.update(len(chunk).to_bytes(8, "little"))
         state.update(chunk)
     return state.hexdigest()
@@ -207,7 +214,7 @@ def _part(class_names: Sequence[str], labels: np.ndarray, described: Sequence[Se
 
 def _of_tensors(part: ImageTensors) -> dict[str, Any]:
     flat = part.images.flatten(1)
-    # Sorted, for each index once; spread over the channels, rows and columns.
+    # Distinct indices, spread over channels, rows and columns.
     columns = torch.linspace(0, flat.shape[1] - 1, _SAMPLED_PIXELS, device=flat.device).long().unique()
     values, labels = flat[:, columns].cpu().numpy(), part.labels.cpu().numpy()
     size = "x".join(str(length) for length in part.images.shape[1:])
@@ -224,12 +231,12 @@ def _of_files(part: FileSamples) -> dict[str, Any]:
     def describe(paths: list[str]) -> tuple[int, str, str, str]:
         sizes = np.array([os.path.getsize(path) for path in paths], "<i8")
         chosen = np.linspace(0, len(paths) - 1, share).astype(int) if paths else []
-        # The paths' last two parts: as a rule its class, and its name.
+        # The last two parts of a path: as a rule the class and the file name.
         names = ("/".join(Path(path).parts[-2:]).encode(errors="surrogateescape") for path in paths)
         contents = (_ends(paths[index]) for index in np.unique(chosen))
         return len(paths), _digest(names), _digest([sizes.tobytes()]), _digest(contents)
 
-    # Where the files lie on another machine, one waits for each of them.
+    # Threads hide the latency of network file systems.
     with ThreadPoolExecutor(_THREADS) as pool:
         described = list(pool.map(describe, members))
     return _part(part.class_names, np.array([label for _, label in part.samples]), described)

@@ -18,12 +18,12 @@ from genas_plugins._optional import require
 __all__ = ["ImageReader", "bounded_aspect", "check_headers", "converted", "open_image"]
 
 _MAX_ASPECT = 16
-"""Of a picture that is to be resized; of the longer side of one that is longer the middle is taken."""
+"""Largest aspect ratio of a picture to resize; longer ones are cropped to their middle."""
 
 _CHECKED_FILES = 20_000
 _THREADS = 16
 _SHOWN = 5
-# What Pillow raises on damaged files, beside OSError: found by cutting files off and by changing their bytes.
+# Errors of Pillow on damaged files, besides OSError: found by truncating files and changing their bytes.
 _DAMAGE = (SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, AssertionError)
 _DAMAGE += (NotImplementedError, MemoryError, struct.error, zlib.error)
 
@@ -36,12 +36,12 @@ def open_image(path: Any, mode: str = "RGB", *, name: str | None = None) -> Any:
     """Decode one file to a Pillow image.
 
     Args:
-        path: The file, or an open one.
+        path: Path of the file, or an open file.
         mode: ``"RGB"`` or, for grey pictures, ``"L"``.
-        name: Of the picture, for messages; None: the path.
+        name: Name of the picture in messages; None: the path.
 
     Raises:
-        ValueError: It cannot be read, has more than 8 bits a channel, or more pixels than Pillow allows (179 million).
+        ValueError: The file cannot be read, has more than 8 bits a channel, or more than 179 million pixels.
     """
     pillow, name = _pillow(), name or str(path)
     try:
@@ -58,12 +58,12 @@ class _DeepImageError(ValueError):
 
 
 def converted(image: Any, mode: str = "RGB", name: str = "of this data set") -> Any:
-    """A Pillow image in another mode.
+    """Convert a Pillow image to another mode.
 
     Raises:
         ValueError: It has more than 8 bits a channel.
     """
-    # Pillow would clip these to 255, which turns most 16-bit images white without a word.
+    # Pillow would clip these to 255, which silently turns most 16-bit images white.
     if image.mode.startswith(("I", "F")):
         raise _DeepImageError(
             f"The image {name} has Pillow mode {image.mode!r} (more than 8 bits a channel): convert it to 8 bits."
@@ -72,7 +72,7 @@ def converted(image: Any, mode: str = "RGB", name: str = "of this data set") -> 
 
 
 def bounded_aspect(image: Any) -> Any:
-    """The middle of a Pillow image that is more than 16 times as long as wide, and others as they are.
+    """Crop a Pillow image that is more than 16 times as long as wide to its middle.
 
     A picture of 1 x 20,000 pixels, resized to a shorter side of 224, would have 1,003,520,000 pixels.
     """
@@ -85,10 +85,10 @@ def bounded_aspect(image: Any) -> Any:
 
 
 def check_headers(paths: Sequence[str]) -> None:
-    """Open the files, or 20,000 of them evenly spread, without decoding them, to tell all that is wrong at once.
+    """Open up to 20,000 evenly spread files without decoding them, to report all unreadable ones at once.
 
     Raises:
-        ValueError: Some cannot be read, or have more than 8 bits a channel: how many, and the first.
+        ValueError: Files cannot be read, or have more than 8 bits a channel; the message counts them.
     """
     chosen = np.unique(np.linspace(0, len(paths) - 1, _CHECKED_FILES).astype(int)) if paths else []
     with ThreadPoolExecutor(_THREADS) as pool:

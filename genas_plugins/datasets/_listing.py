@@ -1,6 +1,6 @@
-"""Which files of a folder of class folders are images: one rule for search, training and validation, and one report.
+"""Lists the images in class folders, by the same rules for search, training and validation.
 
-``folder/<class>/<image>`` is read and nothing else. What lies elsewhere, or is of another kind, is counted and named.
+Only ``folder/<class>/<image>`` is read. Files elsewhere, and files of other types, are counted and reported.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Listing:
         root: The folder.
         class_names: One name per class.
         samples: (path, label) pairs, class by class.
-        left_out: What is not read: paths by reason, a key of ``_REASONS``.
+        left_out: Paths that are not read, by reason (a key of ``_REASONS``).
     """
 
     root: Path
@@ -46,7 +46,7 @@ class Listing:
     left_out: Mapping[str, Sequence[str]]
 
     def describe(self) -> str:
-        """How many files were found, used and left out, of which kinds, with the first names."""
+        """Count the files found, used and left out, by type and with the first names."""
         surplus = sum(map(len, self.left_out.values()))
         text = (
             f"{escaped(self.root)}: {len(self.samples) + surplus} files, {len(self.samples)} used as images of "
@@ -57,12 +57,12 @@ class Listing:
         return f"{text}, {surplus} left out: {_describe_rest(self.root, self.left_out)}"
 
     def log(self) -> None:
-        """Report what is used; as a warning where something is left out."""
+        """Log what is used, as a warning if something is left out."""
         _logger.log(logging.WARNING if any(self.left_out.values()) else logging.INFO, "%s", self.describe())
 
 
 def class_folders(root: Path) -> dict[str, Path]:
-    """The folders in ``root`` by name, sorted; hidden ones are leftovers, such as caches."""
+    """The folders in ``root`` by name, sorted; hidden ones, such as caches, are ignored."""
     return {path.name: path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")}
 
 
@@ -79,14 +79,14 @@ def list_images(
     key: Callable[[str], Any] | None = None,
     advice: str = "",
 ) -> Listing:
-    """List the images of classes, whose files are read in the order of their paths.
+    """List the images of classes, sorted by path within each class.
 
     Args:
         root: The folder of the class folders.
         folders: The class folders by name.
         names: The classes in the order of their labels, each the name of a folder.
-        key: Sorts the paths of a class; None: as text.
-        advice: Ends the message on a class without images.
+        key: Key to sort the paths of a class by; None: as text.
+        advice: Text at the end of error messages.
 
     Raises:
         ValueError: There are fewer than two classes, or one has no images.
@@ -137,7 +137,7 @@ def _scan(folder: Path, nested: bool = True) -> tuple[list[str], dict[str, list[
                     rest["nested"].extend(os.path.join(parent, name) for name in names if _is_image(name))
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 rest["dangling"].append(entry.path)
-            # Not a pipe or a device, which would be waited for.
+            # is_file: reading a pipe or a device would block.
             elif _is_image(entry.name) and entry.is_file():
                 images.append(entry.path)
             else:

@@ -1,4 +1,4 @@
-"""From the name of a data set to the parts that a search reads."""
+"""Loads a data set by name and splits it for a search."""
 
 from __future__ import annotations
 
@@ -121,11 +121,11 @@ def load_search_data(
         image_size: Height and width in pixels; None keeps the native size, which an image folder must share.
         storage: ``"disk"`` leaves the train half of an image folder on disk; all else is held in memory.
         train_fraction: Share of the training images that trains the supernet.
-        train_images: Keep only so many of the train half.
-        validation_images: Keep only so many of the validation half.
+        train_images: Number of images to keep of the train half; None: all.
+        validation_images: Number of images to keep of the validation half; None: all.
         recalibration_images: Images of the train half for batch-norm statistics; None takes 850, the number
             of the official search, or the whole half if it is smaller.
-        test_images: Keep only so many test images, chosen at random.
+        test_images: Number of test images to keep, chosen at random; None: all.
         random_labels: Train on labels drawn uniformly, as RLNAS does; all other labels stay true.
         seed: Decides the split, the chosen images and the random labels.
 
@@ -136,11 +136,19 @@ def load_search_data(
         TypeError: ``seed`` is not an integer.
         ValueError: An option is out of range, asks for more images than there are, or does not go with
             ``name``; or the files are not what the data set should be.
+
+    Example:
+        >>> from genas_plugins.datasets import load_search_data
+        >>> data = load_search_data("digits")
+        >>> len(data.train), len(data.validation), len(data.test)
+        (719, 719, 359)
+        >>> data.train.images.shape
+        torch.Size([719, 3, 8, 8])
     """
     root = None if root is None else user_path(root)
     _check_options(name, root, download, image_size, storage)
     pool, test = _open(name, root, download, image_size, seed)
-    # Of the files as they are: what they are decoded to may depend on the version of the decoder.
+    # Of the files, because decoded pixels may depend on the version of the decoder.
     identity = data_identity({"images": pool} if test is None else {"images": pool, "test": test})
     train, validation = _train_and_validation(pool, train_fraction, train_images, validation_images, seed)
     test = _test_part(test, test_images, seed)

@@ -1,4 +1,4 @@
-"""The two containers that every data set ends in, and the arithmetic on their pixels."""
+"""The containers of image data, and statistics and resizing of their pixels."""
 
 from __future__ import annotations
 
@@ -34,6 +34,14 @@ class ImageTensors:
     Raises:
         TypeError: ``images`` or ``labels`` is not a tensor of the stated dtype.
         ValueError: A shape, a device or a label does not fit.
+
+    Example:
+        >>> import torch
+        >>> from genas_plugins.datasets import ImageTensors
+        >>> images, labels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+        >>> data = ImageTensors(images, labels, class_names=("cat", "dog"))
+        >>> data.subset([1, 2]).labels
+        tensor([1, 0])
     """
 
     images: Tensor
@@ -78,7 +86,7 @@ class ImageTensors:
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
     def random_labels(self, seed: int) -> ImageTensors:
-        """Share the images, draw every label uniformly among the classes, as RLNAS trains its supernet.
+        """The same images with labels drawn uniformly from the classes, as RLNAS trains its supernet.
 
         Raises:
             TypeError: ``seed`` is not an integer.
@@ -90,7 +98,7 @@ class ImageTensors:
 
 @dataclass(frozen=True, eq=False)
 class SearchData:
-    """What a search reads.
+    """The data of a search, split by purpose.
 
     Args:
         train: The half that trains the supernet; with ``storage="disk"`` a
@@ -103,8 +111,8 @@ class SearchData:
         num_classes: Number of classes.
         name: Name of the data set, one of ``DATASETS``.
         image_size: Height and width of every image, in pixels.
-        identity: What tells the images that were split, and those to test on, from others, as
-            :func:`~genas_plugins.datasets.data_identity` has it; None where nobody asked.
+        identity: :func:`~genas_plugins.datasets.data_identity` of the images before the split and of the test images,
+            or None.
     """
 
     train: ImageTensors | Dataset[tuple[Tensor, int]]

@@ -33,6 +33,15 @@ class NasBench201Architecture:
 
     Raises:
         ValueError: Not six operations, or an unknown one.
+
+    Example:
+        >>> from genas_plugins.nasbench201 import NasBench201Architecture
+        >>> text = "|nor_conv_3x3~0|+|skip_connect~0|none~1|+|avg_pool_3x3~0|none~1|nor_conv_1x1~2|"
+        >>> architecture = NasBench201Architecture.from_string(text)
+        >>> architecture.index, architecture.connected
+        (10102, True)
+        >>> print(architecture.live())
+        |none~0|+|skip_connect~0|none~1|+|avg_pool_3x3~0|none~1|nor_conv_1x1~2|
     """
 
     operations: tuple[str, ...]
@@ -135,17 +144,16 @@ class NasBench201Architecture:
         return any(self.path_counts)
 
     def live(self) -> NasBench201Architecture:
-        """The same cell with ``none`` on every edge that lies on no path from input to output.
+        """Replace every operation on no path from input to output by ``none``; 9,445 different cells remain.
 
-        9,445 of these differ. The output is the same but for one thing: a convolution of zeros gives the bias of
-        its batch normalisation, which an architecture whose inputs to a node are all ``none`` keeps and this one
-        does not.
+        The output changes in one case only: a convolution of zeros outputs the bias of its batch normalisation, which
+        is lost here.
         """
         pairs = zip(self.operations, self.path_counts, strict=True)
         return NasBench201Architecture(tuple(operation if count else "none" for operation, count in pairs))
 
     def canonical(self) -> str:
-        """Equal for architectures that the benchmark's authors call isomorphic: 6,466 of 15,625 differ.
+        """A string that is equal for architectures the benchmark's authors call isomorphic; there are 6,466 of them.
 
         A node is written as the sorted sum of its inputs; a skip connection stands for its source, ``none`` and
         every operation on ``none`` for zero (``#``). This is the published procedure, kept so that the published
@@ -167,14 +175,14 @@ class NasBench201Architecture:
         return "+".join(sorted(inputs[_OUTPUT]))
 
     def function(self) -> str:
-        """Equal exactly for cells that compute the same function once their weights are matched: 5,044 differ.
+        """A string that is equal exactly for cells that compute the same function of matched weights; there are 5,044.
 
         Sums, skip connections and the linearity of average pooling are multiplied out; a convolution that is
         used twice is not two convolutions. As in :meth:`live`, an operation on zeros counts as zero.
         """
         live = self.live()
         edges = [edge for edge, operation in enumerate(live.operations) if operation.startswith("nor_conv")]
-        # Which weights go by which number is free: take the first of all ways to write it.
+        # The numbering of the weights is arbitrary: take the first string of all numberings.
         numberings = itertools.permutations(range(len(edges)))
         return min(live._expression(dict(zip(edges, numbers, strict=True))) for numbers in numberings)
 

@@ -13,7 +13,7 @@ _STAGES = 3
 
 @dataclass(frozen=True)
 class NasBench201Costs:
-    """What one architecture costs.
+    """Parameters and FLOPs of one architecture.
 
     Attributes:
         parameters: Number of parameters.
@@ -39,9 +39,14 @@ def nasbench201_costs(
         init_channels: C, channels of the first stage.
         cells_per_stage: N, cells in each of the three stages.
         num_classes: Outputs of the classifier.
-        image_size: Pixels, square.
+        image_size: Height and width of the image in pixels.
         live: Count only what reaches the output: edges on a path of operations that are not ``none``. The
             benchmark's own figures count every edge.
+
+    Example:
+        >>> from genas_plugins.nasbench201 import NasBench201Architecture, nasbench201_costs
+        >>> nasbench201_costs(NasBench201Architecture(6 * ("nor_conv_3x3",)))
+        NasBench201Costs(parameters=1531546, flops=220119690)
     """
     counted = (architecture.live() if live else architecture).operations
     kernels = [9] * counted.count("nor_conv_3x3") + [1] * counted.count("nor_conv_1x1")

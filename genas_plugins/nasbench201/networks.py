@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 _STAGES = 3
-# Of a list of operations as torch's containers name them.
+# Keys of the operations in torch's containers of modules.
 _KEYS = {name: str(number) for number, name in enumerate(OPERATIONS)}
 
 
@@ -57,8 +57,8 @@ class _ConvBlock(nn.Module):
         return self.op(x)
 
     def after_relu(self, x: Tensor) -> Tensor:
-        """The result, from what the ReLU gave."""
-        # Without the containers around the layers: their calls take a fair part of a GPU's step.
+        """Apply the layers behind the ReLU."""
+        # Not through nn.Sequential, whose Python overhead is a fair part of a training step on a GPU.
         _, convolution, norm = self.op._modules.values()
         return norm(convolution(x))
 
@@ -116,9 +116,9 @@ def _run_cell(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def reaching_edges(architecture: NasBench201Architecture) -> tuple[int, ...]:
-    """Numbers of the edges that decide what a cell gives, in the order of ``EDGES``.
+    """Indices in ``EDGES`` of the edges that affect a cell's output.
 
-    Unlike the live edges these need not start from the cell's input: normalisation makes its bias of zeros. ``none``
+    Unlike live edges they need not be connected to the cell's input, since normalising zeros gives the bias. ``none``
     is not among them, and neither is a skip connection or a pooling of zeros.
     """
     filled, reached = {0}, {NODES[-1]}
@@ -135,12 +135,12 @@ def reaching_edges(architecture: NasBench201Architecture) -> tuple[int, ...]:
 
 
 def _run_reaching(x: Tensor, layers: Sequence[nn.Module], numbers: Sequence[int]) -> Tensor:
-    """What :func:`_run_cell` gives, from the edges ``numbers`` alone; edges share a ReLU and a pooling of a state.
+    """Compute :func:`_run_cell` from the edges ``numbers`` alone, with one ReLU and one pooling per state.
 
-    Every operator that is not started is time on a GPU, and so is its gradient's.
+    Fewer operators mean less kernel-launch overhead on a GPU, also in the backward pass.
     """
     states: list[Tensor | None] = [x, None, None, None]
-    # By identity, because a node that only a skip connection fills is its source.
+    # By identity: a node that only receives a skip connection is the same tensor as its source.
     behind: dict[int, Tensor] = {}
     pooled: dict[int, Tensor] = {}
     zeros: Tensor | None = None
@@ -193,24 +193,24 @@ class SuperCell(nn.Module):
 
     def layers(self, architecture: NasBench201Architecture) -> list[nn.Module]:
         """The operations of ``architecture``, one per edge."""
-        # In the dictionaries themselves: the ways that the containers offer take a fair part of a GPU's step.
+        # Reads the dictionaries: the containers' own access is a fair part of a training step on a GPU.
         return [
             choices._modules[_KEYS[name]]
             for choices, name in zip(self.edges._modules.values(), architecture.operations, strict=True)
         ]
 
     def forward(self, x: Tensor, architecture: NasBench201Architecture) -> Tensor:
-        """The output node; in training mode what does not reach it is not computed, and keeps its statistics."""
+        """Compute the output node; in training mode, edges that do not affect it are skipped."""
         layers = self.layers(architecture)
         return _run_reaching(x, layers, reaching_edges(architecture)) if self.training else _run_cell(x, layers)
 
 
 def check_sizes(init_channels: int, cells_per_stage: int, num_classes: int = 1) -> None:
-    """Refuse sizes of which no network of the space can be.
+    """Check the sizes of a network.
 
     Raises:
-        TypeError: One is no whole number.
-        ValueError: One is below 1, or beyond the limits of :mod:`genas_plugins.darts.network`.
+        TypeError: A size is not an integer.
+        ValueError: A size is below 1, or beyond the limits of :mod:`genas_plugins.darts.network`.
     """
     limits = {
         "init_channels": (init_channels, MAX_CHANNELS),
@@ -222,7 +222,7 @@ def check_sizes(init_channels: int, cells_per_stage: int, num_classes: int = 1) 
 
 
 class _Stack(nn.Module):
-    """What the networks share: stem, residual blocks, head; ``cells`` holds the blocks where the stages meet."""
+    """Base of the networks: stem, cells with a residual block between stages, head."""
 
     def __init__(
         self, init_channels: int, cells_per_stage: int, num_classes: int, build_cell: Callable[[int], nn.Module]
@@ -298,6 +298,14 @@ class NasBench201SuperNet(_Stack):
 
     Raises:
         ValueError: A number is below 1.
+
+    Example:
+        >>> import torch
+        >>> from genas_plugins.nasbench201 import NasBench201Architecture, NasBench201SuperNet
+        >>> supernet = NasBench201SuperNet(init_channels=4, cells_per_stage=1)
+        >>> subnet = supernet.subnet(NasBench201Architecture(6 * ("skip_connect",)))
+        >>> subnet(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
@@ -350,7 +358,7 @@ class NasBench201SuperNet(_Stack):
         return self.head(x)
 
     def path_modules(self, architecture: NasBench201Architecture) -> Iterator[nn.Module]:
-        """What a training step along the path of ``architecture`` runs, as modules that share no parameter."""
+        """The modules that a training step along the path of ``architecture`` runs; no two share a parameter."""
         for name, child in self.named_children():
             if name != "cells":
                 yield child

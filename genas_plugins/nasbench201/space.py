@@ -1,4 +1,4 @@
-"""How the space of NAS-Bench-201 is drawn from, mutated and crossed."""
+"""The search space of NAS-Bench-201: sampling, mutation and crossover."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ _LABELS = tuple(f"cell/{source}_{node}" for source, node in EDGES)
 
 
 class NasBench201SearchSpace:
-    """Draws, mutates and crosses architectures. All randomness comes from the generator passed in."""
+    """Sampling, mutation and crossover of architectures. All randomness comes from the generator passed in.
+
+    Example:
+        >>> import numpy as np
+        >>> from genas_plugins.nasbench201 import NasBench201SearchSpace
+        >>> space = NasBench201SearchSpace()
+        >>> architecture = space.sample(np.random.default_rng(0))
+        >>> space.size, len(list(space.neighbours(architecture)))
+        (15625, 24)
+    """
 
     candidate = NasBench201Architecture
     choices = dict.fromkeys(_LABELS, (OPERATIONS, 1))

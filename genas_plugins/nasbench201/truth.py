@@ -35,12 +35,12 @@ _NATS_DATASETS = dict(zip(DATASETS, ("cifar10", "cifar100", "ImageNet16-120"), s
 _NNI_OPERATIONS = {operation.removeprefix("nor_"): operation for operation in OPERATIONS}
 
 _CSV_LIMIT = 2**29
-"""Bytes of a CSV: the benchmark's table of one accuracy has two million, one of every epoch a hundred million."""
+"""Most bytes of a CSV; the benchmark's table of one accuracy has two million, one of every epoch a hundred million."""
 
 _LEAST_UNPACKED, _MOST_PACKED = 2**26, 100
-"""An archive may unpack to so many bytes, or to so many times its size."""
+"""Bytes to which any archive may unpack, and the multiple of its size to which a larger one may."""
 
-# What damaged and foreign archives raise, beside what NATS-Bench says itself.
+# Errors on damaged and foreign archives, besides those that NATS-Bench raises itself.
 _DAMAGE = (pickle.UnpicklingError, AttributeError, EOFError, IndexError, TypeError)
 
 # Where a row came from, the architecture, its accuracy as it was read.
@@ -153,7 +153,7 @@ def _nni_rows(dataset: str) -> Iterator[_Row]:
     try:
         trials = list(benchmark.query_nb201_trial_stats(None, _EPOCHS, dataset, reduction="mean"))
     except RuntimeError as error:
-        # How NNI says that the file is not the published one.
+        # NNI raises this for a file that is not the published one.
         raise OSError(f"{purpose} cannot be read: {error}") from error
     for trial in trials:
         cell = trial["config"]["arch"]
@@ -168,7 +168,7 @@ def _nni_rows(dataset: str) -> Iterator[_Row]:
 def _nats_rows(path: Path, dataset: str) -> Iterator[_Row]:
     nats_bench = require("nats_bench", extra="nasbench201", purpose="a NATS-Bench archive")
     with _pickles_as_data(require("nats_bench.api_utils", extra="nasbench201", purpose="a NATS-Bench archive")):
-        # A folder holds one file for each architecture, read when it is asked for.
+        # A folder holds one file for each architecture, which is read on demand.
         try:
             api = nats_bench.create(str(path), "tss", fast_mode=path.is_dir(), verbose=False)
         except _DAMAGE as error:
@@ -178,7 +178,7 @@ def _nats_rows(path: Path, dataset: str) -> Iterator[_Row]:
             try:
                 found = api.get_more_info(index, dataset, iepoch=None, hp=str(_EPOCHS), is_random=False)
                 accuracy = found["test-accuracy"]
-            # How the API says that a file, a training length, a data set or a test set is not there.
+            # Errors of the API for a missing file, training length, data set or test set.
             except (AssertionError, KeyError, ValueError, *_DAMAGE) as error:
                 reason = shown(error)
                 raise ValueError(

@@ -39,7 +39,7 @@ _SHUFFLES, _SWEEPS, _CANDIDATES = 24, 8, 12
 
 @dataclass(frozen=True)
 class CellLayout:
-    """Where everything of one cell goes, in columns (x) and inches (y); the inputs are in column 0.
+    """Positions of the parts of one cell, in columns (x) and inches (y); the inputs are in column 0.
 
     Attributes:
         nodes: Middle of the box of every node, with the inputs 0 and 1 and the output.
@@ -88,7 +88,7 @@ def cell_layout(cell: CellGene) -> CellLayout:
     candidates = (_heights(orders, segments, size) for orders in _fewest_crossings(segments))
     # Rounded, so that ties do not fall to the noise of floating point, which differs between machines.
     heights, _ = min(candidates, key=lambda result: round(result[1], 6))
-    # A mirror image is as good: the one with c_{k-2} on top is the custom.
+    # Of the two mirror images, the one with c_{k-2} on top is customary.
     sign = 1.0 if heights["node", 0, 0] > heights["node", 1, 0] else -1.0
 
     def point(item: Item) -> Point:
@@ -111,7 +111,7 @@ def bends(points: Sequence[Point], pitch: float, entry: float) -> np.ndarray:
     Args:
         points: A line of a :class:`CellLayout`.
         pitch: Distance of two columns in inches.
-        entry: Where the line ends, in inches above the middle of its target's side.
+        entry: Height of the line's end, in inches above the middle of its target's side.
     """
     line = [(points[0][0] * pitch + NODE_SIZE[0] / 2, points[0][1])]
     for column, y in points[1:-1]:
@@ -125,7 +125,7 @@ def bends(points: Sequence[Point], pitch: float, entry: float) -> np.ndarray:
 
 
 def _label_items(edges: Sequence[Sequence[Item]]) -> list[Item]:
-    """Where each edge shows its name: among the gaps between columns it crosses, that with fewest names."""
+    """Place each edge's label in the gap between columns, of those it crosses, that has the fewest labels."""
     load: dict[int, int] = {}
     items: dict[int, Item] = {}
     for edge in sorted(range(len(edges)), key=lambda e: len(edges[e])):
@@ -195,7 +195,7 @@ def _heights(
                 offset[i] = offset[i - 1] + clearance
     rows, targets = [0.05 * to_y], [-0.05 * offset]
     for a, b in segments:
-        # Bends between two lanes are the ugliest, a slope between two boxes the most natural.
+        # Bends between two lanes look worst, slopes between two boxes best.
         weight = (1.0, 2.0, 50.0)[(a[0] != "node") + (b[0] != "node")]
         rows.append(weight * (to_y[row[a]] - to_y[row[b]])[None])
         targets.append(np.array([-weight * (offset[row[a]] - offset[row[b]])]))

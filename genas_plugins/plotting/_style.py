@@ -1,4 +1,4 @@
-"""What the figures share: colours, style, number format, and files that appear whole or not at all."""
+"""Shared by all figures: colours, style, number format and atomic output files."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def figure_file(path: str | os.PathLike[str], width: float, height: float) -> It
 
     Args:
         path: File to write; its suffix (.svg, .png or .pdf) is the format, its folder must exist.
-        width: In inches.
-        height: In inches.
+        width: Width of the figure in inches.
+        height: Height of the figure in inches.
 
     Raises:
         ValueError: The suffix is unknown.

@@ -30,7 +30,7 @@ __all__ = ["plot_cells"]
 # Inches: one data unit of the drawing is one inch, so that text and boxes keep their proportions.
 _WIDTH, _MARGIN, _MAX_PITCH = 11.0, 0.35, 3.0
 
-# What the legend calls an operation, its colour and its dashes; in the order of the legend.
+# Name in the legend, colour and dashes of each operation, in the order of the legend.
 _SEPARABLE = ("separable convolution", PALETTE[0], "solid")
 _DILATED = ("dilated convolution", PALETTE[1], "solid")
 _POOLING = ("pooling", PALETTE[3], "solid")
@@ -50,7 +50,7 @@ def plot_cells(genotype: Genotype, path: str | os.PathLike[str], *, title: str |
     """Draw the normal and the reduction cell of a genotype as directed graphs, one above the other.
 
     Args:
-        genotype: What to draw; ``c_{k-2}`` and ``c_{k-1}`` are the outputs of the two cells before, and the
+        genotype: The genotype to draw; ``c_{k-2}`` and ``c_{k-1}`` are the outputs of the two cells before, and the
             nodes 2 to 5 are concatenated to ``c_k``.
         path: File to write; its suffix (.svg, .png or .pdf) is the format, its folder must exist.
         title: Headline above the cells.
@@ -63,6 +63,12 @@ def plot_cells(genotype: Genotype, path: str | os.PathLike[str], *, title: str |
         ValueError: The suffix is unknown.
         FileNotFoundError: The folder does not exist.
         ImportError: matplotlib is not installed.
+
+    Example:
+        >>> from genas_plugins import ZOO
+        >>> from genas_plugins.plotting import plot_cells
+        >>> plot_cells(ZOO["genas_flatness_c100"].genotype, "cells.svg")
+        PosixPath('cells.svg')
     """
     if not isinstance(genotype, Genotype):
         raise TypeError(

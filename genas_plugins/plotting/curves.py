@@ -1,4 +1,4 @@
-"""Picture of what flatness measures: the loss of architectures against the size of the perturbation."""
+"""Picture of flatness: the loss of architectures against the size of the perturbation."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def plot_loss_curves(curves: Sequence[LossCurve], path: str | os.PathLike[str], 
     8 best (without scores: the first 8) have a colour and a label.
 
     Args:
-        curves: One curve an architecture.
+        curves: One curve for each architecture.
         path: File to write; its suffix (.svg, .png or .pdf) is the format, its folder must exist.
         title: Headline.
 
@@ -57,6 +57,12 @@ def plot_loss_curves(curves: Sequence[LossCurve], path: str | os.PathLike[str], 
             or do not increase, or an unknown suffix.
         FileNotFoundError: The folder does not exist.
         ImportError: matplotlib is not installed.
+
+    Example:
+        >>> from genas_plugins.plotting import LossCurve, plot_loss_curves
+        >>> flat, sharp = LossCurve("flat", (0.0, 0.02), (1.0, 1.1)), LossCurve("sharp", (0.0, 0.02), (0.9, 1.7))
+        >>> plot_loss_curves([flat, sharp], "curves.svg")
+        PosixPath('curves.svg')
     """
     _check_curves(curves)
     ranking = sorted(range(len(curves)), key=lambda i: math.inf if (score := curves[i].score) is None else -score)

@@ -1,1 +1,1 @@
-"""What the training of a supernet needs beside a host's trainer."""
+"""The parts of supernet training that do not depend on a host's trainer."""

@@ -1,4 +1,4 @@
-"""SGD for weight-sharing supernets: a step costs what the sampled path costs, and yet every weight decays."""
+"""SGD for weight-sharing supernets: a step costs as much as the sampled path, and yet every weight decays."""
 
 from __future__ import annotations
 
@@ -23,22 +23,33 @@ class PathSGD(SGD):
         v <- momentum v + weight_decay w
         w <- w - lr v
 
-    and k of them are the k-th power of a 2x2 matrix. A step leaves parameters without a gradient alone;
-    :meth:`catch_up` makes up for what they missed, before the forward pass that reads them, and :meth:`flush` does so
-    for all. In between they are out of date, but never in ``state_dict()``, which flushes.
+    and k of them are the k-th power of a 2x2 matrix. A step only updates parameters with a gradient. :meth:`catch_up`
+    applies the steps that others have missed and must be called before a forward pass that reads them; :meth:`flush`
+    does so for all, and ``state_dict()`` calls it.
 
     As with ``torch.optim.SGD``, a parameter that never had a gradient does not move. The state is that of
-    ``torch.optim.SGD``, and either optimizer continues from the other's. Gradients must be dropped between steps,
-    not zeroed; ``zero_grad()`` drops them.
+    ``torch.optim.SGD``, and either optimizer continues from the other's. Between steps gradients must be None rather
+    than zero, as ``zero_grad()`` leaves them.
 
     Args:
         params: Parameters, in one group.
-        lr: Learning rate. Like the others it may change at any time: a step counts at the settings it was made with.
-        momentum: Factor of the momentum.
-        weight_decay: Factor of the weights.
+        lr: Learning rate. It and the others may change at any time; missed steps use the values of their time.
+        momentum: Momentum factor.
+        weight_decay: Weight decay factor (L2 penalty).
 
     Raises:
         ValueError: A setting is negative, or there are no parameters or several groups of them.
+
+    Example:
+        >>> import torch
+        >>> from genas_plugins.training.path_sgd import PathSGD
+        >>> weight = torch.nn.Parameter(torch.tensor(1.0))
+        >>> optimizer = PathSGD([weight], lr=0.1, weight_decay=0.5)
+        >>> for weight.grad in (torch.tensor(1.0), None):  # the second step does not sample its path
+        ...     loss = optimizer.step()
+        >>> optimizer.flush()
+        >>> round(weight.item(), 4)  # 1 - 0.1 * (1 + 0.5), and then 0.85 - 0.1 * 0.5 * 0.85
+        0.8075
     """
 
     def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
@@ -93,7 +104,7 @@ class PathSGD(SGD):
 
     @torch.no_grad()
     def catch_up(self, parameters: Iterable[Tensor]) -> None:
-        """Make the steps that parameters of this optimizer have missed."""
+        """Apply the steps that these parameters of this optimizer have missed."""
         late = []
         for parameter in parameters:
             missed = self._steps - self._made.get(parameter, 0)
@@ -112,7 +123,7 @@ class PathSGD(SGD):
         torch._foreach_add_(weights, change)
 
     def flush(self) -> None:
-        """Make all steps that any parameter has missed."""
+        """Apply all steps that any parameter has missed."""
         self.catch_up(self.param_groups[0]["params"])
         self._all_present()
 
@@ -126,7 +137,7 @@ class PathSGD(SGD):
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Also what load_state_dict ends with.
+        # load_state_dict ends here too.
         super().__setstate__(state)
         self._all_present()
 
@@ -141,7 +152,7 @@ class PathSGD(SGD):
         return self.state[parameter].get("momentum_buffer") if parameter in self.state else None
 
     def _power(self, steps: int) -> list[list[float]]:
-        """The matrix that takes (weight, momentum) so many steps further."""
+        """The matrix that advances (weight, momentum) by ``steps`` steps without a gradient."""
         if steps not in self._powers:
             lr, momentum, decay = self._settings
             once = np.array([[1 - lr * decay, -lr * momentum], [decay, momentum]], dtype=np.float64)

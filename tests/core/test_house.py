@@ -1,4 +1,4 @@
-"""The house: what stands at its public addresses, and which way the arrows between its rooms point."""
+"""The house: its public addresses, which way the arrows between its rooms point, and how large its parts may be."""
 
 from __future__ import annotations
 
@@ -44,6 +44,15 @@ ARROWS = {
     "detectron2_backbones": ({"genas_plugins", "timm_models"}, {"detectron2", "fvcore"}),
 }
 
+FILE_LINES, FUNCTION_LINES = 400, 60
+# Beyond a limit as long as they are being taken apart.
+TOO_LARGE_YET = [
+    "genas_plugins/cli.py",
+    "nni_strategy/run.py",
+    "nni_strategy/strategy.py",
+    "nni_strategy/training.py",
+]
+
 
 @pytest.mark.parametrize("module", ADDRESSES)
 def test_public_names_stand_where_they_are_documented(module):
@@ -72,3 +81,37 @@ def test_arrows_point_one_way(package):
         if name in forbidden
     ]
     assert against == []
+
+
+def too_large(source: str) -> Iterator[str]:
+    """What is beyond the limits in a file; a function's docstring does not count."""
+    if (lines := len(source.splitlines())) > FILE_LINES:
+        yield f"{lines} lines, at most {FILE_LINES}"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+            if lines > FUNCTION_LINES:
+                yield f"{node.name} has {lines} lines, at most {FUNCTION_LINES}"
+
+
+@pytest.mark.parametrize("package", ARROWS)
+def test_files_and_functions_are_small(package):
+    found = [
+        f"{path.relative_to(ROOT)}: {problem}"
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if str(path.relative_to(ROOT)) not in TOO_LARGE_YET
+        for problem in too_large(path.read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
+def test_what_is_too_large_is_found():
+    body = "    x = 1\n" * 59
+    assert list(too_large(f"def f():\n{body}")) == []
+    assert list(too_large(f'def f():\n    """One.\n\n    Two.\n    """\n{body}')) == []
+    assert list(too_large(f"class C:\n    def g(self):\n{body.replace('    ', ' ' * 8)}        y = 2\n")) == [
+        "g has 61 lines, at most 60"
+    ]
+    assert list(too_large("x = 1\n" * 401)) == ["401 lines, at most 400"]
