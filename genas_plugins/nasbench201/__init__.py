@@ -4,14 +4,13 @@ The accuracies of training each architecture are read by :mod:`genas_plugins.nas
 """
 
 from genas_plugins.nasbench201.architecture import EDGES, NODES, OPERATIONS, NasBench201Architecture
+from genas_plugins.nasbench201.cells import SuperCell, reaching_edges
 from genas_plugins.nasbench201.costs import NasBench201Costs, nasbench201_costs
 from genas_plugins.nasbench201.networks import (
     NasBench201Network,
     NasBench201SubNet,
     NasBench201SuperNet,
-    SuperCell,
     check_sizes,
-    reaching_edges,
 )
 from genas_plugins.nasbench201.space import NasBench201SearchSpace
 

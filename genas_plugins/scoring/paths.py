@@ -80,7 +80,7 @@ class SubnetPaths:
     """Paths of a supernet that gives its candidates as subnets.
 
     >>> from genas_plugins import SuperNet
-    >>> SubnetPaths(SuperNet(num_cells=3)).search_space.size > 10**17
+    >>> SubnetPaths(SuperNet(10, num_cells=3)).search_space.size > 10**17
     True
 
     Args:
