@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 from nni.nas.oneshot.pytorch.base_lightning import BaseOneShotLightningModule
 from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
-from torch.optim import Optimizer
 
 from nni_strategy.samples import SupernetPaths
 
@@ -71,57 +69,35 @@ class UniformPathModule(BaseOneShotLightningModule):
         rng = np.random.default_rng((self._seed, stage, self.current_epoch, batch_idx))
         self._paths.fix(self._paths.search_space.sample(rng))
 
-    # NNI's base class hands these hooks of the user's module to nobody.
 
-    def configure_callbacks(self) -> Any:
-        return self.training_module.configure_callbacks()
+def _handed_on(name: str) -> Callable[..., Any]:
+    def hook(self: UniformPathModule, *arguments: Any, **keywords: Any) -> Any:
+        return getattr(self.training_module, name)(*arguments, **keywords)
 
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
-    ) -> None:
-        self.training_module.optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+    hook.__name__ = name
+    return hook
 
-    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        self.training_module.configure_gradient_clipping(optimizer, *args, **kwargs)
 
-    def on_before_zero_grad(self, optimizer: Optimizer) -> None:
-        self.training_module.on_before_zero_grad(optimizer)
-
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        self.training_module.optimizer_zero_grad(epoch, batch_idx, optimizer)
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        self.training_module.lr_scheduler_step(scheduler, metric)
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        self.training_module.on_before_optimizer_step(optimizer)
-
-    def on_validation_epoch_start(self) -> None:
-        self.training_module.on_validation_epoch_start()
-
-    def on_validation_epoch_end(self) -> None:
-        self.training_module.on_validation_epoch_end()
-
-    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        self.training_module.on_validation_batch_start(*args, **kwargs)
-
-    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self.training_module.on_validation_batch_end(*args, **kwargs)
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return self.training_module.on_before_batch_transfer(batch, dataloader_idx)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return self.training_module.transfer_batch_to_device(batch, device, dataloader_idx)
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return self.training_module.on_after_batch_transfer(batch, dataloader_idx)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.training_module.on_save_checkpoint(checkpoint)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.training_module.on_load_checkpoint(checkpoint)
+# NNI's base class hands these hooks of the user's module to nobody.
+for _hook in (
+    "configure_callbacks",
+    "optimizer_step",
+    "configure_gradient_clipping",
+    "on_before_zero_grad",
+    "optimizer_zero_grad",
+    "lr_scheduler_step",
+    "on_before_optimizer_step",
+    "on_validation_epoch_start",
+    "on_validation_epoch_end",
+    "on_validation_batch_start",
+    "on_validation_batch_end",
+    "on_before_batch_transfer",
+    "transfer_batch_to_device",
+    "on_after_batch_transfer",
+    "on_save_checkpoint",
+    "on_load_checkpoint",
+):
+    setattr(UniformPathModule, _hook, _handed_on(_hook))
 
 
 def _call(step: Callable[..., Any], batch: Any, batch_idx: int) -> Any:

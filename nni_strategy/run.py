@@ -24,7 +24,7 @@ from genas_plugins.datasets import SearchData
 from genas_plugins.experiment import config
 from genas_plugins.experiment.outcome import Found, Outcome, SearchFailedError, hand_over
 from genas_plugins.experiment.profiling import SearchProfile
-from genas_plugins.experiment.progress import SearchProgress
+from genas_plugins.experiment.progress import listener
 from genas_plugins.experiment.resuming import RunHistory, begin, check_folder, check_scored
 from genas_plugins.experiment.run_folder import (
     HISTORY_FILE,
@@ -36,15 +36,13 @@ from genas_plugins.experiment.scorer import search_batches
 from genas_plugins.files import atomic_path
 from genas_plugins.interrupts import raise_pending
 from genas_plugins.locking import lock_folder
-from genas_plugins.search import InFlight, Record
+from genas_plugins.search import InFlight
 from genas_plugins.spaces import find_space
 from nni_strategy.space import SupernetSpace, space_of
 from nni_strategy.strategy import GeNAS
 from nni_strategy.training import TrainingProgress, supernet_evaluator
 
 __all__ = ["Found", "Outcome", "SearchFailedError", "run_experiment"]
-
-_TOP = 5
 
 
 def run_experiment(
@@ -91,6 +89,11 @@ def run_experiment(
         KeyboardInterrupt: The user interrupted; the folder can be resumed.
         SearchFailedError: No candidate had a finite score.
     """
+    if profile is not None and (experiment.search.racing is not None or (experiment.search.in_flight or 1) > 1):
+        raise ValueError(
+            "A profile traces candidates one by one, as neither a race nor several in flight are measured: leave out "
+            "--profile, or set search.racing to null and search.in_flight to 1 or null."
+        )
     folder = Path(folder)
     # Lightning starts the other processes of a distributed run as copies of this one.
     primary = rank_zero_only.rank == 0
@@ -110,11 +113,6 @@ def _run(
     profile: int | None,
     train_only: bool,
 ) -> Outcome:
-    if profile is not None and (experiment.search.racing is not None or (experiment.search.in_flight or 1) > 1):
-        raise ValueError(
-            "A profile traces candidates one by one, as neither a race nor several in flight are measured: leave out "
-            "--profile, or set search.racing to null and search.in_flight to 1 or null."
-        )
     profiler = SearchProfile(folder, profile) if profile is not None and primary else None
     if primary:
         # Once more, now that nobody else can write to it.
@@ -148,7 +146,7 @@ def _run(
         **{**vars(experiment.search), "in_flight": in_flight},
         seed=experiment.seed,
         history=history,
-        on_record=_listener(shown, total, profiler, len(history.records)),
+        on_record=listener(shown, total, profiler, len(history.records)),
         device=device,
     )
     # Only now: a run that cannot start leaves nothing behind that would have to be resumed or removed.
@@ -227,22 +225,6 @@ def _initial_weights(space: SupernetSpace, path: Path, primary: bool) -> None:
         space.supernet.load_state_dict(initial.state_dict())
     elif primary:
         save_supernet(space.supernet, path)
-
-
-def _listener(
-    progress: Callable[[str, int, int], Any] | None, total: int, profiler: SearchProfile | None, known: int
-) -> Callable[[Record], None]:
-    display = None if progress is None else SearchProgress(progress, total)
-
-    def listen(record: Record) -> None:
-        raise_pending()
-        # What the history knew is not scored again.
-        if profiler is not None and record.index >= known:
-            profiler.candidate()
-        if display is not None:
-            display(record)
-
-    return listen
 
 
 def _evaluator(

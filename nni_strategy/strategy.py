@@ -18,6 +18,7 @@ from genas_plugins.checks import MOST_IMAGES, check_count, check_device
 from genas_plugins.experiment.parts import BatchParts, check_loss
 from genas_plugins.experiment.preflight import Preflight
 from genas_plugins.experiment.racing import check_race
+from genas_plugins.experiment.resuming import check_scores
 from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.scoring import CombinedScore, Recalibration
 from genas_plugins.scoring.data import TensorBatches
@@ -32,6 +33,7 @@ __all__ = ["GeNAS"]
 
 _logger = logging.getLogger(__name__)
 
+_SCORING = (*(item.name for item in dataclasses.fields(CombinedScore)), "momentum")
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -62,12 +64,6 @@ class GeNAS(RandomOneShot):
             each kind that has a usual name.
         loss: What is measured instead of cross-entropy in nats, a function of outputs and labels
             (:func:`genas_plugins.scoring.flatness`): for an evaluator of a regression or of several labels an image.
-        population: Candidates a generation.
-        generations: Generations, the random first one included.
-        parents: The best so far that mutate and cross.
-        mutants: Mutants a generation.
-        crossovers: Crossovers a generation; the rest is random.
-        mutation_probability: Of each edge (:class:`DartsSpace`) or label (other spaces).
         racing: Confidence, for instance 0.999, with which a candidate that cannot be among the best ``parents`` so far
             is not measured on further images; the best are those of a search without racing. ``None`` measures all
             on all images. See :mod:`genas_plugins.search.racing`.
@@ -81,13 +77,15 @@ class GeNAS(RandomOneShot):
         on_record: Called with each candidate's record, for progress.
         device: To score on; ``None`` for the one that the trainer uses.
         mutation_hooks: NNI's extra hooks for primitives of your own.
-        **settings: Settings of the score.
+        **settings: Settings of the score, and of the evolution (``population``, ``generations``, ``parents``,
+            ``mutants``, ``crossovers``, ``mutation_probability``), see :class:`genas_plugins.search.Evolution`.
 
     Raises:
         TypeError: A setting is not of its kind.
         ValueError: A setting out of its range; the message names it and the valid choices.
     """
 
+    @keywords_of(Evolution, "space", "max_tries")
     @keywords_of(CombinedScore)
     def __init__(
         self,
@@ -100,12 +98,6 @@ class GeNAS(RandomOneShot):
         validation_batches: Batches | None = None,
         batch_parts: BatchParts | None = None,
         loss: Loss | None = None,
-        population: int = 50,
-        generations: int = 20,
-        parents: int = 10,
-        mutants: int = 25,
-        crossovers: int = 25,
-        mutation_probability: float = 0.1,
         racing: float | None = None,
         in_flight: int | InFlight | None = None,
         seed: int = 0,
@@ -116,9 +108,10 @@ class GeNAS(RandomOneShot):
         **settings: Any,
     ) -> None:
         super().__init__(mutation_hooks=mutation_hooks)
-        if score is not None and settings:
-            raise TypeError(f"score has its own {', '.join(settings)}: pass one or the other.")
-        self.score = score or CombinedScore(**settings)
+        scoring = {name: settings.pop(name) for name in _SCORING if name in settings}
+        if score is not None and scoring:
+            raise TypeError(f"score has its own {', '.join(scoring)}: pass one or the other.")
+        self.score = score or CombinedScore(**scoring)
         if recalibration is not None:
             recalibration_images = recalibration.images
             self.score = dataclasses.replace(self.score, recalibration_momentum=recalibration.momentum)
@@ -150,16 +143,7 @@ class GeNAS(RandomOneShot):
         self.scorer: Scorer | None = None
         self._paths: SupernetPaths | None = None
         # The experiment's space takes the place of this one; wrong settings are refused before it starts.
-        self._evolution: Evolution[Any] = Evolution(
-            DartsSearchSpace(),
-            population=population,
-            generations=generations,
-            parents=parents,
-            mutants=mutants,
-            crossovers=crossovers,
-            mutation_probability=mutation_probability,
-            seed=seed,
-        )
+        self._evolution: Evolution[Any] = Evolution(DartsSearchSpace(), seed=seed, **settings)
 
     def extra_repr(self) -> str:
         return f"score={self.score}, population={self._evolution.population}, generations={self._evolution.generations}"
@@ -358,22 +342,3 @@ class GeNAS(RandomOneShot):
         if validation is None:
             validation = source.collect(False, self.validation_images)
         return recalibration, validation
-
-
-def check_scores(history: History, score: CombinedScore) -> None:
-    """Refuse records that were measured by another score, as far as they tell.
-
-    Raises:
-        HistoryError: The message has the line.
-    """
-    measured = {"flatness": "losses", "angle": "angle", "accuracy": "top1"}
-    for number, record in enumerate(history.records):
-        if record.status != "ok":
-            continue
-        for metric, key in measured.items():
-            if (key in record) != (metric in score.metrics):
-                there = "without" if metric in score.metrics else "with"
-                raise history.error(number, f"was measured {there} {metric}, this search goes by {score.metric}")
-        if "flatness" in score.metrics and record.sigmas != list(score.sigmas):
-            told = f"{record.sigmas!r:.100}, this search measures at {list(score.sigmas)}"
-            raise history.error(number, f"was measured at the sigmas {told}")

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from genas_plugins._optional import require
+from genas_plugins.experiment.profiling import SearchProfile
+from genas_plugins.interrupts import raise_pending
 from genas_plugins.search import Record
 
-__all__ = ["Bar", "SearchProgress"]
+__all__ = ["Bar", "SearchProgress", "listener"]
 
 
 class Bar:
@@ -59,3 +61,27 @@ class SearchProgress:
         self._display.step(shown)
         if record.index + 1 == self._total:
             self._display.close()
+
+
+def listener(
+    progress: Callable[[str, int, int], Any] | None, total: int, profiler: SearchProfile | None, known: int
+) -> Callable[[Record], None]:
+    """What hears of each record of a search: the display, the profile, and a signal that is to end it.
+
+    Args:
+        progress: Makes the display; ``None`` for none.
+        total: Number of candidates.
+        profiler: Traces the candidates; ``None`` for none.
+        known: Number of records that the history had.
+    """
+    display = None if progress is None else SearchProgress(progress, total)
+
+    def listen(record: Record) -> None:
+        raise_pending()
+        # What the history knew is not scored again.
+        if profiler is not None and record.index >= known:
+            profiler.candidate()
+        if display is not None:
+            display(record)
+
+    return listen

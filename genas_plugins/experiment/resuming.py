@@ -18,6 +18,7 @@ from genas_plugins.checkpoints import load_supernet
 from genas_plugins.datasets import SearchData, check_identity, write_identity
 from genas_plugins.experiment import config
 from genas_plugins.files import write_text
+from genas_plugins.scoring import CombinedScore
 from genas_plugins.search import History, Record
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "check_began",
     "check_folder",
     "check_scored",
+    "check_scores",
     "check_weights",
     "difference",
     "state_digest",
@@ -157,6 +159,25 @@ class RunHistory(History):
                 _write(folder, {**stored, "weights": found})
             self._checked = True
         super().append(record)
+
+
+def check_scores(history: History, score: CombinedScore) -> None:
+    """Raise if records were measured by another score, as far as they tell.
+
+    Raises:
+        HistoryError: The message has the line.
+    """
+    measured = {"flatness": "losses", "angle": "angle", "accuracy": "top1"}
+    for number, record in enumerate(history.records):
+        if record.status != "ok":
+            continue
+        for metric, key in measured.items():
+            if (key in record) != (metric in score.metrics):
+                there = "without" if metric in score.metrics else "with"
+                raise history.error(number, f"was measured {there} {metric}, this search goes by {score.metric}")
+        if "flatness" in score.metrics and record.sigmas != list(score.sigmas):
+            told = f"{record.sigmas!r:.100}, this search measures at {list(score.sigmas)}"
+            raise history.error(number, f"was measured at the sigmas {told}")
 
 
 def check_scored(folder: Path, data: SearchData, history: RunHistory) -> None:
