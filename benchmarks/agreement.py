@@ -12,16 +12,17 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.stats import kendalltau
-from torch import Tensor, nn
+from torch import nn
 
 from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.scoring import Flatness, flatness, flatness_from_losses, recalibrate_batchnorm
+from genas_plugins.scoring.data import Batches
 from genas_plugins.scoring.noise import perturbations
 from genas_plugins.scoring.perturbation import Perturbation
 
@@ -32,8 +33,6 @@ SIGMAS = ((1e-5, 5e-5, 1e-4), (1e-3, 3e-3, 6e-3), (2e-3, 1e-2, 2e-2))
 
 LEAST_TAU = 0.99
 LARGEST_ERROR = 1e-5
-
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()

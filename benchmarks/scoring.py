@@ -46,7 +46,7 @@ from torch.utils.data import DataLoader, Dataset
 from genas_plugins import Genotype, SuperNet
 from genas_plugins.datasets import ImageTensors
 from genas_plugins.scoring import CombinedScore, flatness_from_losses
-from genas_plugins.scoring.data import TensorBatches
+from genas_plugins.scoring.data import Batches, TensorBatches
 from genas_plugins.scoring.precision import exact_float32
 from genas_plugins.search import InFlight
 from genas_plugins.spaces import DartsSearchSpace
@@ -74,8 +74,6 @@ while os.getppid() == parent:
     for _ in range(1_000_000):
         pass
 """
-
-Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

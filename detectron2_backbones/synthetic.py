@@ -7,7 +7,6 @@ in other sizes, mirrored, in another light and elsewhere.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import sys
@@ -21,9 +20,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from numpy.typing import NDArray
 
-from genas_plugins._messages import message_of
 from genas_plugins._optional import require
-from genas_plugins._reading import expand_home
+from genas_plugins.datasets._scenes import Image, crop, half_of, run_command, scene_rng, texture
 
 __all__ = ["CLASSES", "COLORS", "DATASETS", "draw_scene", "main", "register", "write_dataset"]
 
@@ -63,16 +61,8 @@ _SHUTTLE = ((0, 400), (0, 432), (40, 441), (55, 453), (180, 458), (235, 462), (2
 _FACE = ((14, 153, 192, 303),)
 # fmt: on
 
-_Image = NDArray[np.uint8]
 
-
-def _rgb(name: str) -> _Image:
-    data = require("skimage.data", extra="detectron2", purpose="drawing scenes")
-    picture = np.asarray(getattr(data, name)())
-    return picture if picture.ndim == 3 else np.stack([picture] * 3, axis=2)
-
-
-def _cut(picture: _Image, ellipses: Sequence[tuple[int, ...]], polygon: Sequence[tuple[int, int]] = ()) -> _Image:
+def _cut(picture: Image, ellipses: Sequence[tuple[int, ...]], polygon: Sequence[tuple[int, int]] = ()) -> Image:
     """The part of a picture within the outlines, as RGBA ``(H, W, 4)``."""
     draw = require("skimage.draw", extra="detectron2", purpose="drawing scenes")
     alpha = np.zeros(picture.shape[:2], dtype=np.uint8)
@@ -93,32 +83,25 @@ def _box(mask: NDArray[Any]) -> list[int]:
 
 
 @functools.cache
-def _cutouts(held_out: bool) -> tuple[list[_Image], ...]:
+def _cutouts(held_out: bool) -> tuple[list[Image], ...]:
     """The objects of each class; validation has the last row of coins."""
-    coins, astronaut = _rgb("coins"), _rgb("astronaut")
+    coins, astronaut = texture("coins", "detectron2"), texture("astronaut", "detectron2")
     boxes = _COINS[-1] if held_out else sum(_COINS[:-1], ())
     return (
         [_cut(coins, [box]) for box in boxes],
-        [_cut(_rgb("coffee"), _SAUCER_AND_RIM)],
-        [_cut(_rgb("chelsea"), (), _CAT)],
+        [_cut(texture("coffee", "detectron2"), _SAUCER_AND_RIM)],
+        [_cut(texture("chelsea", "detectron2"), (), _CAT)],
         [_cut(astronaut, (), _SHUTTLE)],
         [_cut(astronaut, _FACE)],
     )
 
 
-@functools.cache
-def _background(name: str, held_out: bool) -> _Image:
-    picture = _rgb(name)
-    half = picture.shape[1] // 2
-    return picture[:, half:] if held_out else picture[:, :half]
-
-
-def _lit(rng: np.random.Generator, pixels: _Image, tint: Sequence[float] = (1.0, 1.0, 1.0)) -> _Image:
+def _lit(rng: np.random.Generator, pixels: Image, tint: Sequence[float] = (1.0, 1.0, 1.0)) -> Image:
     shade = np.array(tint) * rng.uniform(0.6, 1.2) * rng.uniform(0.9, 1.1, 3)
     return (pixels * shade).clip(0, 255).astype(np.uint8)
 
 
-def draw_scene(rng: np.random.Generator, size: int, held_out: bool) -> tuple[_Image, _Image, list[int]]:
+def draw_scene(rng: np.random.Generator, size: int, held_out: bool) -> tuple[Image, Image, list[int]]:
     """Draw one scene of 1 to 4 objects.
 
     Objects lie within the image and never cover each other: one that finds no free place in 20 tries is left out.
@@ -134,9 +117,8 @@ def draw_scene(rng: np.random.Generator, size: int, held_out: bool) -> tuple[_Im
     """
     pillow = require("PIL.Image", extra="detectron2", purpose="drawing scenes")
     kind = int(rng.integers(len(_BACKGROUNDS)))
-    picture = _background(_BACKGROUNDS[kind], held_out)
-    top, left = (int(rng.integers(0, length - size + 1)) for length in picture.shape[:2])
-    image = _lit(rng, picture[top : top + size, left : left + size], _TINTS[kind])
+    picture = half_of(texture(_BACKGROUNDS[kind], "detectron2"), held_out)
+    image = _lit(rng, crop(rng, picture, size), _TINTS[kind])
     owner = np.zeros((size, size), dtype=np.uint8)
     classes: list[int] = []
     for _ in range(int(rng.integers(1, _OBJECTS + 1))):
@@ -166,8 +148,7 @@ def _write_split(folder: Path, split: str, count: int, size: int, seed: int) -> 
     annotations: list[dict[str, Any]] = []
     (folder / split).mkdir()
     for number in range(count):
-        rng = np.random.default_rng((seed, split == "val", number))
-        image, owner, classes = draw_scene(rng, size, split == "val")
+        image, owner, classes = draw_scene(scene_rng(seed, split, number), size, split == "val")
         name = f"{number:04d}.png"
         pillow.fromarray(image).save(folder / split / name)
         images.append({"id": number + 1, "file_name": name, "height": size, "width": size, "license": 1})
@@ -262,19 +243,16 @@ def register(root: str | Path = "datasets") -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; exit status 0, or 1 with one line on standard error."""
-    parser = argparse.ArgumentParser(prog="python -m detectron2_backbones.synthetic", description=__doc__)
-    parser.add_argument("folder", metavar="DIR", help="where to write; datasets/genas_synthetic for the quickstart")
-    parser.add_argument("--train", type=int, default=400, metavar="N", help="training images (%(default)s)")
-    parser.add_argument("--val", type=int, default=100, metavar="N", help="validation images (%(default)s)")
-    parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="height and width (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (%(default)s)")
-    options = expand_home(parser.parse_args(arguments))
-    try:
-        print(write_dataset(options.folder, options.train, options.val, options.size, options.seed))
-    except (ImportError, OSError, ValueError) as error:
-        print(f"detectron2_backbones.synthetic: {message_of(error)}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(
+        "detectron2_backbones.synthetic",
+        __doc__,
+        write_dataset,
+        arguments,
+        noun="images",
+        where="where to write; datasets/genas_synthetic for the quickstart",
+        training=400,
+        validation=100,
+    )
 
 
 if __name__ == "__main__":

@@ -7,17 +7,14 @@ so that no pixel is in both.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from genas_plugins._messages import message_of
 from genas_plugins._optional import require
-from genas_plugins._reading import expand_home
+from genas_plugins.datasets._scenes import Image, crop, half_of, run_command, scene_rng, texture
 
 __all__ = ["CLASSES", "PALETTE", "draw_scene", "main", "write_scenes"]
 
@@ -26,10 +23,8 @@ PALETTE = ((70, 130, 180), (107, 142, 35), (128, 64, 128), (178, 34, 34), (255, 
 _PICTURES = ("hubble_deep_field", "grass", "gravel", "brick", "moon")
 _TINTS = ((0.5, 0.7, 1.0), (0.6, 1.0, 0.4), (0.8, 0.8, 0.8), (1.0, 0.55, 0.4), (1.0, 1.0, 0.8))
 
-_Image = NDArray[np.uint8]
 
-
-def draw_scene(rng: np.random.Generator, size: int, held_out: bool) -> tuple[_Image, _Image]:
+def draw_scene(rng: np.random.Generator, size: int, held_out: bool) -> tuple[Image, Image]:
     """Draw one scene.
 
     Args:
@@ -56,24 +51,11 @@ def draw_scene(rng: np.random.Generator, size: int, held_out: bool) -> tuple[_Im
     mask[horizon - high // 2 : horizon + high // 4, corner : corner + wide] = 3
     image = np.zeros((size, size, 3))
     for number, tint in enumerate(_TINTS):
-        texture = _texture(rng, _PICTURES[number], size, held_out)
+        pixels = crop(rng, half_of(texture(_PICTURES[number], "mmseg"), held_out), size)
         # The light differs from scene to scene, so colour alone does not tell the classes apart.
         shade = np.array(tint) * rng.uniform(0.6, 1.1) * rng.uniform(0.85, 1.15, 3)
-        image[mask == number] = (texture * shade)[mask == number]
+        image[mask == number] = (pixels * shade)[mask == number]
     return image.clip(0, 255).astype(np.uint8), mask
-
-
-def _texture(rng: np.random.Generator, name: str, size: int, held_out: bool) -> NDArray[np.float64]:
-    data = require("skimage.data", extra="mmseg", purpose="drawing scenes")
-    picture = np.asarray(getattr(data, name)(), dtype=np.float64)
-    if picture.ndim == 2:
-        picture = np.stack([picture] * 3, axis=2)
-    half = picture.shape[1] // 2
-    picture = picture[:, half:] if held_out else picture[:, :half]
-    if min(picture.shape[:2]) < size:
-        raise ValueError(f"Scenes of {size} pixels are larger than the textures: at most {min(picture.shape[:2])}.")
-    top, left = (int(rng.integers(0, length - size + 1)) for length in picture.shape[:2])
-    return picture[top : top + size, left : left + size]
 
 
 def write_scenes(folder: str | Path, training: int = 160, validation: int = 40, size: int = 128, seed: int = 0) -> Path:
@@ -93,8 +75,7 @@ def write_scenes(folder: str | Path, training: int = 160, validation: int = 40, 
         for kind in ("images", "masks"):
             (folder / kind / split).mkdir(parents=True)
         for number in range(count):
-            rng = np.random.default_rng((seed, split == "val", number))
-            image, mask = draw_scene(rng, size, split == "val")
+            image, mask = draw_scene(scene_rng(seed, split, number), size, split == "val")
             pillow.fromarray(image).save(folder / "images" / split / f"{number:04d}.png")
             pillow.fromarray(mask).save(folder / "masks" / split / f"{number:04d}.png")
     return folder
@@ -102,19 +83,16 @@ def write_scenes(folder: str | Path, training: int = 160, validation: int = 40, 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; exit status 0, or 1 with one line on standard error."""
-    parser = argparse.ArgumentParser(prog="python -m mmseg_backbones.synthetic", description=__doc__)
-    parser.add_argument("folder", metavar="DIR", help="where to write")
-    parser.add_argument("--train", type=int, default=160, metavar="N", help="training scenes (%(default)s)")
-    parser.add_argument("--val", type=int, default=40, metavar="N", help="validation scenes (%(default)s)")
-    parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="height and width (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (%(default)s)")
-    options = expand_home(parser.parse_args(arguments))
-    try:
-        print(write_scenes(options.folder, options.train, options.val, options.size, options.seed))
-    except (ImportError, OSError, ValueError) as error:
-        print(f"mmseg_backbones.synthetic: {message_of(error)}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(
+        "mmseg_backbones.synthetic",
+        __doc__,
+        write_scenes,
+        arguments,
+        noun="scenes",
+        where="where to write",
+        training=160,
+        validation=40,
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ seed that drew them belongs to the result. Nothing about the model or the global
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from genas_plugins.scoring.batchnorm import evaluation_mode, preserve_batchnorm
+from genas_plugins.scoring.data import Batches
 from genas_plugins.scoring.errors import MeasurementError
 from genas_plugins.scoring.losses import check_summed, image_loss
 from genas_plugins.scoring.precision import in_parameter_type, parameter_types_alone
@@ -146,7 +147,7 @@ def synflow(model: nn.Module, input_shape: Sequence[int] = (3, 32, 32)) -> float
 
 
 @parameter_types_alone()
-def zico(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], deviation: Deviation = "signed") -> float:
+def zico(model: nn.Module, batches: Batches, deviation: Deviation = "signed") -> float:
     """Inverse coefficient of variation of gradients: ``sum_layers log sum_weights mean|g| / std``.
 
     ``g`` is the gradient of a batch's mean cross-entropy with respect to one weight; mean and standard deviation

@@ -20,12 +20,16 @@ from genas_plugins.scoring.precision import parameter_types_alone
 
 __all__ = [
     "SMALLEST_BATCH",
+    "Batches",
     "TensorBatches",
     "first_images",
     "over_batches",
     "sum_over_batches",
     "without_single_images",
 ]
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""Images ``(N, C, H, W)`` and their labels, batch by batch, as often as they are asked for."""
 
 Result = TypeVar("Result")
 
@@ -190,7 +194,7 @@ class TensorBatches:
         return view
 
 
-def first_images(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> list[tuple[Tensor, Tensor]]:
+def first_images(batches: Batches, count: int) -> list[tuple[Tensor, Tensor]]:
     """Batches of the first ``count`` images and their labels, or of all if there are fewer."""
     found: list[tuple[Tensor, Tensor]] = []
     for images, labels in batches:
@@ -201,7 +205,7 @@ def first_images(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> list[t
     return found
 
 
-def without_single_images(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+def without_single_images(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches, where one of a single image joins the batch before it, if that has several.
 
     Batch normalisation has no variance of one value a channel, which an image is whose features are of one pixel; and
@@ -221,7 +225,7 @@ def without_single_images(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[
 
 
 @parameter_types_alone()
-def over_batches(batches: Iterable[tuple[Tensor, Tensor]], measure: Callable[[Tensor, Tensor], Result]) -> list[Result]:
+def over_batches(batches: Batches, measure: Callable[[Tensor, Tensor], Result]) -> list[Result]:
     """``measure(images, labels)`` of all batches, in their order.
 
     It is computed in the types of the parameters (:func:`genas_plugins.scoring.precision.parameter_types_alone`), and
@@ -257,9 +261,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _FULL)
 
 
-def sum_over_batches(
-    batches: Iterable[tuple[Tensor, Tensor]], measure: Callable[[Tensor, Tensor], Tensor]
-) -> tuple[Tensor, int]:
+def sum_over_batches(batches: Batches, measure: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, int]:
     """Sum of ``measure(images, labels)`` over all batches, on their device, and the number of images.
 
     Arguments and errors are those of :func:`over_batches`.

@@ -72,10 +72,35 @@ def frozen_parameters() -> int:
     return sum(2 * module.num_features for module in norms)
 
 
+def sizes(host: str) -> list[int]:
+    """Parameters of ours and of ResNet-50's."""
+    if host == "mmseg":
+        # 25.557 M of ResNet-50 without its classifier; a stem of three convolutions for one of 7x7 (He et al. 2019).
+        stem = 27 * 32 + 9 * 32 * 32 + 9 * 32 * 64 + 2 * (32 + 32) - 7 * 7 * 3 * 64
+        resnet = 25_557_032 - 2_049_000 + stem + deeplab_heads(2048)
+        return [BACKBONE + deeplab_heads(16 * OURS.init_channels), resnet]
+    # Of ResNet-50's 25.557 M, 53,120 are of batch normalisation.
+    resnet = 25_557_032 - 2_049_000 - 53_120 + retinanet_heads(2048)
+    return [BACKBONE - frozen_parameters() + retinanet_heads(16 * OURS.init_channels), resnet]
+
+
 @pytest.mark.parametrize("host", HOSTS)
-def test_the_networks_have_their_sizes(
-    dense: Any, host: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_networks_of_the_right_sizes_of_which_a_step_moves_ours_and_inference_nothing(dense: Any, host: str) -> None:
+    args = dense.parse([host, *TINY])
+    arm, other = (dense.make_arm(name, args) for name in ("genas_flatness_c100", "resnet50"))
+    assert [sum(p.numel() for p in each.model.parameters()) for each in (arm, other)] == sizes(host)
+    before = copy.deepcopy(arm.model.state_dict())
+    assert arm.seconds("inference", 1) > 0
+    assert all(torch.equal(before[name], value) for name, value in arm.model.state_dict().items())
+    assert arm.seconds("training", 1) > 0
+    for part in {"mmseg": ("backbone", "decode_head", "auxiliary_head"), "detectron2": ("backbone", "head")}[host]:
+        moved = [not torch.equal(before[n], p) for n, p in arm.model.named_parameters() if n.startswith(part)]
+        assert any(moved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", HOSTS)
+def test_the_whole_benchmark(dense: Any, host: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     try:
         assert dense.main([host, *TINY, "--output", str(tmp_path / "figures.json")]) == 0
@@ -84,33 +109,11 @@ def test_the_networks_have_their_sizes(
     figures = json.loads((tmp_path / "figures.json").read_text())
     models = figures["models"]
     assert list(models) == ["genas_flatness_c100", "resnet50"]
-    if host == "mmseg":
-        ours = BACKBONE + deeplab_heads(16 * OURS.init_channels)
-        # 25.557 M of ResNet-50 without its classifier; a stem of three convolutions for one of 7x7 (He et al. 2019).
-        stem = 27 * 32 + 9 * 32 * 32 + 9 * 32 * 64 + 2 * (32 + 32) - 7 * 7 * 3 * 64
-        resnet = 25_557_032 - 2_049_000 + stem + deeplab_heads(2048)
-    else:
-        ours = BACKBONE - frozen_parameters() + retinanet_heads(16 * OURS.init_channels)
-        # Of ResNet-50's 25.557 M, 53,120 are of batch normalisation.
-        resnet = 25_557_032 - 2_049_000 - 53_120 + retinanet_heads(2048)
-    assert [model["parameters"] for model in models.values()] == [ours, resnet]
+    assert [model["parameters"] for model in models.values()] == sizes(host)
     assert figures["settings"]["crop"] == [64, 96]
     for model in models.values():
         assert all(len(speeds) == 1 and speeds[0] > 0 for speeds in model["images_per_second"].values())
-    text = capsys.readouterr().out
-    assert "ours / resnet50" in text
-
-
-@pytest.mark.parametrize("host", HOSTS)
-def test_a_training_step_moves_the_network_and_inference_nothing(dense: Any, host: str) -> None:
-    arm = dense.make_arm("genas_flatness_c100", dense.parse([host, *TINY]))
-    before = copy.deepcopy(arm.model.state_dict())
-    assert arm.seconds("inference", 1) > 0
-    assert all(torch.equal(before[name], value) for name, value in arm.model.state_dict().items())
-    assert arm.seconds("training", 1) > 0
-    for part in {"mmseg": ("backbone", "decode_head", "auxiliary_head"), "detectron2": ("backbone", "head")}[host]:
-        moved = [not torch.equal(before[n], p) for n, p in arm.model.named_parameters() if n.startswith(part)]
-        assert any(moved)
+    assert "ours / resnet50" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

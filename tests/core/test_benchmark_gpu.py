@@ -6,12 +6,10 @@ import importlib
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -183,7 +181,9 @@ else:
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_call_that_is_ended_leaves_its_report_and_is_gone_on_with(sign: signal.Signals, tmp_path: Path) -> None:
+def test_a_call_that_is_ended_leaves_its_report_and_is_gone_on_with(
+    sign: signal.Signals, warm: Callable[..., Any], tmp_path: Path
+) -> None:
     notes, back = tmp_path / "notes", tmp_path / "back"
     (tmp_path / "one.py").write_text(f"open({str(notes)!r}, 'a').write('one ')")
     (tmp_path / "two.py").write_text(f"import time; open({str(notes)!r}, 'a').write('two '); time.sleep(100)")
@@ -194,25 +194,23 @@ def test_a_call_that_is_ended_leaves_its_report_and_is_gone_on_with(sign: signal
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"sys.exit(gpu.main([{str(tmp_path / 'out')!r}, '--device', 'cpu', '--collect', {str(back)!r}]))\n"
     )
-    command = [sys.executable, str(tmp_path / "main.py")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (notes.exists() and "two" in notes.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(sign)
-    _, said = process.communicate(timeout=30)
+    process = warm("torch").python(tmp_path / "main.py", folder=tmp_path)
+    ended = process.wait(until=lambda: notes.exists() and "two" in notes.read_text())
+    assert ended is None, ended
+    process.signal(sign)
+    done = process.wait()
     if sign is signal.SIGKILL:
-        assert process.returncode == -9
+        assert done.status == -9
         # What it had started is an orphan in its own group.
         subprocess.run(["pkill", "-f", str(tmp_path / "two.py")], check=False)
     else:
-        assert process.returncode == 130
-        assert said.endswith("interrupted; repeat the command to go on.\n")
+        assert done.status == 130
+        assert done.stderr.endswith("interrupted; repeat the command to go on.\n")
     report = (back / "report.md").read_text()
     assert re.search(r"\| one \| one \| 0 \|", report)
     assert "| two | two | | | | not run |" in report
     (tmp_path / "two.py").write_text("")
-    assert subprocess.run(command, stdout=subprocess.DEVNULL, timeout=60).returncode == 0
+    assert warm("torch").python(tmp_path / "main.py", folder=tmp_path).wait().status == 0
     assert notes.read_text().split() == ["one", "two"]
 
 
@@ -224,15 +222,12 @@ def test_without_its_host_a_step_is_named_and_left_out(gpu: Any, plan: Callable[
     assert "| one | shows one | | | | needs no_such_host |" in report
 
 
-def test_a_full_disk_is_named(tmp_path: Path) -> None:
-    command = [sys.executable, str(FOLDER / "gpu.py"), str(tmp_path / "out"), "--device", "cpu", "--only", "tests"]
-
-    def no_room() -> None:
-        # A report does not fit; Python turns the signal into an error.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
-
-    ended = subprocess.run(command, preexec_fn=no_room, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 1
+def test_a_full_disk_is_named(warm: Callable[..., Any], tmp_path: Path) -> None:
+    command = (FOLDER / "gpu.py", tmp_path / "out", "--device", "cpu", "--only", "tests")
+    # A report does not fit; Python turns the signal into an error.
+    no_room = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))"
+    ended = warm("torch").python(*command, folder=tmp_path, before=no_room).wait()
+    assert ended.status == 1
     assert ended.stderr == "gpu: [Errno 27] File too large\n"
     assert not list((tmp_path / "out" / "speed").iterdir())
 

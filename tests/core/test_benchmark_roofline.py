@@ -23,18 +23,8 @@ from genas_plugins.spaces import DartsSearchSpace
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = ["--init-channels", "4", "--num-cells", "3", "--image-size", "8", "--device", "cpu", "--rounds", "1"]
-TINY += [
-    "--recalibration-images",
-    "10",
-    "--images",
-    "6",
-    "--batch-size",
-    "4",
-    "--train-batch-size",
-    "2",
-    "--steps",
-    "3",
-]
+TINY += ["--recalibration-images", "10", "--images", "6", "--batch-size", "4", "--train-batch-size", "2"]
+TINY += ["--steps", "3"]
 NEEDS_NNI = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("nni", "pytorch_lightning")),
     reason="NNI and Lightning are not installed",
@@ -217,14 +207,15 @@ def test_both_stages_are_told_beside_their_floors(roofline: Any, capsys: pytest.
 def test_cost_against_size_has_a_row_per_size(
     roofline: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(roofline, "BATCH_SIZES", (2, 4, 6))
-    assert roofline.main([*TINY, "--sizes", "--scale", "0.001"]) == 0
+    for name, sizes in (("IMAGE_COUNTS", (4000, 8000, 12000)), ("CHANNELS", (4, 8, 12)), ("BATCH_SIZES", (2, 4, 6))):
+        monkeypatch.setattr(roofline, name, sizes)
+    assert roofline.main([*TINY, "--num-cells", "2", "--sizes", "--scale", "0.001"]) == 0
     printed = capsys.readouterr().out
     tables = re.split(r"^(images|init_channels|batch_size) +ours.*\n", printed, flags=re.MULTILINE)
     names, bodies = tables[1::2], tables[2::2]
     assert names == ["images", "init_channels", "batch_size"]
     sizes = [[int(row) for row in re.findall(r"^(\d+) ", body, re.MULTILINE)] for body in bodies]
-    assert sizes == [[5, 10, 20, 35, 50], [8, 16, 24, 36], [2, 4, 6]]
+    assert sizes == [[4, 8, 12], [4, 8, 12], [2, 4, 6]]
     assert [re.search(r"at most ([\d.]+)% from that line", body) is not None for body in bodies] == [True] * 3
 
 

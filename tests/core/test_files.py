@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import genas_plugins
 from genas_plugins._messages import message_of
 from genas_plugins.files import atomic_path, write_text
 
@@ -66,16 +63,9 @@ except OSError as error:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="resource limits are POSIX")
-def test_a_full_disk_leaves_the_old_file(tmp_path):
+def test_a_full_disk_leaves_the_old_file(tmp_path, warm):
     path = write_text(tmp_path / "result.txt", "old")
-    root = str(Path(genas_plugins.__file__).parents[1])
-    result = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(path)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
-    )
+    result = warm("torch")(FULL_DISK, path, folder=tmp_path)
     # 27 is EFBIG.
     assert result.stdout == "27\n" and path.read_text() == "old" and os.listdir(tmp_path) == ["result.txt"]
 

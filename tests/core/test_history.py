@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import genas_plugins
 from genas_plugins.search import History, HistoryError, JsonLines
 
 RECORDS = [{"index": i, "score": 1 / (i + 3), "candidate": [i, 2], "reason": "zu groß\u2028\n"} for i in range(4)]
@@ -210,15 +207,8 @@ except OSError as error:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="resource limits are POSIX")
-def test_a_full_disk_costs_only_the_record_that_did_not_fit(path):
-    root = str(Path(genas_plugins.__file__).parents[1])
-    result = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(path)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
-    )
+def test_a_full_disk_costs_only_the_record_that_did_not_fit(path, warm):
+    result = warm("torch")(FULL_DISK, path, folder=path.parent)
     # 27 is EFBIG; the shorter record after it still fits, behind whole lines.
     assert json.loads(result.stdout) == [27, 5]
     assert JsonLines(path).records == [*RECORDS, {"index": 4}]

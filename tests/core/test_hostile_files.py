@@ -8,8 +8,6 @@ import os
 import pickle
 import resource
 import struct
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -21,7 +19,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import genas_plugins
 from genas_plugins import ZOO
 from genas_plugins.checkpoints import CheckpointError, load_official_network, load_official_supernet, read_state
 from genas_plugins.counting import count_macs, fit_channels
@@ -51,21 +48,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-def test_a_number_expanded_to_gigabytes_is_refused_without_the_memory(tmp_path):
+def test_a_number_expanded_to_gigabytes_is_refused_without_the_memory(tmp_path, warm):
     state = network_tensors()
     classes = 6_000_000
     state["classifier.weight"] = torch.zeros(1).as_strided((classes, 64), (0, 0))
     state["classifier.bias"] = torch.zeros(1).as_strided((classes,), (0,))
     torch.save(state, tmp_path / "in.pth")
     assert (tmp_path / "in.pth").stat().st_size < 200_000
-    root = str(Path(genas_plugins.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(tmp_path / "in.pth"), str(tmp_path / "out.safetensors")],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": root},
-    )
+    done = warm("torch")(PEAK, tmp_path / "in.pth", tmp_path / "out.safetensors", folder=tmp_path)
     refusal, kib = done.stdout.splitlines()
     assert "holds no dense tensors" in refusal and not (tmp_path / "out.safetensors").exists()
     assert int(kib) < 200_000

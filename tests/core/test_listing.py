@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -119,26 +116,20 @@ def test_all_unreadable_files_are_counted_at_once(root):
 
 
 @pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (3, 60_000)])
-def test_a_thin_picture_takes_little_memory(size, tmp_path):
+def test_a_thin_picture_takes_little_memory(size, tmp_path, warm):
     """Enlarged before it is cropped it would have 224 x 4,480,000 pixels, 3 GB."""
     path = tmp_path / "thin.png"
     Image.new("1", size, 1).save(path)
     assert path.stat().st_size < 4000
     code = (
-        "import sys, resource; from genas_plugins.datasets._images import ImageReader;"
+        "import sys, resource; resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30));"
+        "from genas_plugins.datasets._images import ImageReader;"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "pixels = ImageReader(224, resize=True).read(sys.argv[1]);"
         "print(pixels.shape, pixels.min(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
-    limit = (8 << 30, 8 << 30)
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(path)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit),
-    )
+    result = warm("torch")(code, path, folder=tmp_path)
+    assert result.status == 0, result.stderr
     shape, grown = result.stdout.rsplit(" ", 1)
     assert shape == "(3, 224, 224) 255"
     # KiB.

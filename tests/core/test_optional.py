@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-import genas_plugins
 from genas_plugins._optional import require
 
 OPTIONAL = (
@@ -25,17 +24,16 @@ MODULES = (
 )
 
 
-def run(code: str, *arguments: str) -> dict:
-    root = str(Path(genas_plugins.__file__).parents[1])
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    return json.loads(result.stdout)
+@pytest.fixture
+def run(warm: Callable[..., Any], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs code that prints JSON in a process that has imported PyTorch alone."""
+
+    def report(code: str, *arguments: str) -> dict[str, Any]:
+        result = warm("torch")(code, *arguments, folder=tmp_path)
+        assert (result.status, result.stderr) == (0, "")
+        return json.loads(result.stdout)
+
+    return report
 
 
 # torch is imported first: what it needs or finds by itself is not the core's doing.
@@ -56,7 +54,7 @@ print(json.dumps({
 """
 
 
-def test_importing_the_core_imports_nothing_optional_and_only_defines():
+def test_importing_the_core_imports_nothing_optional_and_only_defines(run):
     found = run(IMPORTED, " ".join(MODULES))
     assert not set(found["new"]) & set(OPTIONAL)
     assert "genas_plugins" in found["new"]
@@ -82,7 +80,7 @@ print(json.dumps(messages))
 """
 
 
-def test_without_any_optional_package_the_core_works_and_the_missing_one_is_a_sentence():
+def test_without_any_optional_package_the_core_works_and_the_missing_one_is_a_sentence(run):
     messages = run(MASKED, " ".join(OPTIONAL), " ".join(MODULES))
     for name in OPTIONAL:
         sentence = f"{name} is needed for drawing figures but is not installed: pip install 'genas-plugins[plots]'."

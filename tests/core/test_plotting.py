@@ -7,9 +7,9 @@ import math
 import random
 import re
 import struct
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -218,14 +218,15 @@ def test_the_callers_matplotlib_is_left_alone_and_does_not_matter(tmp_path: Path
         assert dict(matplotlib.rcParams) == before
 
 
-def test_pyplot_and_matplotlib_are_not_imported_early(tmp_path: Path) -> None:
+def test_pyplot_and_matplotlib_are_not_imported_early(warm: Callable[..., Any], tmp_path: Path) -> None:
     code = (
         "import sys; from genas_plugins.plotting import LossCurve, plot_loss_curves\n"
         "assert 'matplotlib' not in sys.modules\n"
         f"plot_loss_curves([LossCurve('a', (0.1,), (1.0,))], {str(tmp_path / 'a.png')!r})\n"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    done = warm("torch")(code, folder=tmp_path)
+    assert done.status == 0, done.stderr
 
 
 def test_missing_matplotlib_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -495,7 +495,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory, two_processes: Callable[..
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("torch was built without the gloo backend")
     folder = tmp_path_factory.mktemp("racing")
-    two_processes(folder, PROCESS.replace("TESTS", repr(str(Path(__file__).parent))))
+    two_processes(folder, PROCESS.replace("TESTS", repr(str(Path(__file__).parent))), "torch")
     return [json.loads((folder / f"report{rank}.json").read_text()) for rank in range(2)]
 
 

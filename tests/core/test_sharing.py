@@ -105,7 +105,7 @@ def reports(
     tmp_path_factory: pytest.TempPathFactory, two_processes: Callable[..., None]
 ) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("sharing")
-    two_processes(folder, PROCESS)
+    two_processes(folder, PROCESS, "torch")
     return folder, [json.loads((folder / f"report{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +28,7 @@ from detectron2_backbones._launch import available_device, check_classes, regist
 pytestmark = pytest.mark.detectron2
 
 NAME = "genas_flatness_c100"
+QUIETLY = "import warnings; warnings.simplefilter('ignore')\n"
 YACS = """
     MODEL.GENAS.INIT_CHANNELS 2 MODEL.FPN.OUT_CHANNELS 8 INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64
     SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 6 SOLVER.STEPS () SOLVER.CHECKPOINT_PERIOD 2 DATALOADER.NUM_WORKERS 0 SEED 1
@@ -73,48 +70,44 @@ def arguments_of(kind: str, *flags: str, **settings: Any) -> list[str]:
     return [*flags, "--config-file", config, *overrides, *chosen]
 
 
-def command(kind: str, *flags: str, **settings: Any) -> list[str]:
-    module = f"detectron2_backbones.{KINDS[kind][0]}"
-    return [sys.executable, "-W", "ignore", "-m", module, *arguments_of(kind, *flags, **settings)]
-
-
-def in_one_process(*runs: tuple[str, list[str]]) -> list[str]:
-    """Several runs of a kind with these arguments; the imports take longer than the runs."""
+def in_one_process(*runs: tuple[str, list[str]]) -> str:
+    """The code of several runs of a kind with these arguments."""
     calls = [f"{KINDS[kind][0]}.main({arguments!r})" for kind, arguments in runs]
-    code = f"from detectron2_backbones import lazy_train_net, train_net; print([{', '.join(calls)}])"
-    return [sys.executable, "-W", "ignore", "-c", code]
+    return f"{QUIETLY}from detectron2_backbones import lazy_train_net, train_net\nprint([{', '.join(calls)}])"
 
 
-def environment(data: Path) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, sys.path))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DETECTRON2_DATASETS": str(data)}
+@pytest.fixture(scope="module")
+def launchers(start_warm: Callable[..., Any], tiny_coco: Path) -> Iterator[Any]:
+    """A process that has imported both; Detectron2 asks where its data sets are when it is imported."""
+    modules = (f"detectron2_backbones.{module}" for module, _, _ in KINDS.values())
+    server = start_warm(*modules, DETECTRON2_DATASETS=str(tiny_coco))
+    yield server
+    server.close()
 
 
-def run(arguments: list[str], data: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        arguments, env=environment(data), cwd=folder, capture_output=True, text=True, check=False, timeout=200
-    )
+@pytest.fixture
+def start(launchers: Any, tmp_path: Path) -> Callable[..., Any]:
+    """Starts a launcher as a command."""
+
+    def command(kind: str, *flags: str, more: Sequence[str] = (), **settings: Any) -> Any:
+        line = ("-m", f"detectron2_backbones.{KINDS[kind][0]}", *arguments_of(kind, *flags, **settings), *more)
+        return launchers.python(*line, folder=tmp_path, before=QUIETLY)
+
+    return command
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_training_is_resumed(kind: str, tiny_coco: Path, weights: Path, tmp_path: Path) -> None:
+def test_a_killed_training_is_resumed(kind: str, start: Callable[..., Any], weights: Path, tmp_path: Path) -> None:
     last = tmp_path / "run" / "last_checkpoint"
-    with subprocess.Popen(
-        command(kind, output="run", weights=weights),
-        env=environment(tiny_coco),
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as running:
-        deadline = time.monotonic() + 120
-        while not last.exists() and running.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        running.send_signal(signal.SIGKILL)
-    assert running.returncode == -signal.SIGKILL
+    running = start(kind, output="run", weights=weights)
+    ended = running.wait(until=last.exists)
+    assert ended is None, ended
+    running.signal(signal.SIGKILL)
+    assert running.wait().status == -signal.SIGKILL
     done_before = int(last.read_text().removeprefix("model_").removesuffix(".pth"))
     assert done_before < 5
-    done = run(command(kind, "--resume", output="run", weights=weights), tiny_coco, tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = start(kind, "--resume", output="run", weights=weights).wait()
+    assert done.status == 0, done.stderr[-2000:]
     assert f"Starting training from iteration {done_before + 1}" in done.stdout
     final = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
     assert final["iteration"] == 5
@@ -136,18 +129,18 @@ def test_a_killed_training_is_resumed(kind: str, tiny_coco: Path, weights: Path,
     assert "bbox/AP50" in metrics[-1]
 
 
-def test_weights_are_evaluated_without_training(tiny_coco: Path, weights: Path, tmp_path: Path) -> None:
+def test_weights_are_evaluated_without_training(launchers: Any, weights: Path, tmp_path: Path) -> None:
     runs = [(kind, arguments_of(kind, "--eval-only", output=kind, weights=weights)) for kind in KINDS]
-    done = run(in_one_process(*runs), tiny_coco, tmp_path)
+    done = launchers(in_one_process(*runs), folder=tmp_path)
     assert done.stdout.endswith("[0, 0]\n"), done.stderr[-2000:]
     # One of the first run, and that of the second twice: in one process it also logs where the first did.
     assert done.stdout.count("copypaste: Task: bbox") == 3
     assert "Starting training" not in done.stdout
 
 
-def test_frozen_normalisation_without_weights_is_refused_before_training(tiny_coco: Path, tmp_path: Path) -> None:
+def test_frozen_normalisation_without_weights_is_refused_before_training(launchers: Any, tmp_path: Path) -> None:
     runs = [(kind, arguments_of(kind, output=kind)) for kind in KINDS]
-    done = run(in_one_process(*runs), tiny_coco, tmp_path)
+    done = launchers(in_one_process(*runs), folder=tmp_path)
     assert done.stdout.endswith("[1, 1]\n"), done.stderr[-2000:]
     lines = [line for line in done.stderr.splitlines() if line.startswith("detectron2_backbones.")]
     assert [line.partition(" layers")[0] for line in lines] == [
@@ -158,13 +151,13 @@ def test_frozen_normalisation_without_weights_is_refused_before_training(tiny_co
     assert torch.cuda.is_available() or "There is no CUDA device: the run is on the CPU" in done.stdout
 
 
-def test_the_same_seed_gives_the_same_weights(tiny_coco: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_weights(launchers: Any, tmp_path: Path) -> None:
     names = ("first", "second", "other")
     runs = [("yacs", [*arguments_of("yacs", output=name, norm="GN"), "DATASETS.TEST", "()"]) for name in names]
     for _, arguments in runs:
         arguments.extend(["SOLVER.MAX_ITER", "2"])
     runs[2][1].extend(["SEED", "2"])
-    done = run(in_one_process(*runs), tiny_coco, tmp_path)
+    done = launchers(in_one_process(*runs), folder=tmp_path)
     assert done.stdout.endswith("[0, 0, 0]\n"), done.stderr[-2000:]
     first, second, other = (
         torch.load(tmp_path / name / "model_final.pth", weights_only=True)["model"] for name in names
@@ -176,24 +169,22 @@ def test_the_same_seed_gives_the_same_weights(tiny_coco: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_two_processes_train_together(tiny_coco: Path, tmp_path: Path) -> None:
+def test_two_processes_train_together(start: Callable[..., Any], tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     # One process for each of two machines, on the CPU; DDP takes no device there.
     common = ["train.device=cpu", "train.ddp.device_ids=null", "train.max_iter=2", "train.eval_period=0"]
     common.append("dataloader.train.total_batch_size=4")
-    processes = []
-    for rank in range(2):
-        flags = ["--num-machines", "2", "--machine-rank", str(rank), "--dist-url", url]
-        line = [*command("lazy", *flags, output="run", norm="GN"), *common]
-        output = (tmp_path / f"{rank}.txt").open("w")
-        processes.append(
-            subprocess.Popen(line, env=environment(tiny_coco), cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT)
-        )
-    assert [process.wait(200) for process in processes] == [0, 0], (tmp_path / "0.txt").read_text()[-2000:]
-    assert "World size: 2" in (tmp_path / "0.txt").read_text()
-    assert "Making batched data loader with batch_size=2" in (tmp_path / "0.txt").read_text()
+    flags = ["--num-machines", "2", "--dist-url", url]
+    processes = [
+        start("lazy", *flags, "--machine-rank", str(rank), output="run", norm="GN", more=common) for rank in range(2)
+    ]
+    ends = [process.wait() for process in processes]
+    assert [end.status for end in ends] == [0, 0], ends[0].stderr[-2000:]
+    said = ends[0].stdout + ends[0].stderr
+    assert "World size: 2" in said
+    assert "Making batched data loader with batch_size=2" in said
     assert torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["iteration"] == 1
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,18 +23,22 @@ assert genas_plugins.cli.main(["fit", "genas_flatness_c100", "--image-size", "32
 GIT = "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
 
 
-def sentence(missing: str, others: str = "") -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    code = CODE.format(missing=missing, others=others)
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    first, rest = done.stdout.split("\n", 1)
-    assert rest.startswith("init_channels")
-    return first
+@pytest.fixture
+def sentence(warm: Callable[..., Any], tmp_path: Path) -> Callable[..., str]:
+    """What is said without a package, where the others are imported and a command of the core runs."""
+
+    def say(missing: str, others: str = "") -> str:
+        code = "import warnings; warnings.simplefilter('ignore')\n" + CODE.format(missing=missing, others=others)
+        done = warm("torch")(code, folder=tmp_path)
+        assert (done.status, done.stderr) == (0, "")
+        first, rest = done.stdout.split("\n", 1)
+        assert rest.startswith("init_channels")
+        return first
+
+    return say
 
 
-def test_the_sentence_has_the_line_that_installs_detectron2() -> None:
+def test_the_sentence_has_the_line_that_installs_detectron2(sentence: Callable[..., str]) -> None:
     pytest.importorskip("timm", reason="timm is not installed")
     others = [
         f"import {package}"
@@ -47,7 +51,7 @@ def test_the_sentence_has_the_line_that_installs_detectron2() -> None:
     )
 
 
-def test_without_timm_it_names_the_extra() -> None:
+def test_without_timm_it_names_the_extra(sentence: Callable[..., str]) -> None:
     assert sentence("timm") == (
         "timm is needed for detectron2_backbones but is not installed: pip install 'genas-plugins[detectron2]'."
     )

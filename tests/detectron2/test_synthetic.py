@@ -20,6 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detectron2_backbones import synthetic
+from genas_plugins.datasets._scenes import half_of, texture
 
 pytestmark = pytest.mark.detectron2
 
@@ -147,7 +148,7 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
 def test_training_and_validation_share_no_background_and_no_coin() -> None:
     for name in synthetic._BACKGROUNDS:
         picture = np.asarray(getattr(skimage.data, name)())
-        halves = [synthetic._background(name, held_out)[..., 0] for held_out in (False, True)]
+        halves = [half_of(texture(name, "detectron2"), held_out)[..., 0] for held_out in (False, True)]
         whole = picture if picture.ndim == 2 else picture[..., 0]
         np.testing.assert_array_equal(np.concatenate(halves, axis=1), whole)
     training, validation = (

@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-import subprocess
 import sys
-import time
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -25,16 +24,6 @@ from mmseg_backbones.compatibility import stand_in_for_mmcv_ops
 from mmseg_backbones.synthetic import CLASSES, PALETTE, draw_scene, write_scenes
 
 QUICKSTART = packaged_configs("mmseg", ".py")["deeplabv3_genas-flatness-c100-d8_1xb8-600_quickstart_synthetic"]
-
-
-def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment(), cwd=folder, capture_output=True, text=True, check=False
-    )
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
 
 
 def test_a_compiled_operation_says_what_is_missing() -> None:
@@ -114,8 +103,23 @@ def test_the_quickstart_names_the_classes_of_the_scenes() -> None:
     assert tuple(map(tuple, meta.palette)) == PALETTE
 
 
+# What mmseg's tools import.
+MODULES = ("mmseg_backbones", "mmseg.apis", "mmseg.models", "mmseg.datasets", "mmseg.engine", "mmengine.runner")
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
+def start(warm: Callable[..., Any]) -> Callable[..., Any]:
+    """Starts one of mmseg's tools."""
+    quietly = "import warnings; warnings.simplefilter('ignore')"
+
+    def command(name: str, folder: Path, *arguments: Any) -> Any:
+        return warm(*MODULES).python("-m", f"mmseg_backbones.{name}", *arguments, folder=folder, before=quietly)
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def trained(start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
     """A small training that was killed and resumed: its folder, its options, and what the second run printed."""
     folder = tmp_path_factory.mktemp("trained")
     write_scenes(folder / "data" / "synthetic", training=4, validation=2, size=64)
@@ -125,22 +129,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], 
     options += ["default_hooks.logger.interval=1", "model.backbone.init_channels=2", "model.decode_head.in_channels=32"]
     options += ["model.auxiliary_head.in_channels=16", "default_hooks.visualization.draw=False"]
     options = ["--work-dir", "work", "--cfg-options", *options]
-    command = ["-W", "ignore", "-m", "mmseg_backbones.train", str(QUICKSTART)]
-    with subprocess.Popen(
-        [sys.executable, *command, *options],
-        env=environment(),
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as running:
-        deadline = time.monotonic() + 120
-        while not (folder / "work" / "last_checkpoint").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        running.send_signal(signal.SIGKILL)
-    assert (folder / "work" / "last_checkpoint").exists()
+    running = start("train", folder, QUICKSTART, *options)
+    ended = running.wait(until=(folder / "work" / "last_checkpoint").exists)
+    assert ended is None, ended
+    running.signal(signal.SIGKILL)
+    assert running.wait().status == -signal.SIGKILL
     assert not (folder / "work" / "iter_6.pth").exists(), "the run ended before it was killed"
-    done = python(*command, "--resume", *options, folder=folder)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = start("train", folder, QUICKSTART, "--resume", *options).wait()
+    assert done.status == 0, done.stderr[-2000:]
     return folder, options, done.stdout + done.stderr
 
 
@@ -152,14 +148,15 @@ def test_a_killed_training_is_resumed_by_mmsegs_own_tool(trained: tuple[Path, li
     assert (folder / "work" / "iter_6.pth").exists()
 
 
-def test_a_checkpoint_is_tested_at_several_scales_and_flips(trained: tuple[Path, list[str], str]) -> None:
+def test_a_checkpoint_is_tested_at_several_scales_and_flips(
+    trained: tuple[Path, list[str], str], start: Callable[..., Any]
+) -> None:
     folder, options, _ = trained
     said = []
     for flags in ([], ["--tta"]):
         changes = [option.replace("val_dataloader", "test_dataloader") for option in options]
-        command = ["-W", "ignore", "-m", "mmseg_backbones.test", str(QUICKSTART), "work/iter_6.pth", *flags, *changes]
-        done = python(*command, folder=folder)
-        assert done.returncode == 0, done.stderr[-2000:]
+        done = start("test", folder, QUICKSTART, "work/iter_6.pth", *flags, *changes).wait()
+        assert done.status == 0, done.stderr[-2000:]
         said.append(done.stdout + done.stderr)
     assert all("Iter(test) [2/2]" in output and "mIoU" in output for output in said)
     assert "SegTTAModel" in said[1] and "SegTTAModel" not in said[0].split("tta_model")[0]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,21 +27,20 @@ except ImportError as error:
 """
 
 
-def run(code: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize("package", ["mmseg", "mmcv"])
-def test_the_others_go_without_it_and_the_package_says_what_is_missing(package: str) -> None:
-    assert run(MISSING.format(package=package)) == (
+def test_the_others_go_without_it_and_the_package_says_what_is_missing(
+    package: str, warm: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = warm("torch")(MISSING.format(package=package), folder=tmp_path)
+    assert done.status == 0, done.stderr
+    assert done.stdout == (
         f"{package} is needed for mmseg_backbones but is not installed: pip install 'genas-plugins[mmseg]'.\n"
     )
 
 
-def test_an_mmcv_that_is_too_new_is_named_with_its_remedy() -> None:
-    said = run(REFUSED)
+def test_an_mmcv_that_is_too_new_is_named_with_its_remedy(warm: Callable[..., Any], tmp_path: Path) -> None:
+    done = warm("torch")(REFUSED, folder=tmp_path)
+    assert done.status == 0, done.stderr
+    said = done.stdout
     assert said.startswith("MMSegmentation refuses the mmcv that is installed, it takes 2.0.0rc4 to 2.1: pip install")
     assert "MMCV==2.2.0" in said

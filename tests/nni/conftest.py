@@ -1,15 +1,12 @@
-"""The ``genas`` command as real processes, without paying for its imports each time; and one finished run."""
+"""The ``genas`` command as real processes, without paying for its imports each time; and two finished runs."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,48 +14,14 @@ import pytest
 import torch
 import yaml
 
-# A process that has imported everything and forks: a child can be killed, interrupted and limited like any
-# other process, but starts in milliseconds.
-_SERVER = """
-import atexit, gc, json, os, signal, sys, traceback
-import genas_plugins.cli.correlate, genas_plugins.cli.score, nni_strategy.command
-import matplotlib.backends.backend_agg, matplotlib.backends.backend_svg, sklearn.datasets
-gc.collect()
-gc.freeze()
-print("ready", flush=True)
-for line in sys.stdin:
-    request = json.loads(line)
-    if "poll" in request:
-        pid, status = os.waitpid(request["poll"], os.WNOHANG)
-        print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
-        continue
-    pid = os.fork()
-    if pid:
-        print(pid, flush=True)
-        continue
-    for number, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
-        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-    os.chdir(request["folder"])
-    # A shell that starts tests in the background has them ignore it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        exec(request["before"])
-        status = genas_plugins.cli.main(request["arguments"])
-    except SystemExit as error:
-        status = error.code or 0
-    except BaseException:
-        traceback.print_exc()
-        status = 70
-    # What is registered for the exit runs; taking all modules apart would take longer than many a command.
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    os._exit(status)
-"""
+# What the command imports in the course of a search.
+_MODULES = ("genas_plugins.cli.correlate", "genas_plugins.cli.score", "nni_strategy.command", "sklearn.datasets")
+_MODULES += ("matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg")
 
-# Three cells: one normal, two reductions.
+# Its supernet has a tenth of the modules of one of DARTS, which a process takes seconds to build, save and read.
 TINY: dict[str, Any] = {
     "seed": 1,
-    "space": {"init_channels": 4, "num_cells": 3},
+    "space": {"name": "nasbench201", "init_channels": 4, "cells_per_stage": 1, "affine": False},
     "data": {
         "name": "digits",
         "train_images": 64,
@@ -71,54 +34,8 @@ TINY: dict[str, Any] = {
     "score": {"metric": "angle+flatness", "recalibration_images": 32},
     "search": {"population": 5, "generations": 2, "parents": 2, "mutants": 2, "crossovers": 2},
 }
-
-
-@dataclass(frozen=True)
-class Finished:
-    """How a process ended; a negative status is the signal that killed it."""
-
-    status: int
-    stdout: str
-    stderr: str
-
-    @property
-    def error(self) -> str:
-        """The sentence with which a command refuses: status 1 and nothing else on standard error."""
-        lines = self.stderr.splitlines()
-        assert (self.status, len(lines)) == (1, 1), self.stderr
-        assert lines[0].startswith("genas: ")
-        return lines[0].removeprefix("genas: ")
-
-
-class Running:
-    """A process of the command."""
-
-    def __init__(self, ask: Callable[[dict[str, Any]], Any], pid: int, stdout: Path, stderr: Path) -> None:
-        self._ask, self._pid, self._stdout, self._stderr = ask, pid, stdout, stderr
-        self._status: int | None = None
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self.alive, self._stderr.read_text()
-        os.kill(self._pid, number)
-
-    @property
-    def alive(self) -> bool:
-        if self._status is None:
-            self._status = self._ask({"poll": self._pid})
-        return self._status is None
-
-    def wait(self, until: Callable[[], bool] = lambda: False, seconds: float = 200.0) -> Finished | None:
-        """Wait for the end, or for a condition before it; ``None`` if the process lives on."""
-        deadline = time.monotonic() + seconds
-        while self.alive:
-            if until():
-                return None
-            if time.monotonic() > deadline:
-                os.kill(self._pid, signal.SIGKILL)
-                pytest.fail(f"The command took more than {seconds} s.")
-            time.sleep(0.002)
-        assert self._status is not None
-        return Finished(self._status, self._stdout.read_text(), self._stderr.read_text())
+# Three cells: one normal, two reductions.
+DARTS = {**TINY, "space": {"name": "darts", "init_channels": 4, "num_cells": 3}}
 
 
 class Folder:
@@ -135,8 +52,11 @@ class Folder:
         return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
     @property
-    def genotype(self) -> dict[str, Any]:
-        return json.loads((self.path / "genotype.json").read_text())
+    def winner(self) -> dict[str, Any]:
+        """What the search ended with."""
+        names = ("genotype.json", "architecture.json")
+        (path,) = (self.path / name for name in names if (self.path / name).exists())
+        return json.loads(path.read_text())
 
     @property
     def training(self) -> dict[str, Any]:
@@ -149,7 +69,7 @@ class Folder:
         """The same weights to the last bit, the same history and the same winner."""
         assert _same(self.training, other.training)
         assert self.records == other.records
-        ours, theirs = self.genotype, other.genotype
+        ours, theirs = self.winner, other.winner
         for data in (ours, theirs):
             del data["record"]["seconds"], data["provenance"]["seconds"]
         assert ours == theirs
@@ -158,77 +78,48 @@ class Folder:
 class Genas:
     """Starts the command."""
 
-    def __init__(self, folder: Path) -> None:
-        self.config = folder / "tiny.yaml"
+    def __init__(self, folder: Path, start_warm: Callable[..., Any]) -> None:
+        self.config, self.darts = folder / "tiny.yaml", folder / "darts.yaml"
         self.config.write_text(yaml.safe_dump(TINY))
-        self.environment = {**os.environ, "MPLCONFIGDIR": str(folder / "matplotlib"), "OMP_NUM_THREADS": "1"}
+        self.darts.write_text(yaml.safe_dump(DARTS))
         for name in ("home", "work", "temporary"):
             (folder / name).mkdir()
-        self.environment |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "temporary")}
-        self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         self.strangers = [folder / "home", folder / "work", folder / "temporary"]
-        self._folder = folder
-        self._count = 0
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", _SERVER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=self.environment,
-            text=True,
-        )
-        assert self._server.stdout is not None
-        assert self._server.stdout.readline() == "ready\n"
+        environment = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "temporary")}
+        self._warm = start_warm(*_MODULES, MPLCONFIGDIR=str(folder / "matplotlib"), **environment)
+        self.environment = self._warm.environment
+        self.close = self._warm.close
 
-    def __call__(self, *arguments: Any, before: str = "") -> Finished:
+    def __call__(self, *arguments: Any, before: str = "") -> Any:
         """Run a command to its end."""
-        finished = self.start(*arguments, before=before).wait()
-        assert finished is not None
-        return finished
+        return self.start(*arguments, before=before).wait()
 
-    def start(self, *arguments: Any, before: str = "") -> Running:
+    def start(self, *arguments: Any, before: str = "") -> Any:
         """Start a command; ``before`` is Python code that its process runs first."""
-        self._count += 1
-        stdout, stderr = (self._folder / f"{self._count}.{name}" for name in ("stdout", "stderr"))
-        request = {
-            "arguments": [str(argument) for argument in arguments],
-            "stdout": str(stdout),
-            "stderr": str(stderr),
-            "before": before,
-            "folder": str(self._folder / "work"),
-        }
-        return Running(self._ask, self._ask(request), stdout, stderr)
+        return self.python("-m", "genas_plugins", *arguments, before=before)
 
-    def search(self, folder: Path, *changes: str, resume: bool = False, before: str = "") -> Running:
+    def python(self, *command: Any, before: str = "") -> Any:
+        """Start what ``python`` with these arguments would."""
+        return self._warm.python(*command, folder=self.strangers[1], before=before)
+
+    def search(
+        self, folder: Path, *changes: str, config: Path | None = None, resume: bool = False, before: str = ""
+    ) -> Any:
         """Start the tiny search, or continue one."""
         settings = [part for change in changes for part in ("--set", change)]
-        source = ["--resume"] if resume else ["--config", self.config]
+        source = ["--resume"] if resume else ["--config", config or self.config]
         return self.start("search", *source, *settings, "--quiet", "--output", folder, before=before)
 
-    def process(self, *arguments: Any) -> Finished:
+    def process(self, *arguments: Any) -> subprocess.CompletedProcess[str]:
         """Run a command in a process that starts from nothing."""
-        done = subprocess.run(
+        return subprocess.run(
             [sys.executable, "-m", "genas_plugins", *map(str, arguments)],
             env=self.environment,
-            cwd=self._folder / "work",
+            cwd=self.strangers[1],
             capture_output=True,
             text=True,
             check=False,
         )
-        return Finished(done.returncode, done.stdout, done.stderr)
-
-    def _ask(self, request: dict[str, Any]) -> Any:
-        assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        return json.loads(self._server.stdout.readline())
-
-    def close(self) -> None:
-        assert self._server.stdin is not None
-        self._server.stdin.close()
-        # A loader's worker of another test may hold the other end of the pipe, so that it is not at its end.
-        self._server.terminate()
-        self._server.wait(20)
 
 
 def _same(first: Any, second: Any) -> bool:
@@ -241,25 +132,55 @@ def _same(first: Any, second: Any) -> bool:
     return first == second
 
 
+@pytest.fixture
+def nothing_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NNI lists every experiment there, wherever the experiment itself is told to live."""
+    from nni.nas.experiment import experiment
+
+    monkeypatch.setattr(experiment, "Experiments", partial(experiment.Experiments, str(tmp_path)))
+
+
 @pytest.fixture(scope="session")
-def genas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Genas]:
-    command = Genas(tmp_path_factory.mktemp("genas"))
+def genas(start_warm: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Genas]:
+    command = Genas(tmp_path_factory.mktemp("genas"), start_warm)
     yield command
     command.close()
 
 
 @pytest.fixture(scope="session")
-def first_search(genas: Genas, tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Folder]:
-    """The tiny search in a process of its own, and what it wrote."""
-    folder = tmp_path_factory.mktemp("run") / "tiny"
+def tiny() -> Callable[..., dict[str, Any]]:
+    """The experiment of the tiny search; with another space, or other settings in its sections."""
+
+    def settings(space: dict[str, Any] | None = None, **sections: dict[str, Any]) -> dict[str, Any]:
+        changed = {name: {**TINY[name], **values} for name, values in sections.items()}
+        return {**TINY, **changed, **({} if space is None else {"space": space})}
+
+    return settings
+
+
+@pytest.fixture(scope="session")
+def first_search(genas: Genas, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Folder]:
+    """The tiny search in a process that starts from nothing, and what it wrote."""
+    folder = tmp_path_factory.mktemp("run") / "first"
     return genas.process("search", "--config", genas.config, "--output", folder, "--quiet"), Folder(folder)
 
 
 @pytest.fixture(scope="session")
-def finished(first_search: tuple[Finished, Folder]) -> Folder:
+def finished(genas: Genas, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """The folder of the tiny search, for reading only."""
-    assert first_search[0].status == 0, first_search[0].stderr
-    return first_search[1]
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    done = genas.search(folder).wait()
+    assert done.status == 0, done.stderr
+    return Folder(folder)
+
+
+@pytest.fixture(scope="session")
+def darts(genas: Genas, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """The folder of a search of DARTS, for reading only."""
+    folder = tmp_path_factory.mktemp("run") / "darts"
+    done = genas.search(folder, config=genas.darts).wait()
+    assert done.status == 0, done.stderr
+    return Folder(folder)
 
 
 @pytest.fixture(scope="session")

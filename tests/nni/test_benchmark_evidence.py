@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.stats import kendalltau, rankdata
 
 from genas_plugins.checkpoints import read_metadata
-from genas_plugins.search import History
+from genas_plugins.search import JsonLines
 from genas_plugins.spaces import NasBench201SearchSpace
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -28,7 +28,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 def evidence(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module("evidence")
-    for name in ("evidence", "nasbench201"):
+    for name in ("evidence", "nasbench201", "gpu", "gpu_plans", "gpu_kit", "gpu_collect"):
         sys.modules.pop(name, None)
 
 
@@ -129,8 +129,8 @@ def test_what_cannot_be_run_is_refused(
 
 
 @pytest.fixture
-def kit(tmp_path: Path) -> Path:
-    """Pictures of two classes and the accuracies of all architectures, as a sealed kit."""
+def source(tmp_path: Path) -> Path:
+    """Pictures of two classes and the accuracies of all architectures."""
     data = tmp_path / "kit" / "data"
     data.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -144,8 +144,53 @@ def kit(tmp_path: Path) -> Path:
                 archive.write(path, f"class{number % 2}/{number:04}.png")
     lines = [f"{name},{10 + index * 7919 % 80}" for index, name in enumerate(NasBench201SearchSpace().architectures())]
     (data / "nasbench201_accuracy.csv").write_text("\n".join(["arch,cifar10", *lines]) + "\n")
-    gpu("--seal", "--kit", tmp_path / "kit")
-    return tmp_path / "kit"
+    return data
+
+
+def check_measurements(folder: Path) -> list[list[Any]]:
+    """What was measured is the same architectures with both supernets, in one order; returns it."""
+    measured = [JsonLines(folder / f"correlation{seed}" / "measurements.jsonl").records for seed in (0, 1)]
+    orders = [[record["architecture"] for record in records] for records in measured]
+    assert orders[0] == orders[1] and len(set(orders[0])) == 10
+    assert measured[0] != measured[1]
+    return measured
+
+
+def check_elsewhere(genas: Any, supernet: Path, folder: Path, truth: Path, later: Path, measured: list[Any]) -> None:
+    """The file of a supernet and the images are enough, the angle included: measurements are the same."""
+    run = ("--run", supernet, "--data-root", folder / "cifar10", "--device", "cpu", "--quiet", "--truth", truth)
+    run += ("--settings", "paper_tables", "label_free", "--training-free", "--sample", "15625", "--resamples", "40")
+    stopped = genas("correlate", *run, "--output", later, "--minutes", "0.02")
+    assert stopped.status == 0 or "a correlation takes 3: go on with --resume" in stopped.stderr
+    again = JsonLines(later / "measurements.jsonl").records
+    assert 1 <= len(again) < 15625
+    first = {name: value for name, value in again[0].items() if name != "training_free"}
+    for record in measured:
+        if record["architecture"] == first["architecture"]:
+            assert first == {name: value for name, value in record.items() if name != "training_free"}
+
+
+def test_all_steps_of_the_evidence(
+    evidence: Any, source: Path, genas: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+
+    def together(commands: dict[int, list[str]], folder: Path, name: str) -> None:
+        for running in [genas.python(*command) for command in commands.values()]:
+            done = running.wait()
+            assert done.status == 0, done.stderr
+
+    # Of processes that have imported all that they need.
+    monkeypatch.setattr(evidence, "together", together)
+    options = (str(folder), "--source", str(source), "--device", "cpu", "--seeds", "0", "1", "--resamples", "50")
+    for step in ("train", "score", "tables"):
+        assert evidence.main([step, *options, *["--rehearse"] * (step != "tables")]) == 0
+    measured = check_measurements(folder)
+    card = read_metadata(folder / "seed1.safetensors")["card"]
+    assert card["epochs"] == 2 and card["seeds_at_once"] == 2
+    assert "**Table 6, alpha: with the accuracy of trained networks**" in (folder / "tables.md").read_text()
+    truth = source / "nasbench201_accuracy.csv"
+    check_elsewhere(genas, folder / "seed0.safetensors", folder, truth, tmp_path / "later", measured[0])
 
 
 def gpu(*arguments: Any) -> str:
@@ -156,8 +201,10 @@ def gpu(*arguments: Any) -> str:
     return ended.stdout
 
 
-def test_the_whole_plan_is_rehearsed_on_a_cpu(kit: Path, genas: Any, tmp_path: Path) -> None:
-    output, back = tmp_path / "out", tmp_path / "back"
+@pytest.mark.slow
+def test_the_whole_plan_is_rehearsed_on_a_cpu(source: Path, genas: Any, tmp_path: Path) -> None:
+    kit, output, back = source.parent, tmp_path / "out", tmp_path / "back"
+    gpu("--seal", "--kit", kit)
     options = ("--plan", "evidence", "--rehearse", "--device", "cpu", "--kit", kit, "--collect", back)
     gpu(output, *options)
     folder = output / "evidence-rehearsal"
@@ -169,28 +216,12 @@ def test_the_whole_plan_is_rehearsed_on_a_cpu(kit: Path, genas: Any, tmp_path: P
     for step in ("train", "score", "tables"):
         assert json.loads((folder / f"{step}.json").read_text())["code"] == 0
     assert "**Table 6, alpha: with the accuracy of trained networks**" in report
-    # What was measured is the same architectures with both supernets, in one order.
-    measured = [History(folder / f"correlation{seed}" / "measurements.jsonl").records for seed in (0, 1)]
-    orders = [[record["architecture"] for record in records] for records in measured]
-    assert orders[0] == orders[1] and len(set(orders[0])) == 10
-    assert measured[0] != measured[1]
+    measured = check_measurements(folder)
     with tarfile.open(back / "results.tar.gz") as archive:
         names = set(archive.getnames())
     assert {"train.txt", "score.json", "tables.md", "seed0/config.yaml", "correlation1/measurements.jsonl"} <= names
-    card = read_metadata(back / "seed1.safetensors")["card"]
-    assert card["epochs"] == 2 and card["seeds_at_once"] == 2
-    # Elsewhere, the file and the images are enough, the angle included: measurements are the same.
-    run = ("--run", back / "seed0.safetensors", "--data-root", folder / "cifar10", "--device", "cpu", "--quiet")
-    run += ("--truth", kit / "data" / "nasbench201_accuracy.csv", "--settings", "paper_tables", "label_free")
-    run += ("--training-free", "--sample", "15625", "--resamples", "40", "--output", tmp_path / "later")
-    stopped = genas("correlate", *run, "--minutes", "0.02")
-    assert stopped.status == 0 or "a correlation takes 3: go on with --resume" in stopped.stderr
-    later = History(tmp_path / "later" / "measurements.jsonl").records
-    assert 1 <= len(later) < 15625
-    again = {name: value for name, value in later[0].items() if name != "training_free"}
-    same = [record for record in measured[0] if record["architecture"] == again["architecture"]]
-    for record in same:
-        assert again == {name: value for name, value in record.items() if name != "training_free"}
+    truth = source / "nasbench201_accuracy.csv"
+    check_elsewhere(genas, back / "seed0.safetensors", folder, truth, tmp_path / "later", measured[0])
     # Done is done.
     before = (folder / "report.md").stat().st_mtime_ns
     gpu(output, *options)

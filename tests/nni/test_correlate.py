@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +17,11 @@ import torch
 import yaml
 from scipy.stats import kendalltau, rankdata
 
-from genas_plugins.checkpoints import load_supernet
+from genas_plugins import SuperNet
 from genas_plugins.correlation import Setting
 from genas_plugins.correlation.report import TRAINING_FREE, remarks, table_of, write_report
 from genas_plugins.correlation.run import _training_free, choose, measure_all
 from genas_plugins.correlation.settings import check_sums, load_settings
-from genas_plugins.correlation.training_free import synflow
 from genas_plugins.experiment import config
 from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.nasbench201 import NasBench201Network
@@ -42,20 +42,6 @@ SETTINGS = [
     {"name": "ranks", "rank_sum": ["flat", "live FLOPs"]},
     {"name": "log ranks", "log_rank_sum": ["flat", "live FLOPs"]},
 ]
-EXPERIMENT: dict[str, Any] = {
-    "space": {"name": "nasbench201", "init_channels": 2, "cells_per_stage": 1},
-    "data": {
-        "name": "digits",
-        "train_images": 128,
-        "validation_images": 64,
-        "test_images": 32,
-        "flip": False,
-        "crop_padding": 1,
-    },
-    "training": {"epochs": 1, "batch_size": 32, "accelerator": "cpu"},
-    "score": {"metric": "accuracy", "recalibration_images": 128},
-    "search": {"population": 3, "generations": 1, "parents": 2, "mutants": 1, "crossovers": 1},
-}
 
 
 def accuracy_of(architecture: NasBench201Architecture) -> float:
@@ -69,10 +55,22 @@ def truth() -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory, truth: dict[str, float]) -> Path:
+def experiment(tiny: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """The tiny one with a search that is hardly any, and images for two batches of what needs no training."""
+    return tiny(
+        data={"train_images": 128},
+        training={"epochs": 1},
+        score={"metric": "accuracy", "recalibration_images": 128},
+        search={"population": 3, "generations": 1, "mutants": 1, "crossovers": 1},
+    )
+
+
+@pytest.fixture(scope="module")
+def files(experiment: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, truth: dict[str, float]) -> Path:
     """A run, a table of accuracies and settings."""
     folder = tmp_path_factory.mktemp("correlate")
-    run_experiment(config.parse(EXPERIMENT), folder / "run")
+    run_experiment(config.parse(experiment), folder / "run")
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(experiment))
     lines = ["arch,cifar10", *(f"{name},{value}" for name, value in truth.items())]
     (folder / "truth.csv").write_text("\n".join(lines) + "\n")
     (folder / "settings.yaml").write_text(yaml.safe_dump(SETTINGS))
@@ -82,45 +80,40 @@ def files(tmp_path_factory: pytest.TempPathFactory, truth: dict[str, float]) -> 
 def command(files: Path, output: Path, *more: str) -> list[str]:
     return [
         *("correlate", "--run", str(files / "run"), "--truth", str(files / "truth.csv"), "--device", "cpu", "--quiet"),
-        *(
-            "--settings",
-            str(files / "settings.yaml"),
-            "--output",
-            str(output),
-            "--sample",
-            "12",
-            "--resamples",
-            "50",
-            *more,
-        ),
+        *("--settings", str(files / "settings.yaml"), "--output", str(output), "--sample", "8", "--resamples", "50"),
+        *more,
     ]
 
 
-def test_the_command_writes_scores_and_their_taus(
-    files: Path, genas: Callable[..., Any], tmp_path: Path, truth: dict[str, float]
-) -> None:
-    done = genas(*command(files, tmp_path / "out", "--training-free"))
+def training(files: Path, output: Path, *more: str) -> list[str]:
+    """The command with an experiment in place of a run."""
+    arguments = command(files, output, "--config", str(files / "experiment.yaml"), *more)
+    del arguments[1:3]
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def whole(files: Path, genas: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command writes, and what it prints."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    done = genas(*command(files, folder, "--training-free"))
     assert done.status == 0, done.stderr
-    with (tmp_path / "out" / "scores.csv").open() as file:
+    assert "\n8 architectures." in done.stdout
+    return folder
+
+
+def test_the_command_writes_scores_and_their_taus(whole: Path, truth: dict[str, float]) -> None:
+    with (whole / "scores.csv").open() as file:
         scores = list(csv.DictReader(file))
-    with (tmp_path / "out" / "correlations.csv").open() as file:
+    with (whole / "correlations.csv").open() as file:
         table = {row["score"]: row for row in csv.DictReader(file)}
-    assert len(scores) == 12
+    assert len(scores) == 8
     parts = [rankdata([float(line[name]) for line in scores]) for name in ("flat", "live FLOPs")]
     assert [float(line["ranks"]) for line in scores] == (parts[0] + parts[1]).tolist()
     assert [float(line["log ranks"]) for line in scores] == pytest.approx(np.log(parts[0] * parts[1]))
     assert [float(row["truth"]) for row in scores] == [truth[row["architecture"]] for row in scores]
-    assert set(table) >= {
-        "parameters",
-        "live FLOPs",
-        "NASWOT",
-        "SynFlow",
-        "ZiCo",
-        "SynFlow, supernet",
-        "flat",
-        "turned",
-        "-loss",
-    }
+    named = {"parameters", "live FLOPs", "NASWOT", "SynFlow", "ZiCo", "SynFlow, supernet", "flat", "turned", "-loss"}
+    assert set(table) >= named
     for name, row in table.items():
         tau = kendalltau([float(line[name]) for line in scores], [float(line["truth"]) for line in scores]).statistic
         assert float(row["tau"]) == pytest.approx(tau)
@@ -129,12 +122,11 @@ def test_the_command_writes_scores_and_their_taus(
     assert taus == sorted(taus, reverse=True)
     # Without the depth term nothing but the slope is left.
     assert float(table["flat, no depth"]["median_slope_share"]) == pytest.approx(1.0, abs=1e-4)
-    with (tmp_path / "out" / "taus.csv").open() as file:
+    with (whole / "taus.csv").open() as file:
         between = {row[""]: row for row in csv.DictReader(file)}
     tau = kendalltau([float(line["flat"]) for line in scores], [float(line["turned"]) for line in scores]).statistic
     assert float(between["flat"]["turned"]) == float(between["turned"]["flat"]) == pytest.approx(tau)
-    assert (tmp_path / "out" / "scatter.png").read_bytes().startswith(b"\x89PNG")
-    assert "12 architectures" in done.stdout
+    assert (whole / "scatter.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_training_free_scores_leave_the_generators_of_all_devices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,27 +143,21 @@ def test_training_free_scores_leave_the_generators_of_all_devices_alone(monkeypa
     assert fresh == [again[name] for name in TRAINING_FREE] and None not in fresh
 
 
-def synflow_of_subnets(run: Path, scores: list[dict[str, str]]) -> set[float]:
-    supernet = load_supernet(run / "supernet.ckpt")
-    names = [NasBench201Architecture.from_string(line["architecture"]) for line in scores]
-    return {synflow(supernet.subnet(architecture), (3, 8, 8)) for architecture in names}
-
-
-def test_a_killed_run_goes_on_and_ends_the_same(files: Path, genas: Callable[..., Any], tmp_path: Path) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert genas(*command(files, whole)).status == 0
-    assert genas(*command(files, cut)).status == 0
+def test_a_killed_run_goes_on_and_ends_the_same(
+    files: Path, whole: Path, genas: Callable[..., Any], tmp_path: Path
+) -> None:
+    cut = shutil.copytree(whole, tmp_path / "cut")
     # As after a kill in the middle of the fifth line.
     lines = (cut / "measurements.jsonl").read_bytes().splitlines(keepends=True)
     (cut / "measurements.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:50])
     (cut / "correlations.csv").unlink()
-    again = genas(*command(files, cut))
+    again = genas(*command(files, cut, "--training-free"))
     assert "already holds measurements: go on with --resume" in again.error
-    assert genas(*command(files, cut, "--resume")).status == 0
+    assert genas(*command(files, cut, "--training-free", "--resume")).status == 0
     for name in ("measurements.jsonl", "correlations.csv", "scores.csv", "scatter.png"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
     for different in (["--seed", "1"], ["--images", "48"]):
-        other = genas(*command(files, cut, "--resume", *different))
+        other = genas(*command(files, cut, "--training-free", "--resume", *different))
         assert "measurements of other settings or architectures" in other.error
 
 
@@ -325,9 +311,7 @@ def test_moved_images_are_those_of_a_run(files: Path, genas: Callable[..., Any],
 
 
 def test_a_supernet_of_another_space_is_refused(tmp_path: Path, files: Path) -> None:
-    other = {**EXPERIMENT, "space": {"init_channels": 4, "num_cells": 3}}
-    run_experiment(config.parse(other), tmp_path / "darts")
-    trained = Scorer.from_run(tmp_path / "darts", device="cpu")
+    trained = Scorer(SuperNet(10, 4, 2), CombinedScore(), validation=[])
     with pytest.raises(TypeError, match="The supernet is a SuperNet, expected a NasBench201SuperNet"):
         measure_all(trained, [], load_settings(files / "settings.yaml")[0], tmp_path / "out")
 
@@ -385,17 +369,14 @@ def test_a_search_tells_it_too(share: float, told: bool, tmp_path: Path) -> None
 
 
 def test_config_trains_first(files: Path, genas: Callable[..., Any], tmp_path: Path) -> None:
-    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
-    arguments = command(files, tmp_path / "out")
-    del arguments[1:3]
-    done = genas(*arguments, "--config", str(tmp_path / "experiment.yaml"), "--set", "seed=3")
+    done = genas(*training(files, tmp_path / "out", "--set", "seed=3", "--sample", "3"))
     assert done.status == 0, done.stderr
     assert json.loads((tmp_path / "out" / "search" / "architecture.json").read_text())["provenance"]["seed"] == 3
     assert (tmp_path / "out" / "correlations.csv").exists()
 
 
 def test_after_so_many_minutes_what_there_is_is_reported_and_the_rest_follows(
-    files: Path, genas: Callable[..., Any], tmp_path: Path
+    files: Path, whole: Path, genas: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Time stands still until two are measured, and then is over."""
     clock = """
@@ -407,16 +388,16 @@ def monotonic():
 module.time = types.SimpleNamespace(monotonic=monotonic)
 """
     out = tmp_path / "out"
-    few = genas(*command(files, out, "--minutes", "1"), before=clock.replace("LIMIT", "4"))
+    few = genas(*command(files, out, "--training-free", "--minutes", "1"), before=clock.replace("LIMIT", "4"))
     assert few.status == 1
     assert few.stderr == "genas: 2 architectures are measured, a correlation takes 3: go on with --resume.\n"
-    some = genas(*command(files, out, "--minutes", "1", "--resume"), before=clock.replace("LIMIT", "5"))
+    line = command(files, out, "--training-free", "--resume")
+    some = genas(*line, "--minutes", "1", before=clock.replace("LIMIT", "5"))
     assert some.status == 0, some.stderr
     assert "\n5 architectures." in some.stdout
-    assert genas(*command(files, out, "--resume")).status == 0
-    assert genas(*command(files, tmp_path / "whole")).status == 0
+    assert genas(*line).status == 0
     for name in ("measurements.jsonl", "scores.csv", "correlations.csv"):
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
     refused = genas(*command(files, tmp_path / "none", "--minutes", "0"))
     assert (refused.status, refused.stderr) == (1, "genas: --minutes must be above 0, got 0.0.\n")
 
@@ -442,11 +423,8 @@ def test_all_that_can_be_wrong_is_found_before_anything_is_trained(
 ) -> None:
     (tmp_path / "many.yaml").write_text("- {name: a, metric: accuracy, images: 100000}\n")
     (tmp_path / "again.yaml").write_text("- {name: a, metric: accuracy, recalibration_images: 100000}\n")
-    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
-    arguments = command(files, tmp_path / "out", "--config", str(tmp_path / "experiment.yaml"))
-    del arguments[1:3]
     more = [str(tmp_path / change) if change.endswith(".yaml") else change for change in changes]
-    assert message in genas(*arguments, *more).error
+    assert message in genas(*training(files, tmp_path / "out"), *more).error
     assert not (tmp_path / "out").exists()
 
 
@@ -459,10 +437,7 @@ def test_settings_of_a_run_are_not_set_again(files: Path, genas: Callable[..., A
 def test_measurements_that_are_there_are_found_before_a_training(
     files: Path, genas: Callable[..., Any], tmp_path: Path
 ) -> None:
-    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "settings.json").write_text("{}")
-    arguments = command(files, tmp_path / "out", "--config", str(tmp_path / "experiment.yaml"))
-    del arguments[1:3]
-    assert "already holds measurements" in genas(*arguments).error
+    assert "already holds measurements" in genas(*training(files, tmp_path / "out")).error
     assert not (tmp_path / "out" / "search").exists()

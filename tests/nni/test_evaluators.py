@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from nni.nas.experiment import NasExperiment
 from nni.nas.experiment.config import NasExperimentConfig, SequentialEngineConfig
 from nni.nas.hub.pytorch import NasBench201
 from nni.nas.strategy import Random, RegularizedEvolution
-from nni.tools.nnictl.config_utils import Experiments
 from torch import nn
 
 from genas_plugins.checkpoints import CheckpointError, save_supernet
@@ -42,14 +40,8 @@ DATA = {
 }
 
 
-@pytest.fixture(autouse=True)
-def nothing_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NNI lists every experiment there, wherever the experiment itself is told to live."""
-    monkeypatch.setattr("nni.nas.experiment.experiment.Experiments", partial(Experiments, str(tmp_path)))
-
-
 @pytest.fixture
-def search(tmp_path: Path) -> Callable[..., list[Any]]:
+def search(tmp_path: Path, nothing_in_the_home_folder: None) -> Callable[..., list[Any]]:
     """Runs a multi-trial strategy in this process and returns the models, best first."""
 
     def run(space: Any, evaluator: Any, strategy: Any, trials: int, model_format: str = "simplified") -> list[Any]:
@@ -84,35 +76,35 @@ def checked(models: list[Any], trials: int) -> list[Any]:
 
 
 def test_random_search_by_flatness_agrees_with_the_command(
-    search: Callable[..., list[Any]], genas: Any, finished: Any
+    search: Callable[..., list[Any]], genas: Any, darts: Any
 ) -> None:
-    evaluator = FlatnessEvaluator(finished.path, device="cpu")
+    evaluator = FlatnessEvaluator(darts.path, device="cpu")
     best, *_ = checked(search(darts_space(), evaluator, Random(seed=0), 4), 4)
     code = str(sample_to_genotype(best.sample))
-    shown = genas("score", code, "--run", finished.path, "--metric", "flatness", "--device", "cpu")
+    shown = genas("score", code, "--run", darts.path, "--metric", "flatness", "--device", "cpu")
     assert shown.stdout.splitlines()[1].split() == ["score", f"{best.metric:.6g}"]
     # Found again by whoever asks, to the last digit.
-    again = Scorer.from_run(finished.path, device="cpu")
+    again = Scorer.from_run(darts.path, device="cpu")
     assert again.measure(Genotype.from_code(map(int, code.split())), evaluator.trained.score).score == best.metric
 
 
 def test_evolution_by_angle_and_flatness_agrees_with_the_command(
-    search: Callable[..., list[Any]], genas: Any, finished: Any
+    search: Callable[..., list[Any]], genas: Any, darts: Any
 ) -> None:
-    evaluator = CombinedEvaluator(finished.path, metric="angle+flatness", device="cpu")
+    evaluator = CombinedEvaluator(darts.path, metric="angle+flatness", device="cpu")
     strategy = RegularizedEvolution(population_size=4, sample_size=2, mutation_prob=0.3, seed=0)
     best, *_ = checked(search(darts_space(), evaluator, strategy, 6), 6)
     code = str(sample_to_genotype(best.sample))
-    shown = genas("score", code, "--run", finished.path, "--device", "cpu")
+    shown = genas("score", code, "--run", darts.path, "--device", "cpu")
     assert shown.stdout.splitlines()[:2] == [
         "metric               angle+flatness",
         f"score                {best.metric:.6g}",
     ]
 
 
-def test_a_run_s_own_candidates_have_its_scores(finished: Any) -> None:
-    evaluator = CombinedEvaluator(finished.path, metric="angle+flatness", device="cpu")
-    for record in finished.records[:2]:
+def test_a_run_s_own_candidates_have_its_scores(darts: Any) -> None:
+    evaluator = CombinedEvaluator(darts.path, metric="angle+flatness", device="cpu")
+    for record in darts.records[:2]:
         genotype = Genotype.from_code(record["candidate"])
         for model in (
             genotype,
@@ -124,22 +116,22 @@ def test_a_run_s_own_candidates_have_its_scores(finished: Any) -> None:
     assert evaluator.evaluate(fixed) == pytest.approx(record["score"], rel=1e-12)
 
 
-def test_settings_beat_those_of_the_run(finished: Any, genotypes: list[Genotype]) -> None:
-    evaluator = CombinedEvaluator(finished.path, "flatness", sigmas=[0.1, 0.2], alpha=0.5, device="cpu")
+def test_settings_beat_those_of_the_run(darts: Any, genotypes: list[Genotype]) -> None:
+    evaluator = CombinedEvaluator(darts.path, "flatness", sigmas=[0.1, 0.2], alpha=0.5, device="cpu")
     measured = evaluator.measure(genotypes[0])
     assert measured.flatness is not None
     assert measured.flatness.sigmas == (0.1, 0.2)
     first, second = measured.flatness.losses
     # Eq. 4.
     assert measured.score == pytest.approx(1 / (abs(second - first) / 0.1 + 0.5 * first / 0.1 + 1e-5), rel=1e-12)
-    accuracy = CombinedEvaluator(finished.path, "accuracy", device="cpu").measure(genotypes[0])
+    accuracy = CombinedEvaluator(darts.path, "accuracy", device="cpu").measure(genotypes[0])
     assert accuracy.score * 64 == pytest.approx(round(accuracy.score * 64))
 
 
-def test_common_noise_is_a_function_of_the_seed_of_the_run(finished: Any, genotypes: list[Genotype]) -> None:
+def test_common_noise_is_a_function_of_the_seed_of_the_run(darts: Any, genotypes: list[Genotype]) -> None:
     chosen: dict[str, Any] = {"noise": "random_walk", "relative": True, "draws": 2, "common": True}
-    evaluator = FlatnessEvaluator(finished.path, **chosen, device="cpu")
-    trained = Scorer.from_run(finished.path, device="cpu")
+    evaluator = FlatnessEvaluator(darts.path, **chosen, device="cpu")
+    trained = Scorer.from_run(darts.path, device="cpu")
     score = evaluator.trained.score
     assert {name: getattr(score, name) for name in chosen} == chosen
     subnet = trained.paths.supernet.subnet(genotypes[0])
@@ -152,25 +144,25 @@ def test_common_noise_is_a_function_of_the_seed_of_the_run(finished: Any, genoty
     assert {name: getattr(settings.build(), name) for name in chosen} == chosen
 
 
-def test_noise_along_eigenvectors_reaches_the_measurement(finished: Any, genotypes: list[Genotype]) -> None:
+def test_noise_along_eigenvectors_reaches_the_measurement(darts: Any, genotypes: list[Genotype]) -> None:
     chosen: dict[str, Any] = {"noise": "hessian", "relative": True, "hessian_directions": 2, "common": False}
-    evaluator = FlatnessEvaluator(finished.path, **chosen, device="cpu")
+    evaluator = FlatnessEvaluator(darts.path, **chosen, device="cpu")
     score = evaluator.trained.score
     assert {name: getattr(score, name) for name in chosen} == chosen
     measured = evaluator.measure(genotypes[0])
-    assert measured == Scorer.from_run(finished.path, score=score, device="cpu").measure(genotypes[0])
+    assert measured == Scorer.from_run(darts.path, score=score, device="cpu").measure(genotypes[0])
     # The strategy measures with what the experiment's file says.
     settings = config.parse({"score": {"metric": "flatness", **chosen}}).score
     assert GeNAS(score=settings.build()).score == settings.build()
     assert {name: getattr(settings.build(), name) for name in chosen} == chosen
     with pytest.raises(ValueError, match="'hessian' cannot be common"):
-        FlatnessEvaluator(finished.path, noise="hessian", common=True)
+        FlatnessEvaluator(darts.path, noise="hessian", common=True)
 
 
 def test_settings_that_are_not_given_are_those_of_the_run(
-    finished: Any, tmp_path: Path, genotypes: list[Genotype]
+    darts: Any, tmp_path: Path, genotypes: list[Genotype]
 ) -> None:
-    folder = shutil.copytree(finished.path, tmp_path / "run")
+    folder = shutil.copytree(darts.path, tmp_path / "run")
     experiment = yaml.safe_load((folder / "config.yaml").read_text())
     experiment["score"].update(alpha=0.25, sigmas=[0.1, 0.3])
     (folder / "config.yaml").write_text(yaml.safe_dump(experiment))
@@ -182,12 +174,12 @@ def test_settings_that_are_not_given_are_those_of_the_run(
 
 
 def test_a_checkpoint_of_the_official_format_scores_like_the_run_it_came_from(
-    search: Callable[..., list[Any]], finished: Any, tmp_path: Path, genotypes: list[Genotype]
+    search: Callable[..., list[Any]], darts: Any, tmp_path: Path, genotypes: list[Genotype]
 ) -> None:
-    run = Scorer.from_run(finished.path, device="cpu")
+    run = Scorer.from_run(darts.path, device="cpu")
     path = tmp_path / "official.pth.tar"
     torch.save({"epoch": 3, "state_dict": run.paths.supernet.state_dict(), "optimizer": {"state": {}}}, path)
-    initial = finished.path / "initial.safetensors"
+    initial = darts.path / "initial.safetensors"
     before = DartsSpace(10, 4, 3)
     state = {name.removeprefix("network.supernet."): value for name, value in before.state_dict().items()}
     assert state.keys() == run.paths.supernet.state_dict().keys()
@@ -197,18 +189,18 @@ def test_a_checkpoint_of_the_official_format_scores_like_the_run_it_came_from(
     with pytest.raises(ValueError, match="needs the weights before training, which this supernet comes without"):
         CombinedEvaluator(path, "angle", data=DATA, device="cpu").measure(genotypes[0])
     angle = CombinedEvaluator(path, "angle", data=DATA, initial=initial, device="cpu")
-    score = CombinedEvaluator(finished.path, "angle", device="cpu").measure(genotypes[0]).score
+    score = CombinedEvaluator(darts.path, "angle", device="cpu").measure(genotypes[0]).score
     assert angle.measure(genotypes[0]).score == score > 0
     models = checked(search(darts_space(), evaluator, Random(seed=1), 2), 2)
     assert models[0].metric == run.measure(sample_to_genotype(models[0].sample), evaluator.trained.score).score
 
 
-def test_our_own_checkpoints_will_do(finished: Any, tmp_path: Path, genotypes: list[Genotype]) -> None:
-    run = Scorer.from_run(finished.path, device="cpu")
+def test_our_own_checkpoints_will_do(darts: Any, tmp_path: Path, genotypes: list[Genotype]) -> None:
+    run = Scorer.from_run(darts.path, device="cpu")
     path = save_supernet(run.paths.supernet, tmp_path / "supernet.safetensors")
     scores = {
         FlatnessEvaluator(source, data=DATA, seed=1, device="cpu").measure(genotypes[0]).score
-        for source in (path, finished.path / "supernet.ckpt", str(path))
+        for source in (path, darts.path / "supernet.ckpt", str(path))
     }
     assert len(scores) == 1
     # The seed decides the noise.
@@ -252,15 +244,15 @@ def test_another_space_with_its_saved_weights(search: Callable[..., list[Any]], 
         CombinedEvaluator(path, data=DATA, space=space(), device="cpu").measure(best.sample)
 
 
-def test_both_formats_of_models_work(search: Callable[..., list[Any]], finished: Any) -> None:
-    evaluator = FlatnessEvaluator(finished.path, device="cpu")
+def test_both_formats_of_models_work(search: Callable[..., list[Any]], darts: Any) -> None:
+    evaluator = FlatnessEvaluator(darts.path, device="cpu")
     simplified = search(darts_space(), evaluator, Random(seed=3), 2)
     raw = search(darts_space(), evaluator, Random(seed=3), 2, "raw")
     assert {model.metric for model in simplified} == {model.metric for model in raw}
 
 
-def test_a_trial_elsewhere_gets_the_same_evaluator(finished: Any, genotypes: list[Genotype]) -> None:
-    evaluator = CombinedEvaluator(finished.path, "angle+flatness", sigmas=(1e-3, 2e-3), gamma=2.0, device="cpu")
+def test_a_trial_elsewhere_gets_the_same_evaluator(darts: Any, genotypes: list[Genotype]) -> None:
+    evaluator = CombinedEvaluator(darts.path, "angle+flatness", sigmas=(1e-3, 2e-3), gamma=2.0, device="cpu")
     sent = nni.dump(evaluator)
     received = nni.load(sent)
     assert type(received).__name__ == "CombinedEvaluator"
@@ -269,28 +261,28 @@ def test_a_trial_elsewhere_gets_the_same_evaluator(finished: Any, genotypes: lis
     assert "gamma=2.0" in repr(evaluator)
 
 
-def test_wrong_settings_are_refused_at_once(finished: Any, tmp_path: Path) -> None:
+def test_wrong_settings_are_refused_at_once(darts: Any, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no run folder or checkpoint"):
         FlatnessEvaluator(tmp_path / "nothing")
     with pytest.raises(ValueError, match="pass data="):
-        FlatnessEvaluator(finished.path / "supernet.ckpt")
+        FlatnessEvaluator(darts.path / "supernet.ckpt")
     with pytest.raises(ValueError, match="Unknown metric 'sharpness'; valid metrics: flatness, angle"):
-        CombinedEvaluator(finished.path, metric="sharpness")
+        CombinedEvaluator(darts.path, metric="sharpness")
     with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
-        FlatnessEvaluator(finished.path, draws=0)
+        FlatnessEvaluator(darts.path, draws=0)
     with pytest.raises(ValueError, match="strictly increasing"):
-        FlatnessEvaluator(finished.path, sigmas=[2, 1])
+        FlatnessEvaluator(darts.path, sigmas=[2, 1])
     with pytest.raises(TypeError, match="space must be an NNI ModelSpace, got Linear"):
-        FlatnessEvaluator(finished.path, space=nn.Linear(2, 2))
+        FlatnessEvaluator(darts.path, space=nn.Linear(2, 2))
     with pytest.raises(TypeError, match="CombinedEvaluator takes a metric"):
-        FlatnessEvaluator(finished.path, metric="angle")
+        FlatnessEvaluator(darts.path, metric="angle")
 
 
-def test_a_folder_without_a_supernet_and_a_model_without_an_architecture(finished: Any, tmp_path: Path) -> None:
+def test_a_folder_without_a_supernet_and_a_model_without_an_architecture(darts: Any, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no config\.yaml"):
         FlatnessEvaluator(tmp_path).measure({})
     with pytest.raises(TypeError, match="Linear does not tell its architecture; expected a Genotype"):
-        FlatnessEvaluator(finished.path, device="cpu").measure(nn.Linear(2, 2))
+        FlatnessEvaluator(darts.path, device="cpu").measure(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("classes", [5, 12])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,17 +17,10 @@ importlib.metadata.distribution = lambda name: there("none-such" if name in mask
 """
 
 
-def run(code: str, packages: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run code in a process in which the packages cannot be imported."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", MASK.format(packages=packages) + code],
-        env=environment,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def run(warm: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """Runs code in a process in which packages cannot be imported."""
+    return lambda code, *packages: warm("torch")(MASK.format(packages=packages) + code, folder=tmp_path)
 
 
 IMPORTS = """
@@ -41,9 +33,11 @@ except ImportError as error:
 
 
 @pytest.mark.parametrize("package", ["nni", "pytorch_lightning"])
-def test_the_core_goes_without_the_host_and_its_package_says_what_is_missing(package: str, tmp_path: Path) -> None:
-    done = run(IMPORTS, (package,), tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_the_core_goes_without_the_host_and_its_package_says_what_is_missing(
+    package: str, run: Callable[..., Any]
+) -> None:
+    done = run(IMPORTS, package)
+    assert (done.status, done.stderr) == (0, "")
     assert done.stdout == (
         f"{package} is needed for nni_strategy but is not installed: pip install 'genas-plugins[nni]'.\n"
     )
@@ -65,9 +59,11 @@ sys.exit(main(["search", "--config", "quickstart_digits", "--output", "run"]))
         ("sklearn", "pip install 'genas-plugins[nni]'."),
     ],
 )  # fmt: skip
-def test_a_search_says_what_is_missing_before_it_starts(package: str, message: str, tmp_path: Path) -> None:
-    done = run(SEARCH, (package,), tmp_path)
-    assert (done.returncode, done.stdout) == (1, "")
+def test_a_search_says_what_is_missing_before_it_starts(
+    package: str, message: str, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = run(SEARCH, package)
+    assert (done.status, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"genas: {package}" if package != "sklearn" else "genas: ")
     assert line.endswith(message)
@@ -82,9 +78,9 @@ assert main(["plot", "cells", "genas_flatness_c10", "cells.svg"]) == 1
 """
 
 
-def test_the_other_commands_need_only_what_they_use(tmp_path: Path) -> None:
-    done = run(COMMANDS, ("nni", "pytorch_lightning", "matplotlib", "torchvision", "sklearn", "tqdm", "PIL"), tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_the_other_commands_need_only_what_they_use(run: Callable[..., Any]) -> None:
+    done = run(COMMANDS, "nni", "pytorch_lightning", "matplotlib", "torchvision", "sklearn", "tqdm", "PIL")
+    assert done.status == 0, done.stderr
     assert "genas_flatness_c10" in done.stdout
     assert done.stderr.splitlines() == [
         "genas: nowhere is not the folder of a search with a trained supernet: no config.yaml.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +15,20 @@ from nni.nas.experiment import NasExperiment
 from nni.nas.experiment.config import NasExperimentConfig, SequentialEngineConfig
 from nni.nas.space import model_context
 from nni.nas.strategy import RegularizedEvolution
-from nni.tools.nnictl.config_utils import Experiments
 
 from genas_plugins.checkpoints import load_supernet, save_supernet
 from genas_plugins.darts.zoo import ZOO
-from genas_plugins.experiment import config
 from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.nasbench201 import NasBench201Network, NasBench201SuperNet
 from genas_plugins.scoring import angle
 from genas_plugins.spaces import NasBench201Architecture, NasBench201SearchSpace
 from nni_strategy import NasBench201Space
-from nni_strategy.run import run_experiment
 from nni_strategy.space import architecture_to_sample, sample_to_architecture
-
-TINY: dict[str, Any] = {
-    "seed": 1,
-    "space": {"name": "nasbench201", "init_channels": 2, "cells_per_stage": 1, "affine": False},
-    "data": {
-        "name": "digits",
-        "train_images": 64,
-        "validation_images": 64,
-        "test_images": 32,
-        "flip": False,
-        "crop_padding": 1,
-    },
-    "training": {"epochs": 2, "batch_size": 32, "accelerator": "cpu"},
-    "score": {"metric": "angle+flatness", "recalibration_images": 32},
-    "search": {"population": 5, "generations": 2, "parents": 2, "mutants": 2, "crossovers": 2},
-}
 
 
 def known(architecture: NasBench201Architecture) -> float:
     """An accuracy with one best architecture, six 3x3 convolutions, which has 94."""
     return 10.0 + 14.0 * architecture.operations.count("nor_conv_3x3")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a search in the space."""
-    folder = tmp_path_factory.mktemp("nasbench201") / "run"
-    run_experiment(config.parse(TINY), folder)
-    return folder
 
 
 def test_every_architecture_has_a_sample_with_the_labels_of_nnis_hub() -> None:
@@ -118,32 +90,32 @@ def test_its_supernet_is_saved_and_loaded(affine: bool, tmp_path: Path) -> None:
         load_supernet(tmp_path / "cut.pth")
 
 
-def test_a_search_ends_in_an_architecture_whose_accuracy_is_known(run: Path) -> None:
-    found = json.loads((run / "architecture.json").read_text())
+def test_a_search_ends_in_an_architecture_whose_accuracy_is_known(finished: Any) -> None:
+    found = finished.winner
     best = NasBench201Architecture.from_string(found["architecture"])
-    records = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (finished.path / "history.jsonl").read_text().splitlines()]
     top = max(records, key=lambda record: record["score"])
     assert top["candidate"] == str(best) and found["record"] == top
     assert 10.0 <= known(best) <= 94.0
-    assert not load_supernet(run / "supernet.ckpt").affine
-    assert {path.name for path in run.iterdir()} >= {"search.png", "loss_curves.png", "supernet.ckpt"}
-    assert not (run / "genotype.json").exists() and not (run / "cells.svg").exists()
+    assert not load_supernet(finished.path / "supernet.ckpt").affine
+    assert {path.name for path in finished.path.iterdir()} >= {"search.png", "loss_curves.png", "supernet.ckpt"}
+    assert not (finished.path / "genotype.json").exists() and not (finished.path / "cells.svg").exists()
 
 
-def test_a_candidate_has_the_score_of_the_history_whenever_it_is_measured(run: Path) -> None:
-    trained = Scorer.from_run(run, device="cpu")
-    for line in (run / "history.jsonl").read_text().splitlines()[-2:]:
+def test_a_candidate_has_the_score_of_the_history_whenever_it_is_measured(finished: Any) -> None:
+    trained = Scorer.from_run(finished.path, device="cpu")
+    for line in (finished.path / "history.jsonl").read_text().splitlines()[-2:]:
         record = json.loads(line)
         measured = trained.measure(NasBench201Architecture.from_string(record["candidate"]))
         assert measured.score == record["score"]
 
 
-def test_genas_score_takes_a_string_of_the_benchmark(run: Path, genas: Any) -> None:
-    record = json.loads((run / "history.jsonl").read_text().splitlines()[0])
-    done = genas("score", record["candidate"], "--run", str(run), "--device", "cpu")
+def test_genas_score_takes_a_string_of_the_benchmark(finished: Any, genas: Any) -> None:
+    record = json.loads((finished.path / "history.jsonl").read_text().splitlines()[0])
+    done = genas("score", record["candidate"], "--run", finished.path, "--device", "cpu")
     assert done.status == 0, done.stderr
     assert f"{record['score']:.6g}" in done.stdout
-    wrong = genas("score", ZOO["genas_flatness_c10"].genotype.__str__(), "--run", str(run), "--device", "cpu")
+    wrong = genas("score", str(ZOO["genas_flatness_c10"].genotype), "--run", finished.path, "--device", "cpu")
     assert "nodes, expected 3: |op~0|" in wrong.error
 
 
@@ -152,9 +124,8 @@ def tabular(model: NasBench201Space) -> None:
     nni.report_final_result(known(model.network.architecture))
 
 
-def test_regularized_evolution_over_a_table_ends_near_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # NNI lists every experiment in the home folder, wherever the experiment itself is told to live.
-    monkeypatch.setattr("nni.nas.experiment.experiment.Experiments", partial(Experiments, str(tmp_path)))
+@pytest.mark.usefixtures("nothing_in_the_home_folder")
+def test_regularized_evolution_over_a_table_ends_near_the_best(tmp_path: Path) -> None:
     settings = NasExperimentConfig(
         SequentialEngineConfig(max_model_count=150), "simplified", experiment_working_directory=str(tmp_path)
     )

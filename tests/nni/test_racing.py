@@ -159,7 +159,7 @@ def test_the_command_tells_what_racing_saved(raced: tuple[Any, Path], genas: Any
     saved = sum(224 - record["images"] for record in dropped) / (224 * len(records))
     assert f"Racing saved {saved:.1%} of the image evaluations." in done.stdout
     # Of the best, no more are named than racing leaves certain.
-    data = json.loads((folder / "genotype.json").read_text())
+    data = json.loads((folder / "architecture.json").read_text())
     assert len(data["top"]) == 2
     assert (data["provenance"]["dropped"], data["provenance"]["spared"]) == (len(dropped), round(saved, 4))
     assert genas("plot", "search", folder, tmp_path / "search.svg").status == 0

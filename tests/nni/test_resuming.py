@@ -25,6 +25,7 @@ from genas_plugins.nasbench201 import NasBench201Architecture, NasBench201Search
 from genas_plugins.search import History, HistoryError
 from nni_strategy.strategy import GeNAS
 
+ARCHITECTURE = "|none~0|+|none~0|none~1|+|nor_conv_3x3~0|none~1|none~2|"
 STATE = ("config.yaml", "run.json", "data.json", "initial.safetensors", "supernet.ckpt", "history.jsonl")
 
 
@@ -32,16 +33,25 @@ def state(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.fixture
-def killed(finished: Any, tmp_path: Path) -> Path:
-    """A run that was killed in its second generation."""
-    folder = tmp_path / "run"
+def killed_copy(finished: Any, folder: Path) -> Path:
+    """A run as if it had been killed in its second generation."""
     folder.mkdir()
     for name in STATE:
         (folder / name).write_bytes((finished.path / name).read_bytes())
     lines = (folder / "history.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "history.jsonl").write_bytes(b"".join(lines[:7]))
     return folder
+
+
+@pytest.fixture
+def killed(finished: Any, tmp_path: Path) -> Path:
+    return killed_copy(finished, tmp_path / "run")
+
+
+def test_a_search_of_darts_goes_on(genas: Any, darts: Any, folder_at: Callable[[Path], Any], tmp_path: Path) -> None:
+    folder = killed_copy(darts, tmp_path / "run")
+    assert genas.search(folder, resume=True).wait().status == 0
+    folder_at(folder).assert_same(darts)
 
 
 # The images
@@ -59,7 +69,7 @@ def begun(genas: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
             Image.fromarray(pixels).save(base / "images" / name / f"{number:02}.png")
     changes = ["data.name=image_folder", f"data.root={base / 'images'}", "data.train_images=null"]
     changes += ["data.validation_images=null", "data.test_images=null", "training.epochs=1", "training.batch_size=8"]
-    changes += ["score.recalibration_images=8", "space.num_cells=2"]
+    changes += ["score.recalibration_images=8"]
     done = genas.search(base / "run", *changes).wait()
     assert done.status == 0, done.stderr
     history = base / "run" / "history.jsonl"
@@ -108,7 +118,7 @@ def test_other_images_are_refused_before_anything_is_written(
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace(str(begun[1]), str(images)))
     before = state(run)
-    for command in (["search", "--output", run, "--resume", "--quiet"], ["score", "genas_flatness_c10", "--run", run]):
+    for command in (["search", "--output", run, "--resume", "--quiet"], ["score", ARCHITECTURE, "--run", run]):
         done = genas(*command)
         message = done.error
         assert message.startswith(f"The data is not what the run in {run} began with (")
@@ -338,7 +348,9 @@ def test_what_a_killed_search_left_half_written_is_removed(genas: Any, killed: P
 
 
 @pytest.fixture(scope="module")
-def correlated(genas: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+def correlated(
+    genas: Any, tiny: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[str], Path]:
     """A command that has run to its end, and its folder."""
     base = tmp_path_factory.mktemp("correlated")
     rows = [("arch", "cifar10")]
@@ -347,13 +359,8 @@ def correlated(genas: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[li
     with (base / "truth.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
     (base / "settings.yaml").write_text("- {name: flat, metric: flatness, sigmas: [0.01, 0.05]}\n")
-    experiment = {
-        "space": {"name": "nasbench201", "init_channels": 2, "cells_per_stage": 1},
-        "data": {"name": "digits", "train_images": 64, "validation_images": 32, "test_images": 32},
-        "training": {"epochs": 1, "batch_size": 32, "accelerator": "cpu"},
-        "score": {"metric": "accuracy", "recalibration_images": 32},
-        "search": {"population": 2, "generations": 1, "parents": 1, "mutants": 0, "crossovers": 0},
-    }
+    search = {"population": 2, "generations": 1, "parents": 1, "mutants": 0, "crossovers": 0}
+    experiment = tiny(training={"epochs": 1}, score={"metric": "accuracy"}, search=search)
     (base / "experiment.yaml").write_text(yaml.safe_dump(experiment))
     line = ["correlate", "--truth", base / "truth.csv", "--settings", base / "settings.yaml", "--sample", "6"]
     line += ["--resamples", "50", "--quiet"]
@@ -477,17 +484,21 @@ module.training_step = training_step
 def test_a_signal_in_training_and_in_the_search_says_how_to_go_on(
     number: signal.Signals, status: int, genas: Any, finished: Any, folder_at: Callable[[Path], Any], tmp_path: Path
 ) -> None:
-    folder = folder_at(tmp_path / "run")
-    conditions = ((folder.path / "supernet.ckpt").exists, lambda: len(folder.records) >= 6)
+    # The folder's name has a space in it.
+    folder = folder_at(tmp_path / "a run")
+    conditions = ((folder.path / "supernet.ckpt").exists, lambda: len(folder.records) >= 7)
     for resume, condition in enumerate(conditions):
         running = genas.search(folder.path, resume=bool(resume), before=SLOWLY)
         assert running.wait(until=condition) is None
         running.signal(number)
         done = running.wait()
-        assert done.stderr == f"\nInterrupted. Continue with: genas search --output {folder.path} --resume\n"
-        assert done.status == status
-        assert not (folder.path / ".lock").exists()
-    assert genas.search(folder.path, resume=True).wait().status == 0
+        assert done.stderr == f"\nInterrupted. Continue with: genas search --output '{folder.path}' --resume\n"
+        assert (done.status, done.stdout) == (status, "")
+        assert {path.name for path in folder.path.iterdir()} <= {*STATE, "training"}
+    assert folder.training["epoch"] == 3
+    assert 7 <= len(folder.records) < 10
+    last = genas.search(folder.path, resume=True).wait()
+    assert (last.status, last.stderr) == (0, "")
     folder.assert_same(finished)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,6 @@ from nni.nas.experiment import NasExperiment
 from nni.nas.experiment.config import NasExperimentConfig, SequentialEngineConfig
 from nni.nas.space import RawFormatModelSpace, model_context
 from nni.nas.strategy import Random, RandomOneShot
-from nni.tools.nnictl.config_utils import Experiments
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -29,15 +26,6 @@ from genas_plugins.darts.network import CellNetwork
 from genas_plugins.scoring import angle
 from genas_plugins.spaces import DartsSearchSpace
 from nni_strategy.space import DartsSpace, genotype_to_sample, sample_to_genotype
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small lose more to waiting threads than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -278,9 +266,8 @@ def share_of_convolutions(model: DartsSpace) -> None:
     nni.report_final_result(sum("conv" in name for name in operations) / len(operations))
 
 
-def test_multi_trial_random_in_one_process(space: DartsSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # NNI lists every experiment in the home folder, wherever the experiment itself is told to live.
-    monkeypatch.setattr("nni.nas.experiment.experiment.Experiments", partial(Experiments, str(tmp_path)))
+@pytest.mark.usefixtures("nothing_in_the_home_folder")
+def test_multi_trial_random_in_one_process(space: DartsSpace, tmp_path: Path) -> None:
     config = NasExperimentConfig(
         SequentialEngineConfig(max_model_count=4), "simplified", experiment_working_directory=str(tmp_path)
     )

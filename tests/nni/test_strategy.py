@@ -6,8 +6,7 @@ import copy
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from nni.nas.hub.pytorch import DARTS, NasBench101, NasBench201, ShuffleNetSpace
 from nni.nas.nn.pytorch import ModelSpace, MutableBatchNorm2d, MutableConv2d, Repeat
 from nni.nas.space import RawFormatModelSpace
 from nni.nas.utils.serializer import get_default_serializer
-from nni.tools.nnictl.config_utils import Experiments
 from scipy.stats import chisquare
 from torch import Tensor, nn
 
@@ -53,15 +51,6 @@ SPACES: dict[str, tuple[Callable[[], ModelSpace], int]] = {
     "DARTS": (lambda: DARTS(width=4, num_cells=3), 8),
     "ShuffleNetSpace": (lambda: ShuffleNetSpace(num_labels=10), 32),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small lose more to waiting threads than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_data(size: int = 8, images: int = 32) -> SearchData:
@@ -112,9 +101,8 @@ class Watched(GeNAS):
 
 
 @pytest.fixture
-def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., NasExperiment]:
+def experiment(tmp_path: Path, nothing_in_the_home_folder: None) -> Callable[..., NasExperiment]:
     """Runs an experiment that writes to the temporary folder alone."""
-    monkeypatch.setattr("nni.nas.experiment.experiment.Experiments", partial(Experiments, str(tmp_path)))
 
     def run(space: ModelSpace, strategy: GeNAS, size: int = 8) -> NasExperiment:
         config = NasExperimentConfig("sequential", "raw", experiment_working_directory=str(tmp_path))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +41,6 @@ QUIET: dict[str, Any] = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small lose more to waiting threads than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_images(count: int, size: int = 8, seed: int = 0, classes: int = 10) -> ImageTensors:
@@ -415,7 +405,7 @@ def test_a_run_with_torchs_own_optimizer_is_continued(
         with monkeypatch.context() as patch:
             if not own:
                 # What other spaces get, and this one got before: zeros in the gradients.
-                patch.setattr("nni_strategy.training.SupernetSpace", type(None))
+                patch.setattr(training, "SupernetSpace", type(None))
             evaluator = supernet_evaluator(
                 data,
                 2,

@@ -290,10 +290,12 @@ def test_a_signal_ends_it_with_the_command_that_goes_on(
 
 
 def test_a_signal_before_the_run_begins_says_so(begun: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    def interrupted(*arguments: Any) -> None:
+    def interrupted(folder: Any, scan: Any = os.scandir) -> Any:
         signal.raise_signal(signal.SIGTERM)
+        return scan(folder)
 
-    monkeypatch.setattr("timm_models.training.load_datasets", interrupted)
+    # While images are looked for.
+    monkeypatch.setattr(os, "scandir", interrupted)
     assert main(command(begun / "set", tmp_path / "out")) == 143
     assert capsys.readouterr().err.splitlines()[-1] == "Interrupted before the run began: start it again."
     assert not (tmp_path / "out").exists()

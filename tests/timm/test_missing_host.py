@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 CODE = """
 import sys
@@ -18,10 +18,11 @@ assert genas_plugins.cli.main(["fit", "genas_flatness_c100", "--image-size", "32
 """
 
 
-def test_the_core_goes_without_timm_and_the_package_says_what_is_missing() -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_the_core_goes_without_timm_and_the_package_says_what_is_missing(
+    warm: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = warm("torch")(CODE, folder=tmp_path)
+    assert (done.status, done.stderr) == (0, "")
     assert done.stdout.startswith(
         "timm is needed for timm_models but is not installed: pip install 'genas-plugins[timm]'.\ninit_channels"
     )
