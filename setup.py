@@ -22,14 +22,13 @@ EXTRAS: dict[str, list[str]] = {
         "pytorch-lightning>=2.4",
         "torchvision",
         "scikit-learn",
-        "pyyaml",
         "tqdm",
         "pillow",
         # NNI 3.0's command line and trial runner import pkg_resources, which setuptools 82 dropped.
         "setuptools<82",
     ],
     # scikit-learn for ImageNet-O's figure.
-    "timm": ["timm>=1.0.31", "torchvision", "pyyaml", "pillow", "tensorboard", "scikit-learn"],
+    "timm": ["timm>=1.0.31", "torchvision", "pillow", "tensorboard", "scikit-learn"],
     # mmcv-lite because no mmcv below 2.2, which mmsegmentation refuses, compiles against current torch.
     # ftfy and regex are imported by mmsegmentation, which does not declare them.
     "mmseg": [
@@ -74,7 +73,7 @@ EXTRAS: dict[str, list[str]] = {
     "plots": ["matplotlib>=3.6"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
-EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.5", "ruff", "psutil"]
+EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.5", "ruff", "psutil", "jsonschema>=4.18"]
 
 setup(
     name="genas-plugins",
@@ -107,7 +106,15 @@ setup(
     package_data={"": ["py.typed", "*.json", "*.csv"], "genas_plugins.configs": ["**/*"]},
     exclude_package_data={"": ["**/__pycache__/*", "*.py[cod]"]},
     include_package_data=False,
-    install_requires=["torch>=2.5", "numpy", "scipy>=1.12", "safetensors"],
+    install_requires=[
+        "torch>=2.5",
+        "numpy",
+        "scipy>=1.12",
+        "safetensors",
+        "pyyaml",
+        "pydantic>=2.8",
+        "typing_extensions",
+    ],
     extras_require=EXTRAS,
     zip_safe=False,
 )

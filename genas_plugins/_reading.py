@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from genas_plugins._messages import one_line, shown
-from genas_plugins._optional import require
 
 __all__ = [
     "ReadingError",
@@ -116,9 +115,9 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ReadingError: The text is not YAML, has tags other than of plain data, repeats a key, is nested too deeply, or
             is too large once its aliases are expanded.
-        ImportError: PyYAML is not installed.
     """
-    yaml = require("yaml", extra="nni", purpose="reading YAML")
+    import yaml  # what the core needs for it is not loaded with the core
+
     loader = None
     try:
         loader = yaml.SafeLoader(text)

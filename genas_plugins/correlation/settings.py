@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
 
 from genas_plugins._messages import listed, shown
 from genas_plugins._reading import ReadingError, read_yaml, user_path
+from genas_plugins._settings import ImageCount, Listed, checked, schema_of, settings
 from genas_plugins.checks import MOST_IMAGES, check_count, check_seed
 from genas_plugins.correlation import Setting, columns
 from genas_plugins.correlation.report import ON_SUPERNET, TRAINING_FREE, RankSum, references
@@ -16,7 +19,6 @@ from genas_plugins.correlation.statistics import fewest_resamples
 from genas_plugins.datasets import SearchData
 from genas_plugins.experiment import config
 from genas_plugins.files import packaged_configs
-from genas_plugins.scoring import CombinedScore
 
 __all__ = ["Images", "check_options", "check_sums", "load_settings"]
 
@@ -97,27 +99,57 @@ def check_sums(sums: Sequence[RankSum], settings: Sequence[Setting], training_fr
             )
 
 
+@settings(config.ConfigError)
+class Column(config.Measured):
+    """A column: what a score measures, on how many images."""
+
+    name: str
+    images: ImageCount | None = None
+    recalibration_images: ImageCount | None = None
+
+    def build(self) -> Setting:
+        """As what is measured."""
+        return Setting(
+            name=self.name, score=super().build(), images=self.images, recalibration_images=self.recalibration_images
+        )
+
+
+_Name = Annotated[str, BeforeValidator(lambda name: str(name) if isinstance(name, int | float) else name)]
+_Names = Annotated[tuple[_Name, ...], Field(min_length=2), Listed]
+
+
+@settings(config.ConfigError)
+class Sum:
+    """A column that adds the ranks of others, or the logarithms of their ranks."""
+
+    name: str
+    rank_sum: _Names | None = None
+    log_rank_sum: _Names | None = None
+
+    def __post_init__(self) -> None:
+        if (self.rank_sum is None) == (self.log_rank_sum is None):
+            raise ValueError("a sum is of ranks or of their logarithms.")
+
+    def build(self) -> RankSum:
+        """As what adds."""
+        return RankSum(self.name, self.rank_sum or self.log_rank_sum, logarithm=self.rank_sum is None)
+
+
+def json_schema() -> dict[str, Any]:
+    """What a file of settings may say, for editors."""
+    return schema_of(Annotated[list[Column | Sum], Field(min_length=1)], "Settings of genas correlate")
+
+
 def _setting(data: Any, where: str) -> Setting | RankSum:
-    if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
-        raise config.ConfigError(f"{where}: a setting holds keys and values, among them a name; got {shown(data)}.")
-    for kind in ("rank_sum", "log_rank_sum"):
-        if kind not in data:
-            continue
-        of = data[kind]
-        if set(data) != {"name", kind} or not isinstance(of, list) or len(of) < 2:
-            raise config.ConfigError(f"{where}: a sum has a name and, as {kind}, a list of two or more columns.")
-        return RankSum(data["name"], tuple(map(str, of)), logarithm=kind == "log_rank_sum")
-    if "momentum" in data and "recalibration_momentum" not in data:
-        # As earlier versions called it.
+    named = next((kind for kind in ("rank_sum", "log_rank_sum") if isinstance(data, Mapping) and kind in data), None)
+    if isinstance(data, Mapping) and "recalibration_momentum" not in data:
+        # Its name in older files.
         data = {"recalibration_momentum" if key == "momentum" else key: value for key, value in data.items()}
-    own = {key: data[key] for key in ("images", "recalibration_images") if data.get(key) is not None}
-    rest = {key: value for key, value in data.items() if key not in ("name", "images", "recalibration_images")}
     try:
-        if any(type(count) is not int for count in own.values()):
-            raise ValueError(f"images and recalibration_images must be integers, got {shown(own)}.")
-        return Setting(name=data["name"], score=config.build(CombinedScore, rest), **own)
+        return checked(Column if named is None else Sum, data, config.ConfigError, "a setting").build()
     except ValueError as error:
-        raise config.ConfigError(f"{where}: {error}") from error
+        told = error if named is None else f"a sum has a name and, as {named}, a list of two or more columns."
+        raise config.ConfigError(f"{where}: {told}") from error
 
 
 def check_options(

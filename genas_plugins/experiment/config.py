@@ -3,68 +3,62 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import re
-import types
-import typing
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal
 
-from genas_plugins._messages import listed, one_line, shown
-from genas_plugins._optional import require
+import yaml
+from pydantic import Field
+
+from genas_plugins._messages import one_line, shown
 from genas_plugins._reading import ReadingError, parse_yaml, read_yaml, user_path
-from genas_plugins.checks import MOST_IMAGES, check_count, check_real, check_seed
+from genas_plugins._settings import (
+    Count,
+    Dotless,
+    ImageCount,
+    Real,
+    Reals,
+    Seed,
+    checked,
+    schema_of,
+    settings,
+    suggestion,
+)
+from genas_plugins.checks import MOST, MOST_IMAGES
 from genas_plugins.darts.network import MAX_CELLS, MAX_CHANNELS, cell_shapes
 from genas_plugins.files import packaged_configs
 from genas_plugins.nasbench201 import check_sizes
-from genas_plugins.scoring import CombinedScore, Recalibration
+from genas_plugins.scoring import METRICS, CombinedScore, Recalibration
 from genas_plugins.search import Evolution, InFlight
 from genas_plugins.search.racing import check_confidence
 from genas_plugins.spaces import DartsSearchSpace
 
-__all__ = ["ConfigError", "Experiment", "build", "config_names", "dump", "find_config", "load", "parse", "plain"]
+__all__ = [
+    "ConfigError",
+    "Experiment",
+    "Measured",
+    "config_names",
+    "dump",
+    "find_config",
+    "json_schema",
+    "load",
+    "parse",
+    "plain",
+]
 
-
-_CHECK = "check"
-_MOST_PIXELS, _MOST_PROCESSES = 16_384, 1_024
-# YAML 1.1 reads 1e-5 as text, for want of a dot. 0.1 is text only where somebody has quoted it.
-_DOTLESS = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+", re.ASCII)
+_Cells = Annotated[int, Field(ge=1, le=MAX_CELLS)]
+_Pixels = Annotated[int, Field(ge=1, le=16_384)]
+_Processes = Annotated[int, Field(ge=1, le=1_024)]
+_Rate = Annotated[float, Field(gt=0, le=1e3), Dotless]
 
 
 class ConfigError(ValueError):
     """An experiment file, or a ``--set`` on the command line, says something that cannot be run."""
 
 
-def _count(default: int | None, least: int = 1, most: int | None = None) -> Any:
-    """A field with a whole number, or ``None``, within its bounds."""
-    bounds = {"least": least} if most is None else {"least": least, "most": most}
-    return field(default=default, metadata={_CHECK: partial(check_count, **bounds)})
-
-
-def _real(default: float, **bounds: float) -> Any:
-    """A field with a finite number within its bounds."""
-    return field(default=default, metadata={_CHECK: partial(check_real, **bounds)})
-
-
-class _Section:
-    """Settings that are checked when they are made, by a file as by Python."""
-
-    def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, item.name)
-            if _CHECK in item.metadata and value is not None:
-                item.metadata[_CHECK](item.name, value)
-        self.check()
-
-    def check(self) -> None:
-        """Refuse what no single field shows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Space(_Section):
+@settings(ConfigError)
+class Space:
     """The supernet: ``init_channels`` and the numbers of cells of the official supernets by default.
 
     ``num_cells`` and ``stem`` are of the DARTS space, ``cells_per_stage`` and ``affine`` are of NAS-Bench-201; without
@@ -72,99 +66,94 @@ class Space(_Section):
     """
 
     name: Literal["darts", "nasbench201"] = "darts"
-    init_channels: int = _count(16, most=MAX_CHANNELS)
-    num_cells: int = _count(8, most=MAX_CELLS)
+    init_channels: Annotated[int, Field(ge=1, le=MAX_CHANNELS)] = 16
+    num_cells: _Cells = 8
     stem: Literal["cifar", "imagenet"] = "cifar"
-    cells_per_stage: int = _count(5, most=MAX_CELLS)
+    cells_per_stage: _Cells = 5
     affine: bool = True
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         if self.name == "darts":
             cell_shapes(self.init_channels, self.num_cells, self.stem)
         else:
             check_sizes(self.init_channels, self.cells_per_stage)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Data(_Section):
+@settings(ConfigError)
+class Data:
     """The images; see :func:`genas_plugins.datasets.load_search_data`. Sizes of ``null`` mean all there are."""
 
     name: Literal["digits", "cifar10", "cifar100", "imagenet16-120", "image_folder"] = "digits"
     root: str | None = None
     download: bool = False
-    image_size: int | None = _count(None, most=_MOST_PIXELS)
+    image_size: _Pixels | None = None
     storage: Literal["memory", "disk"] = "memory"
-    train_images: int | None = _count(None, most=MOST_IMAGES)
-    validation_images: int | None = _count(None, most=MOST_IMAGES)
-    test_images: int | None = _count(None, most=MOST_IMAGES)
+    train_images: ImageCount | None = None
+    validation_images: ImageCount | None = None
+    test_images: ImageCount | None = None
     random_labels: bool = False
     flip: bool = True
-    crop_padding: int = _count(4, 0, 1_024)
+    crop_padding: Annotated[int, Field(ge=0, le=1_024)] = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Training(_Section):
+@settings(ConfigError)
+class Training:
     """The supernet recipe of the official code, and what Lightning's trainer is told.
 
     ``threads`` are those of PyTorch on a CPU; ``null`` takes PyTorch's own number, usually that of the cores.
     """
 
-    epochs: int = _count(250)
-    batch_size: int = _count(64)
-    learning_rate: float = _real(0.025, above=0, most=1e3)
-    final_learning_rate: float = _real(0.001, above=0, most=1e3)
-    momentum: float = _real(0.9, least=0, below=1)
-    weight_decay: float = _real(3e-4, least=0, most=100)
-    gradient_clip: float = _real(5.0, least=0)
+    epochs: Count = 250
+    batch_size: Count = 64
+    learning_rate: _Rate = 0.025
+    final_learning_rate: _Rate = 0.001
+    momentum: Annotated[float, Field(ge=0, lt=1), Dotless] = 0.9
+    weight_decay: Annotated[float, Field(ge=0, le=100), Dotless] = 3e-4
+    gradient_clip: Annotated[float, Field(ge=0), Dotless] = 5.0
     decay_unsampled: bool = True
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = "auto"
-    devices: int | Literal["auto"] = 1
-    threads: int | None = _count(None, most=_MOST_PROCESSES)
-    num_workers: int = _count(0, 0, _MOST_PROCESSES)
-    checkpoint_every: int = _count(1)
+    devices: _Processes | Literal["auto"] = 1
+    threads: _Processes | None = None
+    num_workers: Annotated[int, Field(ge=0, le=1_024)] = 0
+    checkpoint_every: Count = 1
 
-    def check(self) -> None:
-        if self.devices != "auto":
-            check_count("devices", self.devices, most=_MOST_PROCESSES)
+    def __post_init__(self) -> None:
         if self.epochs % self.checkpoint_every:
             raise ValueError(
                 f"checkpoint_every must divide epochs ({self.epochs}), so that the last epoch is saved, "
                 f"got {self.checkpoint_every}."
             )
-        if not 0 < self.final_learning_rate <= self.learning_rate:
+        if self.final_learning_rate > self.learning_rate:
             raise ValueError(
                 f"final_learning_rate must be positive and at most learning_rate ({self.learning_rate}), "
                 f"got {self.final_learning_rate}."
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Score(_Section):
-    """The metric; see :class:`genas_plugins.scoring.CombinedScore`."""
+@settings(ConfigError)
+class Measured(CombinedScore):
+    """A score as files write it."""
 
-    metric: str = "flatness"
-    sigmas: tuple[float, ...] = (2e-3, 1e-2, 2e-2)
-    alpha: float = 1.0
-    gamma: float = 16.0
-    gamma_accuracy: float = 0.1
-    noise: str = "cumulative"
-    where: str = "all"
-    relative: bool = False
-    draws: int = 1
-    common: bool = False
-    hessian_directions: int = 1
-    recalibration_images: int = _count(850, 0, MOST_IMAGES)
-    recalibration_batch_size: int = _count(64, 2)
-    recalibration_momentum: float | None = None
-    batch_size: int | None = _count(None)
-
-    def check(self) -> None:
-        self.build()
+    metric: Literal[METRICS] = CombinedScore.metric
+    sigmas: Reals = CombinedScore.sigmas
+    alpha: Real = CombinedScore.alpha
+    gamma: Real = CombinedScore.gamma
+    gamma_accuracy: Real = CombinedScore.gamma_accuracy
+    recalibration_momentum: Real | None = None
 
     def build(self) -> CombinedScore:
         """The settings as the score that measures."""
         return CombinedScore(**{item.name: getattr(self, item.name) for item in dataclasses.fields(CombinedScore)})
+
+
+@settings(ConfigError)
+class Score(Measured):
+    """The metric; see :class:`genas_plugins.scoring.CombinedScore`."""
+
+    recalibration_images: Annotated[int, Field(ge=0, le=MOST_IMAGES)] = 850
+    recalibration_batch_size: Annotated[int, Field(ge=2, le=MOST)] = 64
+    batch_size: Count | None = None
 
     @property
     def recalibration(self) -> Recalibration:
@@ -176,8 +165,8 @@ class Score(_Section):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Search(_Section):
+@settings(ConfigError)
+class Search:
     """The evolution; see :class:`genas_plugins.search.Evolution`.
 
     ``racing`` is a confidence such as 0.999, with which candidates that cannot be parents are not measured on all
@@ -190,29 +179,29 @@ class Search(_Section):
     parents: int = 10
     mutants: int = 25
     crossovers: int = 25
-    mutation_probability: float = 0.1
-    racing: float | None = None
+    mutation_probability: Real = 0.1
+    racing: Real | None = None
     in_flight: int | None = None
 
-    def check(self) -> None:
-        settings = dataclasses.asdict(self)
-        InFlight(settings.pop("in_flight"))
-        if (racing := settings.pop("racing")) is not None:
+    def __post_init__(self) -> None:
+        evolution = dataclasses.asdict(self)
+        InFlight(evolution.pop("in_flight"))
+        if (racing := evolution.pop("racing")) is not None:
             check_confidence(racing)
-        Evolution(DartsSearchSpace(), **settings)
+        Evolution(DartsSearchSpace(), **evolution)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Experiment(_Section):
+@settings(ConfigError)
+class Experiment:
     """One search: data, supernet, training, score and evolution, under one seed."""
 
-    seed: int = field(default=0, metadata={_CHECK: lambda name, value: check_seed(value, name)})
+    seed: Seed = 0
     deterministic: bool = False
-    space: Space = field(default_factory=Space)
-    data: Data = field(default_factory=Data)
-    training: Training = field(default_factory=Training)
-    score: Score = field(default_factory=Score)
-    search: Search = field(default_factory=Search)
+    space: Space = dataclasses.field(default_factory=Space)
+    data: Data = dataclasses.field(default_factory=Data)
+    training: Training = dataclasses.field(default_factory=Training)
+    score: Score = dataclasses.field(default_factory=Score)
+    search: Search = dataclasses.field(default_factory=Search)
 
 
 def config_names() -> dict[str, Path]:
@@ -233,7 +222,7 @@ def find_config(name_or_path: str | Path) -> Path:
     if str(name_or_path) in known:
         return known[str(name_or_path)]
     raise ConfigError(
-        f"There is no experiment file {shown(str(name_or_path))}{_suggestion(str(name_or_path), known)}; "
+        f"There is no experiment file {shown(str(name_or_path))}{suggestion(name_or_path, known)}; "
         f"those that come with the package: {', '.join(known)}."
     )
 
@@ -268,18 +257,22 @@ def parse(data: Mapping[str, Any]) -> Experiment:
     Raises:
         ConfigError: An unknown key, a wrong type, a value out of its range. One sentence, with the valid choices.
     """
-    return build(Experiment, data, "")
+    return checked(Experiment, data, ConfigError, "the experiment")
 
 
 def dump(experiment: Experiment) -> str:
     """The experiment as YAML, every setting spelled out."""
-    yaml = require("yaml", extra="nni", purpose="writing YAML")
     return yaml.safe_dump(plain(experiment), sort_keys=False)
 
 
 def plain(experiment: Experiment) -> dict[str, Any]:
     """The experiment as data for YAML or JSON, every setting spelled out."""
-    return _plain(dataclasses.asdict(experiment))
+    return json.loads(json.dumps(dataclasses.asdict(experiment)))
+
+
+def json_schema() -> dict[str, Any]:
+    """What an experiment's file may say, for editors."""
+    return {**schema_of(Experiment, "An experiment of GeNAS"), "minProperties": 1}
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -296,71 +289,3 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if not isinstance(data, dict):
             raise ConfigError(f"--set {shown(override)}: {one_line(section, 100)} is not a section.")
     data[last] = value
-
-
-def build(kind: type, data: Any, where: str = "") -> Any:
-    """Build a dataclass from plain data, checked against its types.
-
-    Raises:
-        ConfigError: An unknown key, a wrong type, a value out of its range.
-    """
-    fields = {item.name: item for item in dataclasses.fields(kind)}
-    section = where.rstrip(".") or "the experiment"
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{section} must hold keys and values, got {shown(data)}.")
-    types_of = typing.get_type_hints(kind)
-    values = {}
-    for key, value in data.items():
-        if key not in fields:
-            raise ConfigError(
-                f"unknown key {where}{listed([key])}{_suggestion(str(key), fields)}; "
-                f"valid keys of {section}: {', '.join(fields)}."
-            )
-        wanted = types_of[key]
-        nested = dataclasses.is_dataclass(wanted)
-        values[key] = build(wanted, value, f"{where}{key}.") if nested else _convert(wanted, value, f"{where}{key}")
-    try:
-        return kind(**values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{section}: {error}" if where else str(error)) from error
-
-
-def _convert(wanted: Any, value: Any, name: str) -> Any:
-    options = typing.get_args(wanted) if typing.get_origin(wanted) in (Union, types.UnionType) else (wanted,)
-    for option in options:
-        if option is type(None) and value is None:
-            return None
-        if typing.get_origin(option) is Literal and value in typing.get_args(option) and isinstance(value, str):
-            return value
-        if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
-            inner = typing.get_args(option)[0]
-            return tuple(_convert(inner, item, f"{name}[{i}]") for i, item in enumerate(value))
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if option is float and isinstance(value, str) and _DOTLESS.fullmatch(value):
-            return float(value)
-        if option is float and number:
-            # A whole number may be too large for a float; who checks the bounds says so.
-            return float(value) if isinstance(value, float) or abs(value) < 2**63 else value
-        if isinstance(option, type) and isinstance(value, option) and (number or option not in (int, float)):
-            return value
-    raise ConfigError(f"{name} must be {' or '.join(map(_describe, options))}, got {shown(value)}.")
-
-
-def _describe(option: Any) -> str:
-    if typing.get_origin(option) is Literal:
-        return "one of " + ", ".join(typing.get_args(option))
-    if typing.get_origin(option) is tuple:
-        return "a list of numbers"
-    words = {type(None): "null", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return words[option]
-
-
-def _suggestion(name: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(name[:100], list(known), 1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value

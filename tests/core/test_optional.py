@@ -13,7 +13,7 @@ import pytest
 from genas_plugins._optional import require
 
 OPTIONAL = (
-    *("matplotlib", "PIL", "sklearn", "torchvision", "tqdm", "yaml", "click", "tensorboard"),
+    *("matplotlib", "PIL", "sklearn", "torchvision", "tqdm", "click", "tensorboard"),
     *("nni", "pytorch_lightning", "lightning", "timm", "mmseg", "mmengine", "mmcv", "detectron2", "fvcore"),
     *("peewee", "nats_bench"),
 )
@@ -59,6 +59,11 @@ def test_importing_the_core_imports_nothing_optional_and_only_defines(run):
     assert not set(found["new"]) & set(OPTIONAL)
     assert "genas_plugins" in found["new"]
     assert found["quiet"] and found["random"]
+
+
+def test_importing_the_core_does_not_load_what_only_files_of_settings_need():
+    found = run(IMPORTED, "genas_plugins genas_plugins.scoring genas_plugins.search genas_plugins.correlation")
+    assert not set(found["new"]) & {"yaml", "pydantic", "pydantic_core"}
 
 
 MASKED = """

@@ -133,7 +133,7 @@ def test_its_name_and_its_figures(config: Path) -> None:
     name = config.stem.removesuffix("_imagenet")
     text = config.read_text()
     assert read_config(config)["model"] == name
-    top1, top5 = re.search(r"top-1 ([\d.]+) %, top-5 ([\d.]+) %", text.splitlines()[0]).groups()
+    top1, top5 = re.search(r"top-1 ([\d.]+) %, top-5 ([\d.]+) %", text).groups()
     assert (top1, top5) == PAPER[name]
     commands = [line for line in text.splitlines() if "torchrun" in line]
     assert len(commands) == 2 and all(f" --config {config.stem}" in line for line in commands)
