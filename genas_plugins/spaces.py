@@ -23,6 +23,7 @@ from genas_plugins.nasbench201.space import NasBench201SearchSpace
 
 __all__ = [
     "GROUP",
+    "OWN_SPACES",
     "DartsSearchSpace",
     "NasBench201Architecture",
     "NasBench201SearchSpace",
@@ -33,6 +34,13 @@ __all__ = [
 
 GROUP = "genas_plugins.spaces"
 """Group of the entry points."""
+
+_OWN = {
+    "darts": "genas_plugins.darts.space:DartsSearchSpace",
+    "nasbench201": "genas_plugins.nasbench201.space:NasBench201SearchSpace",
+}
+OWN_SPACES = tuple(_OWN)
+"""Names of this package's."""
 
 Candidate = TypeVar("Candidate")
 
@@ -84,7 +92,7 @@ class Space(Protocol[Candidate]):
 
 def registered_spaces() -> dict[str, EntryPoint]:
     """The entry points of all spaces by name; a registered one cannot take the name of one of this package."""
-    return _plugins.registered(GROUP)
+    return _plugins.registered(GROUP) | {name: EntryPoint(name, value, GROUP) for name, value in _OWN.items()}
 
 
 def find_space(name: str) -> Any:

@@ -26,13 +26,12 @@ from genas_plugins._settings import (
     suggestion,
 )
 from genas_plugins.checks import MOST, MOST_IMAGES
-from genas_plugins.darts.network import MAX_CELLS, MAX_CHANNELS, cell_shapes
+from genas_plugins.darts.network import MAX_CELLS, MAX_CHANNELS
 from genas_plugins.files import packaged_configs
-from genas_plugins.nasbench201 import check_sizes
 from genas_plugins.scoring import METRICS, CombinedScore, Recalibration
 from genas_plugins.search import Evolution, InFlight
 from genas_plugins.search.racing import check_confidence
-from genas_plugins.spaces import DartsSearchSpace
+from genas_plugins.spaces import OWN_SPACES, DartsSearchSpace, find_space
 
 __all__ = [
     "ConfigError",
@@ -62,21 +61,23 @@ class Space:
     """The supernet: ``init_channels`` and the numbers of cells of the official supernets by default.
 
     ``num_cells`` and ``stem`` are of the DARTS space, ``cells_per_stage`` and ``affine`` are of NAS-Bench-201; without
-    ``affine`` the batch normalisation of its cells has no weight and bias, as in the supernet of RLNAS.
+    ``affine`` the batch normalisation of its cells has no weight and bias, as in the supernet of RLNAS. A space that
+    another package registers (:mod:`genas_plugins.spaces`) has its settings in ``arguments``.
     """
 
-    name: Literal["darts", "nasbench201"] = "darts"
+    name: Annotated[str, Field(examples=["darts", "nasbench201"])] = "darts"
     init_channels: Annotated[int, Field(ge=1, le=MAX_CHANNELS)] = 16
     num_cells: _Cells = 8
     stem: Literal["cifar", "imagenet"] = "cifar"
     cells_per_stage: _Cells = 5
     affine: bool = True
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name == "darts":
-            cell_shapes(self.init_channels, self.num_cells, self.stem)
-        else:
-            check_sizes(self.init_channels, self.cells_per_stage)
+        if self.arguments and self.name in OWN_SPACES:
+            raise ValueError(f"{self.name} has settings of its own instead of arguments, got {shown(self.arguments)}.")
+        # It checks what it reads.
+        find_space(self.name).supernet_arguments(1, self)
 
 
 @settings(ConfigError)

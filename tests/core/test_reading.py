@@ -19,7 +19,7 @@ from genas_plugins.cli import main
 from genas_plugins.darts.zoo import find_genotype
 from genas_plugins.datasets import load_search_data
 from genas_plugins.nasbench201.truth import read_truth
-from genas_plugins.search import History, HistoryError
+from genas_plugins.search import History, HistoryError, JsonLines
 
 GENOTYPE = ZOO["genas_flatness_c10"].genotype
 ARCHITECTURE = "|none~0|+|none~0|none~1|+|none~0|none~1|none~2|"
@@ -69,7 +69,7 @@ def test_a_table_with_a_mark_is_read(encode, tmp_path):
 def test_a_history_with_a_mark_is_read(tmp_path):
     path = tmp_path / "history.jsonl"
     path.write_bytes(codecs.BOM_UTF8 + b'{"index": 0}\r\n{"index": 1}\r\n')
-    assert [record["index"] for record in History(path).records] == [0, 1]
+    assert [record["index"] for record in JsonLines(path).records] == [0, 1]
 
 
 def test_other_encodings_and_long_texts_are_refused(tmp_path):

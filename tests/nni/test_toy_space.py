@@ -66,7 +66,7 @@ def test_genas_search_finds_the_optimum_of_a_registered_space(
     assert scored.status == 0, scored.stderr
     assert "angle / pi" in scored.stdout
     refused = genas("score", "16", "--run", run, before=before)
-    assert refused.error == "genas: The number of blurs is 0 to 15, got '16'.\n"
+    assert refused.error == "The number of blurs is 0 to 15, got '16'."
 
 
 def test_a_registered_space_takes_the_name_of_none_of_ours(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
