@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from genas_plugins.scoring import Accuracy, CombinedScore, Flatness, MeasurementError, flatness_from_losses
+from genas_plugins.scoring import (
+    Accuracy,
+    CombinedScore,
+    Flatness,
+    MeasurementError,
+    Perturbation,
+    flatness_from_losses,
+)
 from genas_plugins.scoring.batchnorm import evaluation_mode, preserve_batchnorm, recalibrate_batchnorm
 from genas_plugins.scoring.data import TensorBatches, first_images, sum_over_batches
 from genas_plugins.scoring.flatness import perturbed_losses
@@ -271,7 +278,7 @@ def _finite(measure: Callable[[], float]) -> float | None:
 def _noise_key(score: CombinedScore) -> str:
     # Every digit: settings with the same key share their losses.
     sigmas = " ".join(map(repr, score.sigmas))
-    switches = "".join(f", {name}" for name in ("relative", "common") if getattr(score, name))
+    switches = "".join(f", {item.name}" for item in fields(Perturbation) if getattr(score, item.name) is True)
     count = score.hessian_directions
     directions = "" if score.noise != "hessian" else f" {count} direction{'s' if count > 1 else ''}"
     return f"{score.noise}{directions}, {score.where}, {sigmas}{switches}"

@@ -227,11 +227,13 @@ def _at_each_noise(
     network = InferenceNetwork.of(model) or model
     loss = loss_of_image(loss)
     found = known if known is not None and perturbation.noise != "hessian" else {}
+    # What the noise depends on beside its shares, also what is added to the settings one day.
+    alike = dataclasses.replace(perturbation, sigmas=(1.0, 2.0), noise="cumulative", draws=1)
     results = []
     for draw in range(perturbation.draws):
         each = perturbations(model, names, perturbation, generator, draw=draw, common=common, directions=directions)
         for shares, noisy in zip(noise_shares(perturbation), each, strict=True):
-            key = (perturbation.where, perturbation.relative, common is None, draw, shares)
+            key = (alike, draw, shares)
             if key not in found:
                 found[key] = _perturbed(measure, network, noisy, batches, loss)
             results.append(found[key])
