@@ -18,7 +18,9 @@ __all__ = ["load", "registered", "summary"]
 
 def registered(group: str) -> dict[str, EntryPoint]:
     """The entry points of a group by name; of two with one name, that of our own packages."""
-    found = {point.name: point for point in entry_points(group=group)}
+    # The last of a name stays.
+    by_owner = sorted(entry_points(group=group), key=lambda point: point.dist.name == "genas-plugins")
+    found = {point.name: point for point in by_owner}
     # A checkout may not be installed, or not since it has them.
     declared = configparser.ConfigParser(delimiters=("=",), interpolation=None)
     declared.read(Path(genas_plugins.__file__).parents[1] / "setup.cfg", encoding="utf-8")

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,19 +46,24 @@ def run(options):
 '''
 
 
+def register(site: Path, name: str, points: dict[str, str]) -> None:
+    """Write what an installation of a package leaves beside its code."""
+    metadata = site / f"{name}-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    lines = "\n".join(f"{key} = {value}" for key, value in points.items())
+    (metadata / "entry_points.txt").write_text(f"[{GROUP}]\n{lines}\n")
+
+
 @pytest.fixture
-def brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Installs a package of one module that brings subcommands."""
 
     def install(module: str, source: str, *names: str) -> None:
-        folder = tmp_path / "site"
-        metadata = folder / f"{module}-1.0.dist-info"
-        metadata.mkdir(parents=True)
-        (folder / f"{module}.py").write_text(source)
-        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
-        points = "\n".join(f"{name} = {module}" for name in names)
-        (metadata / "entry_points.txt").write_text(f"[{GROUP}]\n{points}\n")
-        monkeypatch.syspath_prepend(str(folder))
+        site = tmp_path / "site"
+        register(site, module, dict.fromkeys(names, module))
+        (site / f"{module}.py").write_text(source)
+        monkeypatch.syspath_prepend(str(site))
 
     yield install
     for module in ("greeting", "faulty"):
@@ -110,6 +115,17 @@ def test_no_package_replaces_our_own_subcommands(brought: Callable[..., None]) -
     before = subcommands()
     brought("greeting", GREET, *before)
     assert subcommands() == before
+
+
+@pytest.mark.parametrize("order", [("stranger", "genas-plugins"), ("genas-plugins", "stranger")])
+def test_nor_those_of_our_packages_where_they_are_installed(
+    order: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(genas_plugins, "__file__", str(tmp_path / "genas_plugins" / "__init__.py"))
+    for name in order:
+        register(tmp_path / name, name, {"search": "ours" if name == "genas-plugins" else "theirs"})
+        monkeypatch.syspath_prepend(str(tmp_path / name))
+    assert subcommands()["search"].value == "ours"
 
 
 @pytest.mark.skipif(not (ROOT / "setup.cfg").is_file(), reason="not a checkout")
