@@ -206,9 +206,11 @@ class DartsSpace(SupernetSpace):
     (NNI hub's ``DARTS`` lets a node take one input twice.) Labels are ``{normal,reduce}/inputs_{2..5}``, a pair
     of inputs, and ``{normal,reduce}/op_{2..5}_{0,1}``, the operations on them.
 
-    The space is its own supernet, so a one-shot strategy needs no conversion. Under NNI's model context
-    (multi-trial strategies, ``frozen_factory``) it is the fixed :class:`~genas_plugins.CellNetwork` instead,
-    with fresh weights and, as in the paper's retraining, without normalisation after pooling.
+    Under NNI's model context it is the fixed :class:`~genas_plugins.CellNetwork`, as in the paper's retraining without
+    normalisation after pooling.
+
+    >>> sorted(DartsSpace(num_classes=10, init_channels=4, num_cells=2).simplify())[:2]
+    ['normal/inputs_2', 'normal/inputs_3']
 
     Args:
         num_classes: Outputs of the classifier.

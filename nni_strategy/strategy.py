@@ -44,6 +44,10 @@ class GeNAS(RandomOneShot):
     evolution proposes architectures; each is scored with the supernet's weights after batch normalisation was
     recalibrated for it. ``experiment.export_top_models(top_k)`` returns the best, best first.
 
+    >>> strategy = GeNAS(metric="angle+flatness", sigmas=(0.001, 0.003), population=20, mutants=8, crossovers=8)
+    >>> sorted(strategy.score.metrics), strategy.evolution.population
+    (['angle', 'flatness'], 20)
+
     Works on every model space that NNI can turn into a supernet. In a distributed run the processes share the
     candidates, each on its own device, with the result of a search in one.
 

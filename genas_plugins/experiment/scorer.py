@@ -67,6 +67,13 @@ class Scorer:
     Equal seeds give equal scores: the noise on a candidate is a function of the seed and the candidate, or of the seed
     alone where it is common, whenever, in whatever order and on whatever number of threads candidates are measured.
 
+    >>> from genas_plugins import ZOO, SuperNet
+    >>> batches = [(torch.rand(4, 3, 8, 8), torch.arange(4))]
+    >>> scorer = Scorer(SuperNet(10, init_channels=4, num_cells=2), CombinedScore(), validation=batches)
+    >>> genotype = ZOO["genas_flatness_c10"].genotype
+    >>> scorer.measure(genotype) == scorer.measure(genotype)
+    True
+
     Args:
         paths: Paths of a supernet, or a supernet of this package.
         score: What is measured, unless :meth:`measure` is given another.

@@ -70,6 +70,10 @@ class Flatness:
 def flatness_from_losses(losses: Sequence[float], sigmas: Sequence[float], alpha: float = 1.0) -> Flatness:
     """Eq. 4 from losses that are known already.
 
+    >>> found = flatness_from_losses((1.0, 1.5), (0.1, 0.2))
+    >>> round(found.slope, 6), round(found.depth, 6), round(found.score, 6)
+    (5.0, 10.0, 0.066667)
+
     Args:
         losses: Mean validation loss in nats at each sigma.
         sigmas: Strictly increasing standard deviations, as many.
@@ -113,6 +117,13 @@ def flatness(
     The model is not changed: noise is added to copies of its parameters, all of them (convolutions, weight
     and bias of batch normalisation, classifier) unless ``where`` or ``parameters`` restricts them. Mode,
     buffers and the global random state are bit-equal before and after, also when a batch fails.
+
+    Noise on the weights of a linear layer does nothing to images of zeros; the loss of two classes is log 2:
+
+    >>> images, labels = torch.zeros(4, 3), torch.tensor([0, 1, 0, 1])
+    >>> found = flatness(nn.Linear(3, 2, bias=False), [(images, labels)], (0.1, 0.2))
+    >>> found.slope, round(found.depth, 4)
+    (0.0, 6.9315)
 
     Args:
         model: Maps images ``(N, 3, H, W)`` to logits ``(N, num_classes)``.

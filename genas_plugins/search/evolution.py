@@ -49,6 +49,14 @@ class Evolution(Generic[Candidate]):
     No candidate is ever proposed twice. A space that runs out of new candidates gives smaller generations and
     ends the search early; nothing is retried without limit.
 
+    >>> from genas_plugins.spaces import NasBench201SearchSpace
+    >>> evolution = Evolution(NasBench201SearchSpace(), population=4, generations=2, parents=2, mutants=2, crossovers=1)
+    >>> while not evolution.finished:
+    ...     candidates = [proposal.candidate for proposal in evolution.ask()]
+    ...     evolution.tell([float(candidate.operations.count("nor_conv_3x3")) for candidate in candidates])
+    >>> evolution.scored
+    8
+
     Args:
         space: What is searched.
         population: Candidates a generation.

@@ -54,6 +54,9 @@ class InFlight:
 
     Memory for activations is needed ``count`` times.
 
+    >>> list(InFlight(2).map(lambda number: number**2, range(4)))
+    [0, 1, 4, 9]
+
     Args:
         count: 1 measures one after another, in the thread that asks. ``None`` chooses: on a CPU as above, on other
             devices 1.

@@ -44,6 +44,13 @@ ARROWS = {
     "detectron2_backbones": ({"genas_plugins", "timm_models"}, {"detectron2", "fvcore"}),
 }
 
+
+def test_every_module_of_nni_strategy_needs_nni():
+    modules = sorted((ROOT / "nni_strategy").glob("*.py"))
+    without = [path.name for path in modules if not {"nni", "nni_strategy"} & {name for _, name in imported(path)}]
+    assert modules and without == []
+
+
 FILE_LINES, FUNCTION_LINES = 400, 60
 
 
