@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from genas_plugins.experiment.racing import check_race
 from genas_plugins.experiment.resuming import check_scores
 from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.scoring import CombinedScore, Recalibration
-from genas_plugins.scoring.data import TensorBatches
+from genas_plugins.scoring.data import Batches, TensorBatches
 from genas_plugins.scoring.losses import Loss, loss_of_image
 from genas_plugins.search import Evolution, History, InFlight, Record, SharedSearch, run_search
 from genas_plugins.spaces import DartsSearchSpace
@@ -34,7 +34,6 @@ __all__ = ["GeNAS"]
 _logger = logging.getLogger(__name__)
 
 _SCORING = (*(item.name for item in dataclasses.fields(CombinedScore)), "momentum")
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class GeNAS(RandomOneShot):

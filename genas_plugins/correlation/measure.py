@@ -8,7 +8,7 @@ only combines measured numbers (alpha, gamma, the metric) costs nothing more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,15 +24,13 @@ from genas_plugins.scoring import (
     flatness_from_losses,
 )
 from genas_plugins.scoring.batchnorm import evaluation_mode, preserve_batchnorm, recalibrate_batchnorm
-from genas_plugins.scoring.data import TensorBatches, first_images, sum_over_batches
+from genas_plugins.scoring.data import Batches, TensorBatches, first_images, sum_over_batches
 from genas_plugins.scoring.flatness import perturbed_losses
 from genas_plugins.scoring.inference import InferenceNetwork
 from genas_plugins.scoring.losses import check_summed, image_loss, read_images
 from genas_plugins.scoring.noise import CommonNoise
 
 __all__ = ["Setting", "columns", "evaluate", "measure_raw", "slope_shares"]
-
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,14 +14,13 @@ from genas_plugins.experiment.racing import check_race_images
 from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.scoring import CombinedScore, MeasurementError, recalibrate_batchnorm
 from genas_plugins.scoring.batchnorm import evaluation_mode
-from genas_plugins.scoring.data import TensorBatches
+from genas_plugins.scoring.data import Batches, TensorBatches
 from genas_plugins.scoring.losses import IGNORED_LABELS, Loss, check_classes, labelled, read_images
 from genas_plugins.scoring.paths import Paths
 from genas_plugins.training.batches import smallest_batch
 
 __all__ = ["Preflight"]
 
-Batches = Iterable[tuple[Tensor, Tensor]]
 _TRIED = 2
 
 

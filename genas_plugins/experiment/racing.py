@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from genas_plugins.scoring import CombinedScore
-from genas_plugins.scoring.data import TensorBatches
+from genas_plugins.scoring.data import Batches, TensorBatches
 from genas_plugins.scoring.losses import IGNORED_LABELS, labelled
 from genas_plugins.scoring.partial import PartialScore
 from genas_plugins.search import Race
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from genas_plugins.experiment.scorer import Scorer
 
 __all__ = ["CandidateEntrant", "check_race", "check_race_images", "race_of"]
-
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 def check_race(confidence: float, score: CombinedScore) -> None:

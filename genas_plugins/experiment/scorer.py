@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,12 @@ from genas_plugins.datasets import ImageTensors, SearchData
 from genas_plugins.experiment.racing import race_of
 from genas_plugins.experiment.run_folder import TrainedRun
 from genas_plugins.scoring import Accuracy, CombinedScore, Measurement, Recalibration, accuracy, recalibrate_batchnorm
-from genas_plugins.scoring.data import TensorBatches
+from genas_plugins.scoring.data import Batches, TensorBatches
 from genas_plugins.scoring.losses import Loss
 from genas_plugins.scoring.paths import Paths, SubnetPaths
 from genas_plugins.search import InFlight, Race, candidate_seed, torch_threads
 
 __all__ = ["Scorer", "batch_size_for", "search_batches"]
-
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 def batch_size_for(device: torch.device, wanted: int | None) -> int:

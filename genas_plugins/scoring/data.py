@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+"""Pairs of images ``(N, 3, H, W)`` and labels ``(N,)``."""
 """Images ``(N, C, H, W)`` and their labels, batch by batch, as often as they are asked for."""
 
 Result = TypeVar("Result")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from genas_plugins.scoring.batchnorm import evaluation_mode
-from genas_plugins.scoring.data import first_images
+from genas_plugins.scoring.data import Batches, first_images
 from genas_plugins.scoring.errors import MeasurementError
 from genas_plugins.scoring.losses import Loss, check_summed, image_loss, loss_of_image
 from genas_plugins.scoring.precision import in_parameter_type, parameter_types_alone
@@ -31,8 +31,6 @@ HESSIAN_IMAGES = 256
 """Images whose Hessian gives the directions of the noise: the first of the validation images, or all if fewer."""
 
 _logger = logging.getLogger(__name__)
-
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)

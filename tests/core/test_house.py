@@ -47,8 +47,9 @@ ARROWS = {
 
 def test_every_module_of_nni_strategy_needs_nni():
     modules = sorted((ROOT / "nni_strategy").glob("*.py"))
-    without = [path.name for path in modules if not {"nni", "nni_strategy"} & {name for _, name in imported(path)}]
-    assert modules and without == []
+    without = [path.name for path in modules if "nni" not in {name for _, name in imported(path)}]
+    # The package itself asks for it by name, for a sentence where it is missing.
+    assert modules and without == ["__init__.py"]
 
 
 FILE_LINES, FUNCTION_LINES = 400, 60
