@@ -134,7 +134,7 @@ def available_device(device: str) -> str:
 
 
 def check_backbones(model: nn.Module) -> None:
-    """Refuse to train frozen normalisation without weights before the first images are loaded.
+    """Raise if frozen normalisation is to be trained without weights, before the first images are loaded.
 
     Raises:
         ValueError: See :meth:`GeNASBackbone.check_weights`.

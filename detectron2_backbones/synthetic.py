@@ -189,7 +189,7 @@ def write_dataset(
         training: Images.
         validation: Images.
         size: Their height and width in pixels, 64 to 256.
-        seed: Of all that is random.
+        seed: Seed of all that is random.
 
     Returns:
         ``folder``.

@@ -194,7 +194,7 @@ def _load(path: Path) -> Any:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse an archive that unpacks to far more than its size; ``torch.save`` does not compress."""
+    """Raise if an archive unpacks to far more than its size; ``torch.save`` does not compress."""
     if not zipfile.is_zipfile(path):
         return
     try:
@@ -206,7 +206,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _check_claims(content: Any, path: Path) -> None:
-    """Refuse tensors far larger than the file, such as one number expanded to gigabytes."""
+    """Raise if tensors are far larger than the file, such as one number expanded to gigabytes."""
     claimed, seen, left = 0, set(), [content]
     while left:
         value = left.pop()

@@ -34,7 +34,7 @@ class EvaluatorBatches:
         evaluator: The evaluator.
         device: Where the batches are wanted.
         parts: Where images and labels are; ``None`` for the usual places.
-        seed: Of what loaders and hooks draw.
+        seed: Seed of what loaders and hooks draw.
     """
 
     def __init__(self, evaluator: Lightning, device: torch.device, parts: BatchParts | None, seed: int) -> None:

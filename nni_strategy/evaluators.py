@@ -46,7 +46,7 @@ class CombinedEvaluator(Evaluator):
         space: With a checkpoint of another space than those of this package: the model space, unmutated. It is
             left as it is.
         initial: With a checkpoint: the weights before training, for metrics with the angle.
-        seed: Of the noise, with a checkpoint. With a run folder, the run's.
+        seed: Seed of the noise, with a checkpoint. With a run folder, the run's.
         batch_size: Validation images a batch, with a checkpoint; ``None`` chooses by the device.
         device: To score on; ``None`` for CUDA where there is one.
         threads: PyTorch's threads on a CPU; see :meth:`genas_plugins.experiment.scorer.Scorer.on_data`.

@@ -27,7 +27,7 @@ class UniformPathModule(BaseOneShotLightningModule):
     Args:
         training_module: The evaluator's Lightning module, which holds the supernet.
         paths: The supernet's paths.
-        seed: Of the path sampling.
+        seed: Seed of the path sampling.
         before: Called before the first step, when data and network are in place; an error ends the fit.
     """
 

@@ -60,7 +60,7 @@ class GeNAS(RandomOneShot):
         validation_images: Validation images to score on; ``None`` for all that the evaluator's loader gives.
         recalibration_batches: Pairs of images and labels on the scoring device to use instead of the first
             batches of the evaluator's training loader.
-        validation_batches: The same instead of the evaluator's validation loader, iterated anew per sigma.
+        validation_batches: Such pairs instead of the evaluator's validation loader, iterated anew per sigma.
         batch_parts: Where images and labels are in a batch of the evaluator's loaders, after its hooks have
             transferred it: two keys or positions such as ``("image", "label")``, or a function that takes a batch and
             returns images and labels. ``None`` takes the first two of a sequence, and of a mapping the one key of
@@ -75,7 +75,7 @@ class GeNAS(RandomOneShot):
             on one of them, so that scores do not depend on how many these are; on a GPU 1. Several are for
             :class:`DartsSpace` and :class:`NasBench201Space`, whose candidates are networks of their own; candidates
             of other spaces are measured one after another, on all of PyTorch's threads.
-        seed: Of paths, noise and evolution.
+        seed: Seed of paths, noise and evolution.
         history: Records of the candidates on disk; a search that finds them there goes on after them.
         on_record: Called with each candidate's record, for progress.
         device: To score on; ``None`` for the one that the trainer uses.

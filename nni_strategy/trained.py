@@ -41,8 +41,8 @@ def scorer_of(
         **settings: See :meth:`genas_plugins.experiment.scorer.Scorer.on_data`.
 
     Raises:
-        TypeError: As there.
-        ValueError: As there.
+        TypeError: A number is not whole.
+        ValueError: A setting is out of its range, or supernet and images have different numbers of classes.
     """
     return Scorer.on_data(SupernetPaths(space, initial), data, score, **settings)
 

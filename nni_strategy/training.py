@@ -45,7 +45,7 @@ class SupernetModule(LightningModule):
         epochs: Length of the schedule.
         learning_rate: At the start.
         final_learning_rate: At the end.
-        momentum: Of SGD.
+        momentum: Momentum of SGD.
         weight_decay: 3e-4 for the DARTS space, 5e-4 for NAS-Bench-201.
         decay_unsampled: Weight decay and momentum also move the paths that were not sampled, as in the
             official run, whose torch wrote zeros into gradients instead of dropping them.

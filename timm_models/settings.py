@@ -288,7 +288,7 @@ def _checked(kind: type[_Values], values: Mapping[Any, Any]) -> Any:
 
 
 def _check_arguments(name: str, values: Mapping[str, Any]) -> None:
-    """Refuse what is no number, and what aliases of YAML make of a few lines."""
+    """Raise for what is no number, and for what aliases of YAML make of a few lines."""
     rest, count = [values], 0
     while rest:
         value = rest.pop()

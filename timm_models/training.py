@@ -184,7 +184,7 @@ class Trainer:
         return model
 
     def _check_single_images(self) -> None:
-        """Refuse batches of one image where batch normalisation has no statistics of one."""
+        """Raise if a batch has one image where batch normalisation has no statistics of one."""
         image = torch.zeros((1, *self.data_config["input_size"]), device=self.here.device)
         try:
             with preserve_batchnorm(self.model):
@@ -286,7 +286,7 @@ class Trainer:
         return epoch
 
     def _check_checkpoint(self, path: Path) -> None:
-        """Refuse a checkpoint that would not be restored in full: models may leave out what does not fit."""
+        """Raise if a checkpoint would not be restored in full: models may leave out what does not fit."""
         saved = read_torch(path)
         needed = ["state_dict", "optimizer", *(["state_dict_ema"] if self.settings.model_ema else [])]
         if not isinstance(saved, dict) or (

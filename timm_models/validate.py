@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse options before anything is loaded."""
+    """Raise if options are wrong, before anything is loaded."""
     results = Path(options.results or "results.csv")
     if bool(options.checkpoint) == options.pretrained:
         raise ValueError("Give --checkpoint FILE or --pretrained, one of them: random weights are not scored.")

@@ -22,7 +22,7 @@ from genas_plugins.interrupts import exit_status, interruptible
 __all__ = ["GROUP", "main", "subcommands"]
 
 GROUP = "genas_plugins.commands"
-"""Of the entry points of subcommands: its name, and its module."""
+"""Group of the entry points of subcommands: a name and its module."""
 _OWN = ("score", "correlate", "zoo", "fit", "convert", "plot")
 _UNREAD = 141
 

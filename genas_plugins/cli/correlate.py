@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_choice(options: argparse.Namespace) -> None:
-    """Refuse options that contradict one another."""
+    """Raise if options contradict one another."""
     if (options.run is None) == (options.config is None):
         raise ValueError("Name either --run, the folder of a search, or --config, to train first.")
     if options.run is None and options.data_root is not None:

@@ -38,7 +38,7 @@ class Setting:
     """A column of the table.
 
     Attributes:
-        name: Of the column.
+        name: Name of the column.
         score: What is measured.
         images: Only the first so many validation images; ``None`` for all.
         recalibration_images: The first so many images for the statistics of batch normalisation; ``None`` for those
@@ -123,7 +123,7 @@ def measure_raw(
             no number of their own take the first ``recalibration_images``.
         recalibration_images: See ``recalibration``; ``None`` for all.
         angle: Gives the angle to the initial weights as a fraction of pi, where a setting needs it.
-        seed: Of the noise; draw number ``d`` has the generator ``seed + d``.
+        seed: Seed of the noise; draw number ``d`` has the generator ``seed + d``.
         common: Source of the noise that architectures have in common, where a setting asks for it.
         parameters: Names of the parameters to perturb; ``None`` for all.
 

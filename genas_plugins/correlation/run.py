@@ -50,7 +50,7 @@ _GENERATOR = threading.Lock()
 
 
 def check_folder(folder: str | Path, resume: bool) -> None:
-    """Refuse a folder that holds measurements already.
+    """Raise if a folder holds measurements already.
 
     Raises:
         ConfigError: It does, and ``resume`` is not set.
@@ -230,7 +230,7 @@ def _told_of(scorer: Scorer) -> dict[str, Any]:
 
 
 def _check_told(path: Path, told: Mapping[str, Any]) -> None:
-    """Refuse to go on with other than was measured; what an older version did not store is taken as it is."""
+    """Raise if other things were measured before; what an older version did not store is not compared."""
     try:
         before = read_json(path, limit=_LONGEST_SETTINGS)
         for setting in before.get("settings", []):
@@ -252,7 +252,7 @@ def _check_told(path: Path, told: Mapping[str, Any]) -> None:
 
 
 def _check_measured(history: JsonLines, settings: Sequence[Setting], training_free: bool) -> None:
-    """Refuse records from which the columns cannot be made."""
+    """Raise if the columns cannot be made from the records."""
     for number, record in enumerate(history.records):
         try:
             columns(settings, [record])

@@ -86,7 +86,7 @@ def _read(name_or_path: str | Path) -> list[Setting | RankSum]:
 
 
 def check_sums(sums: Sequence[RankSum], settings: Sequence[Setting], training_free: bool) -> None:
-    """Refuse sums of columns that there will not be.
+    """Raise if a sum has a column that there will not be.
 
     Raises:
         ConfigError: The message has the column and those that there are.
@@ -161,12 +161,12 @@ def check_options(
     training_free: bool,
     available: Images | None = None,
 ) -> None:
-    """Refuse what :func:`measure_all` or the report would refuse after an hour.
+    """Raise what :func:`measure_all` or the report would raise after an hour.
 
     Args:
         settings: The columns.
-        seed: Of the sample and the bootstrap.
-        resamples: Of the bootstrap.
+        seed: Seed of the sample and the bootstrap.
+        resamples: Number of bootstrap resamples.
         images: Validation images to score on; ``None`` for all.
         training_free: Whether NASWOT, SynFlow and ZiCo are wanted, which need two batches of training images.
         available: What the run has; ``None`` where that is not known yet.

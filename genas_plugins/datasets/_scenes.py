@@ -66,7 +66,7 @@ def run_command(
 
     Args:
         name: The module.
-        description: Of the command.
+        description: What the command does.
         write: Takes the folder, the numbers of training and validation scenes, their pixels and the seed.
         arguments: The command line; ``None`` for that of the process.
         noun: What the scenes are called.

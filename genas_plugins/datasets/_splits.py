@@ -69,7 +69,7 @@ def pick_test_images(count: int, seed: int) -> np.ndarray:
 
 
 def check_count(option: str, wanted: int, available: int, part: str) -> None:
-    """Refuse a number of images that is below 1 or above what a part of the data has.
+    """Raise if a number of images is below 1 or above what a part of the data has.
 
     Raises:
         ValueError: ``wanted`` does not lie in ``1..available``; the message has both numbers.

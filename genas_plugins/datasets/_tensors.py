@@ -86,7 +86,7 @@ class ImageTensors:
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
     def random_labels(self, seed: int) -> ImageTensors:
-        """The same images with labels drawn uniformly from the classes, as RLNAS trains its supernet.
+        """These images with labels drawn uniformly from the classes, as RLNAS trains its supernet.
 
         Raises:
             TypeError: ``seed`` is not an integer.

@@ -99,7 +99,7 @@ def _shape_of(batch: Any) -> str:
 
 
 def check_loss(module: nn.Module, loss: Any) -> None:
-    """Refuse to score by cross-entropy what is trained by a loss that no classification has.
+    """Raise if cross-entropy is to score a module that trains by a loss of another kind.
 
     Raises:
         ValueError: The module has such a loss and none for classes, and ``loss`` is not given.

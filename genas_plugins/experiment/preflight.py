@@ -26,7 +26,7 @@ _TRIED = 2
 
 @dataclasses.dataclass
 class _Seen:
-    """Of some batches: the first images that have a label, and all labels, batch by batch, on the CPU."""
+    """The first images of some batches that have a label, and all labels, batch by batch, on the CPU."""
 
     images: Tensor
     labels: Tensor
@@ -55,12 +55,12 @@ class Preflight:
         score: What the search measures.
         source: The evaluator's batches, on the device of the supernet.
         recalibration: Batches that the user brings, or ``None`` for the evaluator's.
-        validation: The same.
+        validation: Batches that the user brings, or ``None`` for the evaluator's.
         recalibration_images: How many the search will read; 0 for no recalibration.
-        validation_images: The same; ``None`` for all.
+        validation_images: How many the search will read; ``None`` for all.
         racing: Whether candidates race.
-        loss: As in :func:`genas_plugins.scoring.flatness`.
-        seed: Of the search.
+        loss: What is measured, see :func:`genas_plugins.scoring.flatness`.
+        seed: Seed of the search.
     """
 
     paths: Paths

@@ -25,7 +25,7 @@ class StageProfile:
     Recording changes no number: it only watches. Nothing is written before it has ended.
 
     Args:
-        name: Of the stage; the trace has it under ``"stage"``.
+        name: Name of the stage; the trace has it under ``"stage"``.
         path: The trace to write, for ``chrome://tracing`` or Perfetto: ``.json.gz``.
         steps: How many to record.
 
@@ -114,7 +114,7 @@ class SearchProfile:
     took most time by themselves. A stage of which nothing is left keeps the trace of an earlier run.
 
     Args:
-        folder: Of the run; must exist when the first stage ends.
+        folder: Run folder; must exist when the first stage ends.
         steps: Training steps and candidates to record.
 
     Raises:

@@ -69,7 +69,7 @@ def difference(before: config.Experiment, now: config.Experiment, sections: Sequ
 
 
 def check_began(folder: Path, experiment: config.Experiment, sections: Sequence[str] | None = None) -> None:
-    """Refuse settings that are not those with which the run in ``folder`` began; an older run has not stored them.
+    """Raise if settings are not those with which the run in ``folder`` began; an older run has not stored them.
 
     Raises:
         ConfigError: The message names the setting.
@@ -194,10 +194,10 @@ def check_scored(folder: Path, data: SearchData, history: RunHistory) -> None:
 
 
 def check_weights(folder: Path, names: Sequence[str], *, scored: bool) -> dict[str, str]:
-    """Refuse other weights than those with which candidates have been scored; returns their hashes by file.
+    """Raise if weights are not those with which candidates were scored; return their hashes by file.
 
     Args:
-        folder: Of the run.
+        folder: Run folder.
         names: Files in it.
         scored: There are such candidates.
 

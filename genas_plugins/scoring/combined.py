@@ -166,7 +166,7 @@ class CombinedScore(Perturbation):
         return self.combine(flat, angle() if "angle" in self.metrics and angle is not None else None, top)
 
     def check_sources(self, angle: Callable[[], float] | None, common: CommonNoise | None) -> None:
-        """Refuse a measurement that lacks what the metric needs.
+        """Raise if a measurement lacks what the metric needs.
 
         Raises:
             ValueError: As :meth:`__call__`.

@@ -255,9 +255,9 @@ def mean_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss: 
     """Mean loss over all images that have a label, in evaluation mode and without noise.
 
     Args:
-        model: As in :func:`flatness`.
-        batches: As there.
-        loss: As there; ``None`` for cross-entropy in nats.
+        model: Maps images ``(N, 3, H, W)`` to logits ``(N, num_classes)``.
+        batches: Images and labels on the model's device.
+        loss: See :func:`flatness`; ``None`` for cross-entropy in nats.
 
     Raises:
         ValueError: ``batches`` is empty or has no label, or labels do not fit the network or the loss.

@@ -79,7 +79,7 @@ def top_eigenvectors(
     Args:
         model: Maps images ``(N, 3, H, W)`` to logits ``(N, num_classes)``.
         batches: Images and labels ``(N,)`` on the model's device; iterated anew for each product.
-        names: Of the parameters; ``None`` for all.
+        names: Names of the parameters; ``None`` for all.
         count: How many eigenvectors.
         generator: Source of the random vectors that the search starts from, on any device; ``None`` is a generator
             with seed 0.
@@ -141,9 +141,9 @@ def noise_directions(
     Args:
         model: See :func:`top_eigenvectors`.
         batches: Validation images and labels.
-        names: Of the perturbed parameters.
+        names: Names of the perturbed parameters.
         count: How many directions.
-        generator: Of the noise; ``None`` is one with seed 0. It is not advanced.
+        generator: Source of the noise; ``None`` is one with seed 0. It is not advanced.
         loss: See :func:`genas_plugins.scoring.flatness`.
 
     Raises:

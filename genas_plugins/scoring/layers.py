@@ -93,7 +93,7 @@ class Layer:
         convolution: Without bias; ``None`` for a normalisation that follows something else.
         norm: ``None`` for a convolution that is not normalised.
         channels: Those of the normalisation that belong here; the halves of a factorized reduction share one.
-        stride: Of the convolution.
+        stride: Stride of the convolution.
         fused: Use oneDNN's convolutions, see :func:`fused_convolutions`; then images may come in pieces.
         inplace: Overwrite what is normalised, if that is not the result of this layer's convolution anyway.
         rectify: A ReLU follows.

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 Loss = Callable[[Any, Tensor], Tensor]
-"""Of outputs and labels of ``N`` images: ``(N,)``, or ``(N, ...)`` to be averaged, or the mean of all of them."""
+"""A function of outputs and labels of ``N`` images that gives ``(N,)``, or ``(N, ...)`` to be averaged, or the mean of all of them."""
 
 IGNORED_LABELS = (-100, 255)
 """Labels that stand for "none": that of PyTorch's losses and that of segmentation sets. A class that the network has is
@@ -126,7 +126,7 @@ def image_loss(
     """The loss of a batch, over the images that have a label.
 
     Args:
-        outputs: Of the network.
+        outputs: What the network returns.
         labels: As the loss takes them.
         loss: ``None`` for cross-entropy in nats.
         reduction: ``"sum"``, or ``"none"`` for one number an image, 0 for those without a label.
@@ -204,7 +204,7 @@ def loss_of_each(
 
 
 def check_summed(count: float, outside: float, *, whole: bool = False) -> None:
-    """Refuse labels that are no classes of the network, and a whole set without any label.
+    """Raise if labels are no classes of the network, or a whole set has no label.
 
     Raises:
         ValueError: There are some; or ``whole``, and there is no label.
@@ -219,7 +219,7 @@ def check_summed(count: float, outside: float, *, whole: bool = False) -> None:
 
 
 def check_top_label(batches: TensorBatches, num_classes: int) -> None:
-    """Refuse images with a label that is no class of the network; nothing is read from the device.
+    """Raise if a label is no class of the network; nothing is read from the device.
 
     Raises:
         ValueError: There is one; the message has both numbers of classes.

@@ -101,7 +101,7 @@ def perturbations(
         draw: Number of the draw: the first comes from ``generator`` as it stands, number ``d`` from a new generator
             whose seed is that of ``generator`` plus ``d``.
         common: Source of the noise in place of ``generator``.
-        directions: Of the noise ``"hessian"``: orthogonal unit vectors, by the names of the parameters.
+        directions: Orthogonal unit vectors of the noise ``"hessian"``, by the names of the parameters.
 
     Raises:
         ValueError: The noise ``"hessian"`` without directions, or a parameter that is not the supernet's of ``common``.

@@ -47,7 +47,7 @@ class Perturbation:
             sqrt(k)``, which makes that noise as long as this one.
         draws: How often the noise is drawn; Eq. 4 is computed from the mean losses. Draw number ``d`` has the seed of
             the generator plus ``d``. Eigenvectors are the same for all draws.
-        common: The same noise for all candidates on the parameters that they share
+        common: All candidates get the same noise on the parameters that they share
             (:class:`genas_plugins.scoring.noise.CommonNoise`), which lowers the noise of comparisons.
         hessian_directions: Number of eigenvectors ``k`` of the noise ``"hessian"``.
 

@@ -66,7 +66,7 @@ class Evolution(Generic[Candidate]):
         crossovers: Crossovers a generation; the rest of the population is random.
         mutation_probability: Passed to the space, which says what it applies to (DARTS: an edge).
         max_tries: Draws for one new candidate before the search takes a way to be exhausted.
-        seed: Of the search's own random state.
+        seed: Seed of the evolution's random state.
 
     Raises:
         TypeError: A setting is no number of its kind.

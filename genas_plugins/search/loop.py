@@ -31,7 +31,7 @@ def candidate_seed(seed: int, candidate: Any) -> int:
     So a candidate has the same score whenever it is measured: after a resume, on another process, by itself.
 
     Args:
-        seed: Of the search.
+        seed: Seed of the search.
         candidate: Its plain JSON form.
     """
     text = json.dumps([seed, candidate], sort_keys=True)

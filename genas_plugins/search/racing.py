@@ -82,7 +82,7 @@ class Entrant(Protocol):
         """The score on the images seen so far."""
 
     def standard_error(self, total: int) -> float:
-        """Of the score so far as an estimate of that on ``total`` images."""
+        """Standard error of the score so far as an estimate of that on ``total`` images."""
 
     def state_dict(self) -> dict[str, Any]:
         """All that was measured so far, for another process."""
@@ -139,11 +139,11 @@ def round_ends(sizes: Sequence[int]) -> list[int]:
 
 
 def check_order(labels: np.ndarray, count: int) -> None:
-    """Refuse images that are not in random order: their first ``count`` say nothing about the others.
+    """Raise if images are not in random order: their first ``count`` say nothing about the others.
 
     Args:
         labels: ``(N,)``, of all images in their order.
-        count: Of the first slice.
+        count: Number of images in the first slice.
 
     Raises:
         ValueError: The classes of the first ``count`` are not those of the rest (chi-square test of homogeneity).

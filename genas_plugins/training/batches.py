@@ -30,11 +30,11 @@ class TrainBatches:
         data: Images and labels in memory, or a data set of pairs of a uint8 tensor ``(3, H, W)`` and a label.
         batch_size: Images a batch and process; the last batch is smaller. A last batch of one image, of which batch
             normalisation has no statistics where features are of one pixel, joins the batch before it.
-        mean: Of each channel, images scaled to [0, 1].
-        std: The same.
+        mean: Mean of each channel, images scaled to [0, 1].
+        std: Standard deviation of each channel, on that scale.
         flip: Mirror half of the images.
         crop_padding: Pixels of black around the image before a random crop of its size.
-        seed: Of order and augmentation.
+        seed: Seed of the order and the augmentation.
         num_workers: Processes that decode images, where they are not in memory.
 
     Raises:
