@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 Loss = Callable[[Any, Tensor], Tensor]
-"""A function of outputs and labels of ``N`` images that gives ``(N,)``, or ``(N, ...)`` to be averaged, or the mean of all of them."""
+"""A function of outputs and labels of ``N`` images: gives ``(N,)``, ``(N, ...)`` to be averaged, or their mean."""
 
 IGNORED_LABELS = (-100, 255)
 """Labels that stand for "none": that of PyTorch's losses and that of segmentation sets. A class that the network has is
