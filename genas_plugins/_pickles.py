@@ -68,20 +68,6 @@ def numpy_globals() -> list[Any]:
     return allowed + [type(np.dtype(kind)) for kind in kinds]
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds Python containers, strings, numbers and NumPy arrays; refuses any other global."""
-
-    _admitted = _admitted_globals()
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._admitted[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(
-                f"it refers to {module}.{name}, which could execute code and was not run"
-            ) from None
-
-
 class _Nothing:
     """Placeholder for any other object of a pickle: accepts all arguments and items, and keeps none."""
 
@@ -93,11 +79,25 @@ class _Nothing:
     __setstate__ = __setitem__ = append = extend = add = _ignore
 
 
-class _KnownUnpickler(_ArrayUnpickler):
-    """Replaces the objects that :class:`_ArrayUnpickler` refuses by :class:`_Nothing`."""
+class _Unpickler(pickle.Unpickler):
+    """Builds Python containers, strings, numbers and NumPy arrays.
+
+    Args:
+        file: The pickle. Strings of Python 2 are read as latin1.
+        others: What stands for anything else that it refers to; ``None`` refuses.
+    """
+
+    _admitted = _admitted_globals()
+
+    def __init__(self, file: Any, others: type | None = None) -> None:
+        super().__init__(file, encoding="latin1")
+        self._others = others
 
     def find_class(self, module: str, name: str) -> Any:
-        return self._admitted.get((module, name), _Nothing)
+        found = self._admitted.get((module, name), self._others)
+        if found is None:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which could execute code and was not run")
+        return found
 
 
 class _Limited:
@@ -130,7 +130,7 @@ def load_known(file: BinaryIO, limit: int) -> Any:
         pickle.UnpicklingError: The pickle is longer than ``limit``.
         Exception: The pickle is damaged; the type of the error depends on where.
     """
-    return _KnownUnpickler(_Limited(file, limit), encoding="latin1").load()
+    return _Unpickler(_Limited(file, limit), _Nothing).load()
 
 
 def load_arrays(data: bytes) -> Any:
@@ -144,4 +144,4 @@ def load_arrays(data: bytes) -> Any:
         # The unpickler's memo is allocated up to the highest index in the pickle.
         if "PUT" in opcode.name and isinstance(argument, int) and argument > len(data):
             raise pickle.UnpicklingError("it numbers more results than it has bytes")
-    return _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
+    return _Unpickler(io.BytesIO(data)).load()
