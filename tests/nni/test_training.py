@@ -28,6 +28,7 @@ from genas_plugins.darts.genotype import Genotype
 from genas_plugins.darts.supernet import SuperNet
 from genas_plugins.datasets import ImageTensors, SearchData
 from genas_plugins.spaces import DartsSearchSpace
+from genas_plugins.training import batches as augmenting
 from genas_plugins.training.path_sgd import PathSGD
 from nni_strategy import training
 from nni_strategy.space import DartsSpace, NasBench201Space
@@ -581,7 +582,7 @@ def test_batches_that_are_augmented_together_are_those_of_one_by_one(
 ) -> None:
     batches = batches_of(labelled(40), seed=1, **options)
     alone = list(batches)
-    monkeypatch.setattr(training, "_batches_at_once", lambda device, size: several)
+    monkeypatch.setattr(augmenting, "_batches_at_once", lambda device, size: several)
     together = list(batches)
     assert [len(labels) for _, labels in together] == [7, 7, 7, 7, 7, 5]
     for own, other in zip(together, alone, strict=True):
@@ -595,7 +596,7 @@ def test_batches_that_are_augmented_together_are_those_of_one_by_one(
 def test_batches_are_augmented_together_where_they_are_small_and_not_on_a_cpu(
     device: str, size: int, expected: int
 ) -> None:
-    assert training._batches_at_once(torch.device(device), size) == expected
+    assert augmenting._batches_at_once(torch.device(device), size) == expected
 
 
 def labelled(count: int, size: int = 8) -> ImageTensors:
