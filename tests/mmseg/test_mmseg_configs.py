@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,12 @@ NAME = re.compile(
 )
 
 
+@functools.cache
+def read(name: str) -> Config:
+    """A configuration, for reading only."""
+    return Config.fromfile(CONFIGS[name])
+
+
 def facts(name: str) -> dict[str, Any]:
     found = NAME.fullmatch(name)
     assert found is not None, name
@@ -40,7 +48,7 @@ def test_there_is_one_for_each_network_with_a_figure_in_the_paper() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_does_what_its_name_says(name: str) -> None:
-    config, said = Config.fromfile(CONFIGS[name]), facts(name)
+    config, said = read(name), facts(name)
     arch = said["arch"].replace("-", "_")
     iterations = int(said["iterations"].replace("k", "000"))
     assert config.train_cfg.max_iters == iterations == config.param_scheduler[-1].end
@@ -82,7 +90,7 @@ def test_configurations_are_found_by_folder() -> None:
 
 def changed(**changes: Any) -> Config:
     name = next(name for name in CONFIGS if name.startswith("deeplabv3_") and "cityscapes" in name)
-    config = Config.fromfile(CONFIGS[name])
+    config = copy.deepcopy(read(name))
     config.merge_from_dict({key.replace("__", "."): value for key, value in changes.items()})
     return config
 
@@ -90,7 +98,7 @@ def changed(**changes: Any) -> Config:
 @pytest.mark.parametrize("part", ["train", "test"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_heads_and_images_have_the_same_classes(name: str, part: str, caplog: pytest.LogCaptureFixture) -> None:
-    check_classes(Config.fromfile(CONFIGS[name]), part)
+    check_classes(read(name), part)
     assert not caplog.records
 
 

@@ -301,6 +301,7 @@ def test_a_search_in_float64_is_resumed_and_scored_in_it(
 ) -> None:
     run = tmp_path / "run"
     settings = ["training.precision=64-true", "search.generations=1", "training.epochs=1", f"score.metric={metric}"]
+    settings += ["space.num_cells=2"] * (space == "darts")
     assert genas.search(run, *settings, config=getattr(genas, space)).wait().status == 0
     before = folder_at(run).records
     assert all(record["status"] == "ok" for record in before)

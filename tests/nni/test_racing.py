@@ -101,11 +101,16 @@ def test_a_raced_search_finds_the_best_with_their_scores(space: str, metric: str
     assert all(torch.equal(value, before[name]) for name, value in raced.supernet.state_dict().items())
 
 
-@pytest.mark.parametrize("killed_at", [3, 9, 13])
-def test_a_raced_search_that_is_killed_goes_on(killed_at: int, tmp_path: Path) -> None:
-    whole = made(SPACES["own"], racing=0.99)
-    whole.search()
+@pytest.fixture(scope="module")
+def whole() -> list[Any]:
+    """The records of a raced search that is not killed."""
+    strategy = made(SPACES["own"], racing=0.99)
+    strategy.search()
+    return strategy.records
 
+
+@pytest.mark.parametrize("killed_at", [3, 9, 13])
+def test_a_raced_search_that_is_killed_goes_on(killed_at: int, whole: list[Any], tmp_path: Path) -> None:
     def kill(record: dict[str, Any]) -> None:
         if record["index"] == killed_at:
             raise KeyboardInterrupt
@@ -116,7 +121,7 @@ def test_a_raced_search_that_is_killed_goes_on(killed_at: int, tmp_path: Path) -
     assert len(History(path).records) == killed_at + 1
     resumed = made(SPACES["own"], racing=0.99, history=History(path))
     resumed.search()
-    assert timeless(resumed.records) == timeless(whole.records) == timeless(History(path).records)
+    assert timeless(resumed.records) == timeless(whole) == timeless(History(path).records)
 
 
 def test_wrong_races_are_refused() -> None:
@@ -131,7 +136,7 @@ def test_wrong_races_are_refused() -> None:
 
 def test_without_racing_a_candidate_is_measured_as_before() -> None:
     """Nothing of a record is new, and the scores are those of one measurement each."""
-    strategy = made(SPACES["own"])
+    strategy = made(SPACES["own"], images=96, generations=1)
     strategy.search()
     for record in strategy.records:
         candidate = strategy.paths.search_space.from_json(record["candidate"])

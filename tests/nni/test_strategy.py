@@ -495,7 +495,7 @@ def test_candidates_in_flight_have_the_scores_of_one_after_another(settings: dic
     found = []
     for in_flight in (1, 3):
         torch.manual_seed(0)
-        images = {"validation_images": None, "validation_batches": random_batches(256)}
+        images = {"validation_images": None, "validation_batches": random_batches(96)}
         strategy = GeNAS(**{**SMALL, **images, **settings}, in_flight=in_flight, device="cpu")
         initialised(strategy, DartsSpace(10, 4, 2), tmp_path)
         before = {name: value.clone() for name, value in strategy.supernet.state_dict().items()}
