@@ -112,7 +112,7 @@ setup(
         "scipy>=1.12",
         "safetensors",
         "pyyaml",
-        "pydantic>=2.8",
+        "pydantic>=2.12",
         "typing_extensions",
     ],
     extras_require=EXTRAS,

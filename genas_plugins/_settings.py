@@ -8,51 +8,35 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
-from pydantic.json_schema import GenerateJsonSchema
 from typing_extensions import dataclass_transform
 
 from genas_plugins._messages import escaped, shown
-from genas_plugins.checks import MOST, MOST_IMAGES, MOST_SEED
+from genas_plugins._reading import ReadingError, read_yaml, user_path
+from genas_plugins.checks import MOST_IMAGES
+from genas_plugins.files import packaged_configs
 
 __all__ = [
-    "Count",
-    "Dotless",
-    "ImageCount",
-    "Listed",
-    "Real",
-    "Reals",
-    "Seed",
-    "checked",
-    "schema_of",
-    "settings",
-    "suggestion",
+    *("Dotless", "ImageCount", "Listed", "Real", "Reals"),
+    *("checked", "find_file", "read_file", "settings", "suggestion"),
 ]
 
 _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 # 0.1 is text only where somebody has quoted it.
 _DOTLESS = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+", re.ASCII)
-_BOUNDS = {
-    "greater_than": "be larger than",
-    "greater_than_equal": "be at least",
-    "less_than": "be smaller than",
-    "less_than_equal": "be at most",
-    "finite_number": "be finite",
-}
+_BOUNDS = {"gt": "be larger than", "ge": "be at least", "lt": "be smaller than", "le": "be at most"}
 _UNKNOWN = ("unexpected_keyword_argument", "invalid_key")
 _WORDS = {
-    "array": "a list of numbers",
     "boolean": "true or false",
     "integer": "a whole number",
     "null": "null",
     "number": "a number",
-    "object": "keys with values",
     "string": "text",
 }
 T = TypeVar("T")
@@ -61,27 +45,20 @@ Dotless = BeforeValidator(lambda value: float(value) if isinstance(value, str) a
 """On a type of numbers, behind their bounds: takes those that YAML reads as text as well."""
 Listed = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 """On a type of tuples: takes lists as well."""
-Count = Annotated[int, Field(ge=1, le=MOST)]
 ImageCount = Annotated[int, Field(ge=1, le=MOST_IMAGES)]
-Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
 Real = Annotated[float, Dotless]
 Reals = Annotated[tuple[Real, ...], FailFast(), Listed]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, Field))
 def settings(error: type[ValueError]) -> Callable[[type[T]], type[T]]:
-    """Make a frozen dataclass whose fields are checked against their types whenever one is made.
-
-    Args:
-        error: What is raised where they do not fit, or where ``__post_init__`` raises ``ValueError``.
-    """
+    """Make a frozen dataclass that raises ``error`` where its values are not of their types, or not in their bounds."""
 
     def decorate(kind: type[T]) -> type[T]:
         kind.__get_pydantic_core_schema__ = classmethod(_taking_plain_data)  # type: ignore[attr-defined]
         kind = dataclass(kind, frozen=True, kw_only=True, config=_CONFIG)
         make = kind.__init__
 
-        @functools.wraps(make)
         def construct(self: T, /, **values: Any) -> None:
             try:
                 make(self, **values)
@@ -102,17 +79,7 @@ def _taking_plain_data(kind: type, source: Any, handler: Any) -> Any:
 
 
 def checked(kind: type[T], data: Any, error: type[ValueError], whole: str) -> T:
-    """Settings from plain data.
-
-    Args:
-        kind: A class of :func:`settings`.
-        data: Keys and values, as a file has them.
-        error: What is raised if they do not fit.
-        whole: What ``data`` are, in messages.
-
-    Raises:
-        ValueError: An ``error``, with one sentence: the setting, what came, what is expected or the valid choices.
-    """
+    """Settings from the plain data of a file, which messages call ``whole``; raises ``error`` where they do not fit."""
     try:
         return TypeAdapter(kind).validate_python(dict(data) if isinstance(data, Mapping) else data)
     except ValidationError as found:
@@ -125,44 +92,47 @@ def suggestion(name: object, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def schema_of(kind: Any, title: str) -> dict[str, Any]:
-    """The JSON schema of a type, for editors."""
-    return {
-        "$schema": GenerateJsonSchema.schema_dialect,
-        **TypeAdapter(kind).json_schema(schema_generator=_Untitled),
-        "title": title,
-    }
+def find_file(name_or_path: str | Path, host: str, what: str, error: type[Exception]) -> Path:
+    """A file by its path, or one of those that come with the package for ``host`` by its name."""
+    path, known = user_path(name_or_path), packaged_configs(host)
+    if not path.is_file() and str(name_or_path) not in known:
+        near = suggestion(name_or_path, known)
+        raise error(f"There is no {what} {shown(str(name_or_path))}{near}; the package has: {', '.join(known)}.")
+    return path if path.is_file() else known[str(name_or_path)]
 
 
-class _Untitled(GenerateJsonSchema):
-    """Without titles that only repeat the names of settings."""
-
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        return False
+def read_file(path: Path, error: type[ValueError], form: type[T]) -> T:
+    """What a YAML file holds, a ``dict`` or a ``list``; an empty one holds nothing."""
+    try:
+        data = read_yaml(path)
+    except ReadingError as found:
+        raise error(f"{path} is not a YAML file: {found}.") from found
+    if not isinstance(data, form) or not data:
+        expected = "keys and values" if form is dict else "a list of settings"
+        raise error(f"{path} must hold {expected}, got {shown(data)}.")
+    return data
 
 
 def _sentence(found: ValidationError, kind: type, data: Any, whole: str) -> str:
     """The first thing that is wrong, an unknown key before what is missing for it."""
     first = min(found.errors(include_url=False), key=lambda problem: problem["type"] not in _UNKNOWN)
-    problem, place, last = first["type"], first["loc"], None
-    if problem in (*_UNKNOWN, "missing"):
-        *place, last = place
-    path, node, value = _find(place, TypeAdapter(kind).json_schema(), data)
+    problem, place, context = first["type"], first["loc"], first.get("ctx", {})
+    *parents, last = place or [""]
+    absent = problem in (*_UNKNOWN, "missing")
+    path, node, data = _find(parents if absent else place, TypeAdapter(kind).json_schema(), data)
+    section, _, name = path.rpartition(".")
     if problem in _UNKNOWN:
-        known = node["properties"]
-        name = f"{path}." * bool(path) + escaped(last)
-        return f"unknown key {name}{suggestion(last, known)}; valid keys of {path or whole}: {', '.join(known)}."
+        named = f"{path}." * bool(path) + escaped(last) + suggestion(last, node["properties"])
+        return f"unknown key {named}; valid keys of {path or whole}: {', '.join(node['properties'])}."
     if problem == "value_error":
-        return f"{path}: " * bool(path) + str(first["ctx"]["error"])
-    if problem in _BOUNDS:
-        section, _, name = path.rpartition(".")
-        bound = "".join(f" {end:,}" if isinstance(end, int) else f" {end:g}" for end in first.get("ctx", {}).values())
-        must = "not be negative" if (problem, bound) == ("greater_than_equal", " 0") else _BOUNDS[problem] + bound
-        return f"{section}: " * bool(section) + f"{name} must {must}, got {shown(value)}."
+        return f"{path}: " * bool(path) + str(context["error"])
+    bounds = [f"{_BOUNDS[end]} {value:,}" for end, value in context.items() if end in _BOUNDS]
+    if bounds or problem == "finite_number":
+        must = "not be negative" if bounds == ["be at least 0"] else "".join(bounds) or "be finite"
+        return f"{section}: " * bool(section) + f"{name} must {must}, got {shown(data)}."
     if "properties" not in node:
-        return f"{path} must be {_described(node)}, got {shown(value)}."
-    among = f", among them {last}" if problem == "missing" else ""
-    return f"{path or whole} must hold keys and values{among}, got {shown(value)}."
+        return f"{path} must be {_described(node)}, got {shown(data)}."
+    return f"{path or whole} must hold keys and values{f', among them {last}' * absent}, got {shown(data)}."
 
 
 def _find(place: Iterable[str | int], schema: dict[str, Any], data: Any) -> tuple[str, dict[str, Any], Any]:
@@ -184,7 +154,9 @@ def _described(node: Mapping[str, Any]) -> str:
         return " or ".join(map(_described, node["anyOf"]))
     if "const" in node or "enum" in node:
         return "one of " + ", ".join(choice or "empty" for choice in node.get("enum", [node.get("const")]))
-    if "prefixItems" in node:
-        count = len(node["prefixItems"])
-        return f"a list of {count} number{'s' * (count > 1)}"
-    return _WORDS[node["type"]]
+    if node["type"] != "array":
+        return _WORDS.get(node["type"], "keys with values")
+    least, items = node.get("minItems"), "texts" if node.get("items", {}).get("type") == "string" else "numbers"
+    if "maxItems" in node:
+        return "a list of one number" if least == 1 else f"a list of {least} {items}"
+    return f"a list of {items if least is None else f'{least} or more {items}'}"

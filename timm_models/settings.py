@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter
 from timm.utils import ParseKwargs
 
 from genas_plugins._messages import shown
-from genas_plugins._reading import ReadingError, read_yaml, user_path
-from genas_plugins._settings import Listed, checked, schema_of, settings, suggestion
+from genas_plugins._reading import user_path
+from genas_plugins._settings import Listed, checked, read_file, settings, suggestion
 
-__all__ = ["Settings", "SettingsError", "add_options", "from_options", "json_schema", "read_config", "write_config"]
+__all__ = ["Settings", "SettingsError", "add_options", "from_options", "read_config", "write_config"]
 
 _MOST_ARGUMENTS = 10_000
 
@@ -46,16 +46,18 @@ _Epochs = Annotated[int, Field(ge=0, le=10**6)]
 _Above = Annotated[float, Field(gt=0), _FROM_TEXT]
 _Least = Annotated[float, Field(ge=0), _FROM_TEXT]
 _Below1 = Annotated[float, Field(ge=0, lt=1), _FROM_TEXT]
+_Part = Annotated[float, Field(gt=0, le=1), _FROM_TEXT]
 _Share = Annotated[float, Field(ge=0, le=1), _FROM_TEXT]
 _Classes = Annotated[int, Field(ge=2, le=10**6)]  # of one, every loss is 0
 _Pair = Annotated[tuple[float, float], Listed]
 _Channels = Annotated[tuple[float] | tuple[float, float, float], Listed]
 _Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"]
+_Shared = Literal["reduce", "broadcast", ""]
 _UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 def _setting(default: Any, text: str) -> Any:
-    return Field(default, description=text)
+    return Field(**{"default_factory" if callable(default) else "default": default}, description=text)
 
 
 @settings(SettingsError)
@@ -70,32 +72,25 @@ class _Values:
     class_map: _UserPath = _setting("", "timm's file of class names")
 
     model: str = _setting("genas_flatness_c100", "any model of timm")
-    model_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="further arguments of the model, as name=value"
-    )
+    model_kwargs: dict[str, Any] = _setting(dict, "further arguments of the model, as name=value")
     num_classes: _Classes | None = _setting(None, "classes; default: as many as there are folders, or the model's")
     initial_checkpoint: _UserPath = _setting("", "start from these weights")
     img_size: Annotated[int, Field(ge=1, le=2**14)] | None = _setting(None, "pixels, square; default: the model's")
     mean: _Channels | None = _setting(None, "mean of the pixels; default: the model's")
     std: _Channels | None = _setting(None, "standard deviation of the pixels; default: the model's")
-    crop_pct: Annotated[float, Field(gt=0, le=1), _FROM_TEXT] | None = _setting(
-        None, "share of the validation image that the centre crop keeps"
-    )
+    crop_pct: _Part | None = _setting(None, "share of the validation image that the centre crop keeps")
     interpolation: Literal[_Interpolation, ""] = _setting("", "of validation images; default: the model's")
     grad_checkpointing: bool = _setting(False, "recompute activations: less memory, more time")
     sync_bn: bool = _setting(False, "batch normalisation over all processes (CUDA)")
-    dist_bn: Literal["reduce", "broadcast", ""] = _setting(
-        "reduce", "BN statistics of the processes after an epoch: reduce, broadcast, or empty"
-    )
+    dist_bn: _Shared = _setting("reduce", "BN statistics of the processes after an epoch: reduce, broadcast, or empty")
 
     batch_size: _Images = _setting(128, "images of a process in one pass")
     validation_batch_size: _Images | None = _setting(None, "default: batch_size")
     grad_accum_steps: _Images = _setting(1, "passes that make a step")
     epochs: _Count = _setting(250, "epochs to train (before cooldown_epochs, which only timm's schedulers have)")
     opt: str = _setting("momentum", "timm's optimizer; its 'sgd' is Nesterov's, 'momentum' is not")
-    opt_kwargs: dict[str, Any] = Field(
-        default_factory=lambda: {"filter_bias_and_bn": False},
-        description="further arguments of the optimizer, as name=value",
+    opt_kwargs: dict[str, Any] = _setting(
+        lambda: {"filter_bias_and_bn": False}, "further arguments of the optimizer, as name=value"
     )
     lr: _Above = _setting(0.5, "highest learning rate, for the whole batch of a step")
     momentum: _Below1 = _setting(0.9, "momentum")
@@ -122,9 +117,7 @@ class _Values:
     color_jitter: Annotated[float, Field(ge=0, le=100), _FROM_TEXT] = _setting(0.0, "strength of the colour jitter")
     aa: str = _setting("", "timm's AutoAugment or RandAugment policy")
     reprob: _Share = _setting(0.0, "probability of random erasing")
-    train_interpolation: Literal[_Interpolation, "random"] = _setting(
-        "bilinear", "of training images: bilinear, bicubic, random"
-    )
+    train_interpolation: Literal[_Interpolation, "random"] = _setting("bilinear", "of training images")
 
     device: str = _setting("", "cpu or cuda; default: cuda where there is one")
     amp: bool = _setting(False, "mixed precision")
@@ -171,9 +164,7 @@ class Settings(_Values):
         if self.sched != "linear_tail" and self.min_lr > self.lr:
             raise SettingsError(f"min_lr, the last learning rate, must be at most lr ({self.lr}), got {self.min_lr}.")
         if self.drop_path and self.torchcompile:
-            raise SettingsError(
-                "drop_path changes in every epoch, and torchcompile would compile anew each time: leave one out."
-            )
+            raise SettingsError("drop_path changes in every epoch, and torchcompile would compile anew: leave one out.")
         if self.sched == "plateau":
             raise SettingsError("sched plateau needs figures that a resumed run would not have: choose another.")
         if self.global_batch_size is not None and self.grad_accum_steps != 1:
@@ -197,39 +188,38 @@ class Settings(_Values):
         return passes
 
 
+@settings(SettingsError)
+class File(_Values):
+    """A configuration: settings, and in a section those that timm's own script does not know or has otherwise."""
+
+    genas: _Values | None = None
+
+
 _NAMES = tuple(Settings.__dataclass_fields__)
-
-
-def json_schema() -> dict[str, Any]:
-    """What a configuration may say, for editors."""
-    schema = schema_of(Settings, "A training of timm_models")
-    section = {"type": ["object", "null"], "properties": schema["properties"], "additionalProperties": False}
-    return {**schema, "properties": {**schema["properties"], SECTION: section}, "minProperties": 1}
+# By the type in JSON's schema.
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "array": {"nargs": "+", "type": float, "metavar": "X"},
+    "boolean": {"action": argparse.BooleanOptionalAction},
+    "integer": {"type": int, "metavar": "N"},
+    "number": {"type": float, "metavar": "X"},
+    "object": {"nargs": "*", "action": ParseKwargs, "metavar": "NAME=VALUE"},
+    "string": {"type": str, "metavar": "TEXT"},
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add an option for each setting; what is not given is absent from the namespace."""
-    defaults = Settings()
-    for name, entry in schema_of(Settings, "")["properties"].items():
-        option, text = f"--{name.replace('_', '-')}", entry["description"]
-        default = getattr(defaults, name)
-        if default not in (None, "", {}, ()) and "default:" not in text:
-            text += f" (default: {_shown(default)})"
-        arguments: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-        kind = (entry if "type" in entry else entry["anyOf"][0])["type"]
-        if kind == "boolean" and name.startswith("no_"):
+    defaults = asdict(Settings())
+    for name, entry in TypeAdapter(Settings).json_schema()["properties"].items():
+        text = entry["description"]
+        if defaults[name] not in (None, "", {}, ()) and "default:" not in text:
+            text += f" (default: {_shown(defaults[name])})"
+        arguments = _ARGUMENTS[entry.get("type") or entry["anyOf"][0]["type"]]
+        if name.startswith("no_"):
             # argparse would read --no-aug as the opposite of --aug.
-            arguments["action"] = "store_true"
-        elif kind == "boolean":
-            arguments["action"] = argparse.BooleanOptionalAction
-        elif kind == "object":
-            arguments |= {"nargs": "*", "action": ParseKwargs, "metavar": "NAME=VALUE"}
-        elif kind == "array":
-            arguments |= {"nargs": "+", "type": float, "metavar": "X"}
-        else:
-            plain = {"integer": int, "number": float, "string": str}[kind]
-            arguments |= {"type": plain, "metavar": {int: "N", float: "X", str: "TEXT"}[plain]}
-        parser.add_argument(option, **arguments)
+            arguments = {"action": "store_true"}
+        option, text = f"--{name.replace('_', '-')}", text.replace("%", "%%")
+        parser.add_argument(option, dest=name, default=argparse.SUPPRESS, help=text, **arguments)
 
 
 def from_options(options: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> Settings:
@@ -254,12 +244,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     path = user_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no configuration {path}.")
-    try:
-        data = read_yaml(path)
-    except ReadingError as error:
-        raise SettingsError(f"{path} is not YAML: {error}.") from error
-    if not isinstance(data, dict):
-        raise SettingsError(f"{path} must hold settings by name, got {type(data).__name__}.")
+    data = read_file(path, SettingsError, dict)
     section = data.pop(SECTION, None) or {}
     if not isinstance(section, dict):
         raise SettingsError(f"{path}: the section {SECTION} must hold settings by name, got {type(section).__name__}.")

@@ -13,9 +13,10 @@ from pathlib import Path
 from timm.utils import setup_default_logging
 
 import timm_models  # noqa: F401  (registers the networks)
-from genas_plugins._messages import message_of, shown
-from genas_plugins._reading import expand_home, user_path
-from genas_plugins.files import disk_is_full, packaged_configs
+from genas_plugins._messages import message_of
+from genas_plugins._reading import expand_home
+from genas_plugins._settings import find_file
+from genas_plugins.files import disk_is_full
 from genas_plugins.interrupts import exit_status, interruptible
 from timm_models.runs import CONFIG
 from timm_models.settings import Settings, SettingsError, add_options, from_options, read_config
@@ -88,7 +89,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _settings(options: dict[str, object], config: str | None, resume: str | None) -> Settings:
     if resume is None:
-        return from_options(options, None if config is None else read_config(_config_path(config)))
+        return from_options(
+            options,
+            None if config is None else read_config(find_file(config, "timm", "configuration", FileNotFoundError)),
+        )
     if config is not None:
         raise SettingsError("A run is resumed with its own settings: leave --config out.")
     place = Path(resume)
@@ -127,15 +131,6 @@ def _how_to_go_on(folder: Path | None) -> str:
     if folder is None or not (folder / CONFIG).exists():
         return "Interrupted before the run began: start it again."
     return f"Interrupted. Continue with: {_command(folder)}"
-
-
-def _config_path(name: str) -> Path:
-    if user_path(name).is_file():
-        return user_path(name)
-    known = packaged_configs("timm")
-    if name not in known:
-        raise FileNotFoundError(f"There is no configuration {shown(name)}; the package has: {', '.join(known)}.")
-    return known[name]
 
 
 if __name__ == "__main__":

@@ -10,19 +10,19 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from genas_plugins._messages import listed, shown
-from genas_plugins._reading import ReadingError, read_yaml, user_path
-from genas_plugins._settings import ImageCount, Listed, checked, schema_of, settings
+from genas_plugins._settings import ImageCount, Listed, checked, find_file, read_file, settings
 from genas_plugins.checks import MOST_IMAGES, check_count, check_seed
 from genas_plugins.correlation import Setting, columns
 from genas_plugins.correlation.report import ON_SUPERNET, TRAINING_FREE, RankSum, references
 from genas_plugins.correlation.statistics import fewest_resamples
 from genas_plugins.datasets import SearchData
 from genas_plugins.experiment import config
-from genas_plugins.files import packaged_configs
 
 __all__ = ["Images", "check_options", "check_sums", "load_settings"]
 
 _MOST_RESAMPLES = 100_000
+_Name = Annotated[str, BeforeValidator(lambda name: str(name) if isinstance(name, int | float) else name)]
+_Names = Annotated[tuple[_Name, ...], Field(min_length=2), Listed]
 _RESERVED = {"architecture", "truth", "parameters", "live FLOPs", *TRAINING_FREE, *ON_SUPERNET}
 
 
@@ -66,18 +66,8 @@ def load_settings(*names_or_paths: str | Path) -> tuple[list[Setting], list[Rank
 
 
 def _read(name_or_path: str | Path) -> list[Setting | RankSum]:
-    known = packaged_configs("correlate")
-    path = user_path(name_or_path) if user_path(name_or_path).is_file() else known.get(str(name_or_path))
-    if path is None:
-        raise config.ConfigError(
-            f"There are no settings {shown(str(name_or_path))}; the package has: {', '.join(known)}."
-        )
-    try:
-        data = read_yaml(path)
-    except ReadingError as error:
-        raise config.ConfigError(f"{path} is not a YAML file: {error}.") from error
-    if not isinstance(data, list) or not data:
-        raise config.ConfigError(f"{path.name} must hold a list of settings, got {type(data).__name__}.")
+    path = find_file(name_or_path, "correlate", "file of settings", config.ConfigError)
+    data = read_file(path, config.ConfigError, list)
     items = [_setting(item, f"{path.name}, number {number}") for number, item in enumerate(data, 1)]
     names = [item.name for item in items]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -107,49 +97,43 @@ class Column(config.Measured):
     images: ImageCount | None = None
     recalibration_images: ImageCount | None = None
 
-    def build(self) -> Setting:
-        """As what is measured."""
-        return Setting(
-            name=self.name, score=super().build(), images=self.images, recalibration_images=self.recalibration_images
-        )
-
-
-_Name = Annotated[str, BeforeValidator(lambda name: str(name) if isinstance(name, int | float) else name)]
-_Names = Annotated[tuple[_Name, ...], Field(min_length=2), Listed]
-
 
 @settings(config.ConfigError)
 class Sum:
-    """A column that adds the ranks of others, or the logarithms of their ranks."""
+    """A column that adds the ranks of others."""
 
     name: str
-    rank_sum: _Names | None = None
-    log_rank_sum: _Names | None = None
-
-    def __post_init__(self) -> None:
-        if (self.rank_sum is None) == (self.log_rank_sum is None):
-            raise ValueError("a sum is of ranks or of their logarithms.")
-
-    def build(self) -> RankSum:
-        """As what adds."""
-        return RankSum(self.name, self.rank_sum or self.log_rank_sum, logarithm=self.rank_sum is None)
+    rank_sum: _Names
 
 
-def json_schema() -> dict[str, Any]:
-    """What a file of settings may say, for editors."""
-    return schema_of(Annotated[list[Column | Sum], Field(min_length=1)], "Settings of genas correlate")
+@settings(config.ConfigError)
+class LogarithmicSum:
+    """A column that adds the logarithms of the ranks of others."""
+
+    name: str
+    log_rank_sum: _Names
+
+
+File = Annotated[list[Column | Sum | LogarithmicSum], Field(min_length=1)]
+"""What a file holds."""
 
 
 def _setting(data: Any, where: str) -> Setting | RankSum:
-    named = next((kind for kind in ("rank_sum", "log_rank_sum") if isinstance(data, Mapping) and kind in data), None)
-    if isinstance(data, Mapping) and "recalibration_momentum" not in data:
-        # Its name in older files.
+    keys = data if isinstance(data, Mapping) else {}
+    if "momentum" in keys and "recalibration_momentum" not in keys:
+        # As earlier versions called it.
         data = {"recalibration_momentum" if key == "momentum" else key: value for key, value in data.items()}
     try:
-        return checked(Column if named is None else Sum, data, config.ConfigError, "a setting").build()
-    except ValueError as error:
-        told = error if named is None else f"a sum has a name and, as {named}, a list of two or more columns."
-        raise config.ConfigError(f"{where}: {told}") from error
+        for key, kind in (("rank_sum", Sum), ("log_rank_sum", LogarithmicSum)):
+            if key in keys:
+                found = checked(kind, data, config.ConfigError, "a sum")
+                return RankSum(found.name, getattr(found, key), logarithm=kind is LogarithmicSum)
+        found = checked(Column, data, config.ConfigError, "a setting")
+    except config.ConfigError as error:
+        raise config.ConfigError(f"{where}: {error}") from error
+    return Setting(
+        name=found.name, score=found.build(), images=found.images, recalibration_images=found.recalibration_images
+    )
 
 
 def check_options(

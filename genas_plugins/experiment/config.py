@@ -12,20 +12,9 @@ import yaml
 from pydantic import Field
 
 from genas_plugins._messages import one_line, shown
-from genas_plugins._reading import ReadingError, parse_yaml, read_yaml, user_path
-from genas_plugins._settings import (
-    Count,
-    Dotless,
-    ImageCount,
-    Real,
-    Reals,
-    Seed,
-    checked,
-    schema_of,
-    settings,
-    suggestion,
-)
-from genas_plugins.checks import MOST, MOST_IMAGES
+from genas_plugins._reading import ReadingError, parse_yaml
+from genas_plugins._settings import Dotless, ImageCount, Real, Reals, checked, find_file, read_file, settings
+from genas_plugins.checks import MOST, MOST_IMAGES, MOST_SEED
 from genas_plugins.darts.network import MAX_CELLS, MAX_CHANNELS
 from genas_plugins.files import packaged_configs
 from genas_plugins.scoring import METRICS, CombinedScore, Recalibration
@@ -34,18 +23,11 @@ from genas_plugins.search.racing import check_confidence
 from genas_plugins.spaces import OWN_SPACES, DartsSearchSpace, find_space
 
 __all__ = [
-    "ConfigError",
-    "Experiment",
-    "Measured",
-    "config_names",
-    "dump",
-    "find_config",
-    "json_schema",
-    "load",
-    "parse",
-    "plain",
+    *("ConfigError", "Experiment", "Measured"),
+    *("config_names", "dump", "find_config", "load", "parse", "plain"),
 ]
 
+_Count = Annotated[int, Field(ge=1, le=MOST)]
 _Cells = Annotated[int, Field(ge=1, le=MAX_CELLS)]
 _Pixels = Annotated[int, Field(ge=1, le=16_384)]
 _Processes = Annotated[int, Field(ge=1, le=1_024)]
@@ -104,8 +86,8 @@ class Training:
     ``threads`` are those of PyTorch on a CPU; ``null`` takes PyTorch's own number, usually that of the cores.
     """
 
-    epochs: Count = 250
-    batch_size: Count = 64
+    epochs: _Count = 250
+    batch_size: _Count = 64
     learning_rate: _Rate = 0.025
     final_learning_rate: _Rate = 0.001
     momentum: Annotated[float, Field(ge=0, lt=1), Dotless] = 0.9
@@ -117,7 +99,7 @@ class Training:
     devices: _Processes | Literal["auto"] = 1
     threads: _Processes | None = None
     num_workers: Annotated[int, Field(ge=0, le=1_024)] = 0
-    checkpoint_every: Count = 1
+    checkpoint_every: _Count = 1
 
     def __post_init__(self) -> None:
         if self.epochs % self.checkpoint_every:
@@ -154,7 +136,7 @@ class Score(Measured):
 
     recalibration_images: Annotated[int, Field(ge=0, le=MOST_IMAGES)] = 850
     recalibration_batch_size: Annotated[int, Field(ge=2, le=MOST)] = 64
-    batch_size: Count | None = None
+    batch_size: _Count | None = None
 
     @property
     def recalibration(self) -> Recalibration:
@@ -196,7 +178,7 @@ class Search:
 class Experiment:
     """One search: data, supernet, training, score and evolution, under one seed."""
 
-    seed: Seed = 0
+    seed: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
     deterministic: bool = False
     space: Space = dataclasses.field(default_factory=Space)
     data: Data = dataclasses.field(default_factory=Data)
@@ -216,16 +198,7 @@ def find_config(name_or_path: str | Path) -> Path:
     Raises:
         ConfigError: There is neither.
     """
-    path = user_path(name_or_path)
-    if path.is_file():
-        return path
-    known = config_names()
-    if str(name_or_path) in known:
-        return known[str(name_or_path)]
-    raise ConfigError(
-        f"There is no experiment file {shown(str(name_or_path))}{suggestion(name_or_path, known)}; "
-        f"those that come with the package: {', '.join(known)}."
-    )
+    return find_file(name_or_path, "nni", "experiment file", ConfigError)
 
 
 def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -235,15 +208,7 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
         ConfigError: See :func:`parse`; the message names the file.
     """
     path = find_config(name_or_path)
-    try:
-        data = read_yaml(path)
-    except ReadingError as error:
-        raise ConfigError(f"{path} is not a YAML file: {error}.") from error
-    if not isinstance(data, dict):
-        found = "nothing" if data is None else type(data).__name__
-        raise ConfigError(f"{path} must hold keys and values, got {found}.")
-    if not data:
-        raise ConfigError(f"{path} holds no setting at all: say at least which data.name to search on.")
+    data = read_file(path, ConfigError, dict)
     for override in overrides:
         _apply(data, override)
     try:
@@ -269,11 +234,6 @@ def dump(experiment: Experiment) -> str:
 def plain(experiment: Experiment) -> dict[str, Any]:
     """The experiment as data for YAML or JSON, every setting spelled out."""
     return json.loads(json.dumps(dataclasses.asdict(experiment)))
-
-
-def json_schema() -> dict[str, Any]:
-    """What an experiment's file may say, for editors."""
-    return {**schema_of(Experiment, "An experiment of GeNAS"), "minProperties": 1}
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

@@ -61,7 +61,7 @@ def test_importing_the_core_imports_nothing_optional_and_only_defines(run):
     assert found["quiet"] and found["random"]
 
 
-def test_importing_the_core_does_not_load_what_only_files_of_settings_need():
+def test_importing_the_core_does_not_load_what_only_files_of_settings_need(run):
     found = run(IMPORTED, "genas_plugins genas_plugins.scoring genas_plugins.search genas_plugins.correlation")
     assert not set(found["new"]) & {"yaml", "pydantic", "pydantic_core"}
 

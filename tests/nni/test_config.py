@@ -264,7 +264,7 @@ def test_a_wrong_override_is_refused(override: str, words: list[str], tmp_path: 
     [
         (b"a: [1\nb: 2", "mine.yaml is not a YAML file: while parsing"),
         (b"\xff\xfe\x00", "mine.yaml is not a YAML file"),
-        (b"- 1\n- 2", "mine.yaml must hold keys and values, got list"),
+        (b"- 1\n- 2", "mine.yaml must hold keys and values, got [1, 2]"),
         (b"!!python/object/apply:os.getcwd []", "mine.yaml is not a YAML file"),
         (b"search: {population: 0}", "mine.yaml: search: population must be at least 1"),
     ],

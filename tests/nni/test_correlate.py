@@ -255,7 +255,7 @@ def test_settings_of_several_files_are_put_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{}", "must hold a list of settings, got dict"),
+        ("{}", "must hold a list of settings, got {}"),
         ("- {metric: accuracy}", "number 1: a setting must hold keys and values, among them name, got"),
         ("- {name: a, metric: sharpness}", "number 1: metric must be one of flatness, .*, got 'sharpness'"),
         ("- {name: a, metrik: accuracy}", "unknown key metrik .did you mean metric"),
@@ -264,8 +264,8 @@ def test_settings_of_several_files_are_put_together(tmp_path: Path) -> None:
         ("- {name: a, recalibration_images: 0}", "recalibration_images must be at least 1"),
         ("- {name: a, noise: hessian, common: true}", "number 1: The noise 'hessian' cannot be common"),
         ("- {name: a, draws: many}", "draws must be a whole number, got 'many'"),
-        ("- {name: a, rank_sum: [b]}", "a sum has a name and, as rank_sum, a list of two or more columns"),
-        ("- {name: a, log_rank_sum: b}", "a sum has a name and, as log_rank_sum, a list of two or more columns"),
+        ("- {name: a, rank_sum: [b]}", "rank_sum must be a list of 2 or more texts, got .'b'."),
+        ("- {name: a, log_rank_sum: b}", "log_rank_sum must be a list of 2 or more texts, got 'b'"),
         ("- {name: a, rank_sum: [b, c]}", "have nothing to measure: only sums of ranks"),
         ("- {name: truth}", "The table itself has columns of the name truth"),
         ("- {name: a}\n- {name: a}", "several settings of the name a"),
@@ -284,7 +284,7 @@ def test_settings_that_cannot_be_measured_are_refused(text: str, message: str, t
     [
         (
             {"--settings": "nowhere"},
-            "There are no settings 'nowhere'; the package has: estimators, hessian, label_free, paper",
+            "There is no file of settings 'nowhere'; the package has: estimators, hessian, label_free, paper",
         ),
         ({"--images": "65"}, "--images asks for 65 images, the validation half has 64"),
         ({"--sample": "20000"}, "The sample must have 3 to 15625 architectures, got 20000"),
