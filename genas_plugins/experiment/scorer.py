@@ -167,7 +167,7 @@ class Scorer:
         data_root: str | Path | None = None,
         threads: int | None = None,
     ) -> Scorer:
-        """Open the run folder of ``genas search``, or the file of :func:`~genas_plugins.experiment.save_trained`.
+        """Open the run folder of ``genas search``, or the file of :func:`~.run_folder.save_trained`.
 
         Args:
             folder: The run folder or the file.
