@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from genas_plugins._moved import MOVED
+
 ROOT = Path(__file__).parents[2]
 
 # What README, the documents and DESIGN name. Hosts other than NNI and timm are looked at in their own tests.
@@ -59,6 +61,13 @@ FILE_LINES, FUNCTION_LINES = 400, 60
 def test_public_names_stand_where_they_are_documented(module):
     found = importlib.import_module(module)
     assert [name for name in ADDRESSES[module].split() if not hasattr(found, name)] == []
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_modules_are_found_under_the_names_that_they_had(old):
+    assert importlib.import_module(old) is importlib.import_module(MOVED[old])
+    package, _, name = old.rpartition(".")
+    assert getattr(importlib.import_module(package), name) is importlib.import_module(MOVED[old])
 
 
 def imported(path: Path) -> Iterator[tuple[int, str]]:
