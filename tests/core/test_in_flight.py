@@ -200,18 +200,23 @@ def flat(records: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) ->
     return np.array([key(record) for record in records])
 
 
+@pytest.fixture(scope="module")
+def alone() -> list[dict[str, Any]]:
+    """The records of one candidate after another on a single core."""
+    with torch_threads(1):
+        return scores("cpu", None)
+
+
 @pytest.mark.parametrize("available", [2, 3, 4])
-def test_scores_are_the_same_on_any_number_of_cores(threads: None, available: int) -> None:
-    torch.set_num_threads(1)
-    alone = scores("cpu", None)
+def test_scores_are_the_same_on_any_number_of_cores(threads: None, available: int, alone: list[dict[str, Any]]) -> None:
     torch.set_num_threads(available)
     # To the last bit.
     assert scores("cpu", None) == alone
 
 
-def test_scores_of_a_supernet_are_those_of_one_after_another() -> None:
+def test_scores_of_a_supernet_are_those_of_one_after_another(alone: list[dict[str, Any]]) -> None:
     # To the last bit.
-    assert scores("cpu", 4) == scores("cpu", 1)
+    assert scores("cpu", 4) == scores("cpu", 1) == alone
 
 
 class Stream:

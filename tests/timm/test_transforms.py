@@ -132,6 +132,8 @@ def test_export_for_any_batch_and_any_multiple_of_32(network, logits):
 
 @pytest.mark.parametrize("mode", ["plain", "auxiliary, training"])
 def test_compile(network, logits, mode):
+    # Sizes that other tests have compiled are remembered, and a size that changes takes ten times as long.
+    torch.compiler.reset()
     model = network(mode, num_cells=2)
     x, expected = logits(model)
     # One graph: nothing in the network needs Python between two kernels. In training, of the gradients too.
