@@ -196,6 +196,10 @@ class Settings(_Values):
             )
         return passes
 
+    def images_of_a_step(self, processes: int) -> int:
+        """Images of a step over so many processes; errors as of :meth:`accumulation`."""
+        return self.batch_size * self.accumulation(processes) * processes
+
 
 _NAMES = tuple(Settings.__dataclass_fields__)
 
