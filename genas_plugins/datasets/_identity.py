@@ -269,9 +269,10 @@ def _of_group(paths: list[str], pool: ThreadPoolExecutor) -> tuple[int, str, str
     start = max(shared.rfind("/"), shared.rfind(os.sep)) + 1
     chosen = np.unique(np.linspace(0, len(paths) - 1, _SAMPLED_FILES).astype(int)).tolist() if paths else []
     looks = list(pool.map(_look, (paths[index] for index in chosen)))
-    names = _digest(path[start:].encode(errors="surrogateescape") for path in paths)
+    # No name holds a zero.
+    names = "\0".join([path[start:] for path in paths]).encode(errors="surrogateescape")
     sizes = np.array([size for size, _ in looks], "<i8").tobytes()
-    return len(paths), names, _digest([sizes]), _digest(ends for _, ends in looks)
+    return len(paths), _digest([names]), _digest([sizes]), _digest(ends for _, ends in looks)
 
 
 def _look(path: str) -> tuple[int, bytes]:
