@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from detectron2_backbones._data import known_images
 from detectron2_backbones._launch import (
     available_device,
     check_backbones,
@@ -81,7 +82,7 @@ def _evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     return results
 
 
-def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
+def _train(cfg: DictConfig, model: nn.Module, resume: bool, begin: Callable[[], None]) -> None:
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     loader = instantiate(cfg.dataloader.train)
@@ -103,6 +104,7 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     check_backbones(model)
     check_classes(model, _names(cfg, "train"))
+    begin()
     # A checkpoint holds the number of the iteration that was done last.
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     trainer.train(start, cfg.train.max_iter)
@@ -111,17 +113,18 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
 def _work(options: argparse.Namespace) -> None:
     start_logging()
     cfg = read_config(options.config_file, options.opts)
-    with only_writer(cfg.train.output_dir, options):
-        _run(cfg, options)
-
-
-def _run(cfg: DictConfig, options: argparse.Namespace) -> None:
-    default_setup(cfg, options)
+    folder = cfg.train.output_dir
     for part in ("train", "test"):
         register_datasets(_names(cfg, part))
+    with only_writer(folder, options), known_images(folder, _names(cfg, "train"), options) as begin:
+        _run(cfg, options, begin)
+
+
+def _run(cfg: DictConfig, options: argparse.Namespace, begin: Callable[[], None]) -> None:
+    default_setup(cfg, options)
     model = instantiate(cfg.model).to(cfg.train.device)
     if not options.eval_only:
-        _train(cfg, model, options.resume)
+        _train(cfg, model, options.resume, begin)
         return
     check_classes(model, _names(cfg, "test"), evaluation=True)
     strict = OmegaConf.select(cfg, "train.strict", default=True)

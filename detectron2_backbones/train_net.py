@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from detectron2.engine import DefaultTrainer, HookBase, default_setup
 from detectron2.evaluation import COCOEvaluator, verify_results
 from detectron2.utils import comm
 
+from detectron2_backbones._data import known_images
 from detectron2_backbones._launch import (
     available_device,
     check_backbones,
@@ -85,13 +86,13 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
 def _work(options: argparse.Namespace) -> dict[str, Any]:
     start_logging()
     cfg = read_config(options.config_file, options.opts)
-    with only_writer(cfg.OUTPUT_DIR, options):
-        return _run(cfg, options)
-
-
-def _run(cfg: CfgNode, options: argparse.Namespace) -> dict[str, Any]:
-    default_setup(cfg, options)
     register_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    with only_writer(cfg.OUTPUT_DIR, options), known_images(cfg.OUTPUT_DIR, cfg.DATASETS.TRAIN, options) as begin:
+        return _run(cfg, options, begin)
+
+
+def _run(cfg: CfgNode, options: argparse.Namespace, begin: Callable[[], None]) -> dict[str, Any]:
+    default_setup(cfg, options)
     if options.eval_only:
         model = Trainer.build_model(cfg)
         check_classes(model, cfg.DATASETS.TEST, evaluation=True)
@@ -105,6 +106,7 @@ def _run(cfg: CfgNode, options: argparse.Namespace) -> dict[str, Any]:
     trainer.resume_or_load(resume=options.resume)
     check_backbones(trainer.model)
     check_classes(trainer.model, cfg.DATASETS.TRAIN)
+    begin()
     return trainer.train()
 
 

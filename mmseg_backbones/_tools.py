@@ -15,6 +15,7 @@ from typing import Any
 
 from genas_plugins.interrupts import exit_status, interruptible
 from genas_plugins.locking import FolderInUseError, lock_folder
+from mmseg_backbones._data import known_class, leaves, remember_images
 
 __all__ = ["check_classes", "find_tool", "run_tool", "work_folder"]
 
@@ -43,14 +44,16 @@ def run_tool(name: str, *, trains: bool = False) -> None:
     Args:
         name: Name of the script.
         trains: The script writes checkpoints: its folder is locked, and it ends with one line on standard error if
-            another process writes there, and after Ctrl-C and SIGTERM.
+            another process writes there, if it would be resumed on other images, and after Ctrl-C and SIGTERM.
     """
     path = find_tool(name)
     arguments = sys.argv[1:]
+    options = _options(arguments)
+    cfg = None
     try:
-        options = _options(arguments)
         if options is not None:
-            check_classes(_configuration(options), "train" if trains else "test")
+            cfg = _configuration(options)
+            check_classes(cfg, "train" if trains else "test")
     except ValueError as error:
         sys.exit(f"{name}: {error}")
     folder = work_folder(arguments) if trains else None
@@ -59,6 +62,8 @@ def run_tool(name: str, *, trains: bool = False) -> None:
     sys.path.insert(0, str(path.parent))
     try:
         with interruptible(), contextlib.nullcontext() if folder is None else lock_folder(folder):
+            if folder is not None:
+                _remember(name, folder, cfg, options)
             runpy.run_path(str(path), run_name="__main__")
     except FolderInUseError as error:
         sys.exit(f"{name}: {error}")
@@ -68,6 +73,13 @@ def run_tool(name: str, *, trains: bool = False) -> None:
             again = shlex.join(["python", "-m", "mmseg_backbones.train", *arguments, *resume])
             print(f"Interrupted. Continue with: {again}", file=sys.stderr)
         sys.exit(exit_status())
+
+
+def _remember(name: str, folder: Path, cfg: Any, options: Any) -> None:
+    try:
+        remember_images(folder, cfg, resume=options.resume)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{name}: {error}")
 
 
 def work_folder(arguments: Sequence[str]) -> Path | None:
@@ -123,6 +135,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace | None:
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("config", nargs="?")
     parser.add_argument("--work-dir")
+    parser.add_argument("--resume", action="store_true")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction)
     try:
         options, rest = parser.parse_known_args(arguments)
@@ -151,18 +164,9 @@ def _listed(value: Any) -> list[Any]:
 
 def _classes(dataset: Any) -> Iterator[tuple[str, int]]:
     """Type and number of classes of a data set and those it wraps, as far as known without opening them."""
-    from mmseg.registry import DATASETS
-    from mmseg.utils import register_all_modules
-
-    register_all_modules(init_default_scope=False)
-    for one in _listed(dataset):
-        inner = [*_listed(one.get("dataset")), *_listed(one.get("datasets"))]
-        if inner:
-            yield from _classes(inner)
-            continue
-        kind = one.get("type")
-        found = DATASETS.get(kind) if isinstance(kind, str) else kind
+    for one in leaves(dataset):
+        found = known_class(one)
         names = (one.get("metainfo") or {}).get("classes") or getattr(found, "METAINFO", {}).get("classes")
         # A string is the path of a file with their names.
         if names and not isinstance(names, str):
-            yield getattr(found, "__name__", str(kind)), len(names)
+            yield getattr(found, "__name__", str(one.get("type"))), len(names)

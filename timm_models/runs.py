@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,32 @@ from timm.models import safe_model_name
 from timm.task import TrainingTask
 from torch.optim import Optimizer
 
-from genas_plugins._messages import one_line
+from genas_plugins._messages import one_line, shown
 from genas_plugins._optional import require
+from genas_plugins._reading import ReadingError, read_json
 from genas_plugins.checkpoints import CheckpointError, read_torch
 from genas_plugins.datasets import check_identity, write_identity
 from genas_plugins.files import write_text
 from genas_plugins.locking import lock_folder
-from timm_models.settings import Settings, SettingsError, write_config
+from timm_models.settings import Settings, SettingsError, from_options, write_config
 
-__all__ = ["RunFolder"]
+__all__ = ["MAY_CHANGE", "RunFolder", "check_settings"]
 
 _logger = logging.getLogger(__name__)
 
 CONFIG, SUMMARY = "args.yaml", "summary.csv"
+_RUN_FILE = "run.json"
+"""The settings that the run began with, and the images of a step: users edit ``args.yaml``."""
+
+MAY_CHANGE = (
+    *("data_dir", "dataset_download", "workers", "pin_mem", "device", "amp", "amp_dtype", "channels_last"),
+    *("torchcompile", "grad_checkpointing", "batch_size", "validation_batch_size", "grad_accum_steps"),
+    *("log_interval", "checkpoint_hist", "tensorboard", "dist_bn", "sync_bn"),
+)
+"""Settings that a resumed run may change: where and how it computes, not what. A step keeps its number of images."""
+_PLACES = ("output", "experiment", "class_map")
+"""Where things lie, too: the folder is the one that is named, and its classes are compared with the images."""
+
 _LATEST = ("last.pth.tar", "tmp.pth.tar")
 """Checkpoints to resume from. timm writes the second and renames it, so a kill may leave only that one."""
 _PROBE = 2**20
@@ -94,14 +109,22 @@ class RunFolder:
         if identity is not None and (self.path / CONFIG).exists():
             check_identity(self.path, identity)
 
-    def begin(self, identity: Mapping[str, Any] | None) -> None:
+    def begin(self, identity: Mapping[str, Any] | None, step: int) -> None:
         """Write the run's settings and data identity, and remove an unfinished checkpoint of a killed process.
 
         To be called after all checks, so that a refused run is left unchanged.
+
+        Args:
+            identity: Identity of the data; None: this process does not write.
+            step: Images of a step, over all processes.
         """
         if not self._primary or identity is None:
             return
         write_identity(self.path, identity)
+        began = self.path / _RUN_FILE
+        # A resumed run keeps what it began with; without args.yaml nothing has begun.
+        if not (began.exists() and (self.path / CONFIG).exists()):
+            write_text(began, json.dumps({"settings": _plain(self._settings), "step": step}, indent=1) + "\n")
         write_text(self.path / CONFIG, write_config(self._settings))
         torn = self.path / _LATEST[1]
         if torn != self.checkpoint and torn.exists():
@@ -222,6 +245,65 @@ def _trim(summary: Path, epochs: int) -> None:
 def _refuse_a_run(path: Path) -> None:
     if (path / CONFIG).exists():
         raise FileExistsError(f"{path} holds a run: continue it with --resume {path}, or name another.")
+
+
+def check_settings(place: str | Path, settings: Settings, step: int) -> None:
+    """Raise if a run would be continued with settings that lead to another result than those that it began with.
+
+    Args:
+        place: Folder of the run, or a checkpoint in it. A run of an earlier version has stored nothing to compare.
+        settings: Settings to continue with.
+        step: Images of a step with them, over all processes.
+
+    Raises:
+        SettingsError: The message names the setting, or the stored file if it is damaged.
+    """
+    place = Path(place)
+    folder = place if place.is_dir() else place.parent
+    if not (folder / _RUN_FILE).is_file():
+        return
+    before, images = _read_began(folder / _RUN_FILE)
+    ignored = {*MAY_CHANGE, *_PLACES}
+    if place.is_file() or (folder / _LATEST[0]).is_file():
+        # It has been read, and need not be there for ever.
+        ignored.add("initial_checkpoint")
+    now = _plain(settings)
+    differing = [name for name in now if name not in ignored and before[name] != now[name]]
+    if differing:
+        told = ", ".join(f"{name} {shown(before[name])}, not {shown(now[name])}" for name in differing)
+        raise SettingsError(
+            f"The run in {folder} began with {told}: put that back in its {CONFIG}, or start another run. Without "
+            f"another result may change: {', '.join(MAY_CHANGE)}."
+        )
+    if images != step:
+        old, new = (
+            f"batch_size {values['batch_size']}, grad_accum_steps {values['grad_accum_steps']}"
+            for values in (before, now)
+        )
+        raise SettingsError(
+            f"A step of the run in {folder} began with {images} images over all processes ({old}), and would have "
+            f"{step} now ({new}): choose batch_size and grad_accum_steps so that it has {images}, or start another run."
+        )
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    """Settings as JSON gives them back: model_kwargs may hold tuples, or dates of YAML."""
+    return json.loads(json.dumps(asdict(settings), default=str))
+
+
+def _read_began(path: Path) -> tuple[dict[str, Any], int]:
+    try:
+        stored = read_json(path)
+        if not isinstance(stored, dict) or not isinstance(stored.get("settings"), dict):
+            raise SettingsError("it holds no settings")
+        if type(stored.get("step")) is not int:
+            raise SettingsError("it does not say how many images a step has")
+        return _plain(from_options({}, stored["settings"])), stored["step"]
+    except (ReadingError, SettingsError) as error:
+        raise SettingsError(
+            f"{path}, what the run began with, is damaged ({one_line(error, 300)}): restore it, or remove it if you "
+            "are sure that nothing was changed since."
+        ) from error
 
 
 def find_checkpoint(place: str | Path) -> Path | None:

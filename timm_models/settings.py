@@ -187,6 +187,10 @@ class Settings(_Values):
             )
         return passes
 
+    def images_of_a_step(self, processes: int) -> int:
+        """Images of a step over so many processes; errors as of :meth:`accumulation`."""
+        return self.batch_size * self.accumulation(processes) * processes
+
 
 @settings(SettingsError)
 class File(_Values):

@@ -18,18 +18,12 @@ from genas_plugins._reading import expand_home
 from genas_plugins._settings import find_file
 from genas_plugins.files import disk_is_full
 from genas_plugins.interrupts import exit_status, interruptible
-from timm_models.runs import CONFIG
+from timm_models.runs import CONFIG, MAY_CHANGE
 from timm_models.settings import Settings, SettingsError, add_options, from_options, read_config
 from timm_models.training import train
 
 __all__ = ["main"]
 
-_CHANGEABLE = (
-    *("data_dir", "dataset_download", "workers", "pin_mem", "device", "amp", "amp_dtype", "channels_last"),
-    *("torchcompile", "grad_checkpointing", "batch_size", "validation_batch_size", "grad_accum_steps"),
-    *("log_interval", "checkpoint_hist", "tensorboard", "dist_bn", "sync_bn"),
-)
-"""Settings that a resumed run may change: where and how it computes, not what."""
 _EXAMPLES = """examples:
   python -m timm_models.train --config genas_flatness_c100_imagenet --data-dir /data/imagenet
   torchrun --nproc-per-node 8 -m timm_models.train --config genas_flatness_c100_imagenet --data-dir /data/imagenet
@@ -103,12 +97,12 @@ def _settings(options: dict[str, object], config: str | None, resume: str | None
     changed = [
         name
         for name, value in options.items()
-        if name not in _CHANGEABLE and from_options({name: value}, saved) != from_options({}, saved)
+        if name not in MAY_CHANGE and from_options({name: value}, saved) != from_options({}, saved)
     ]
     if changed:
         raise SettingsError(
             f"A resumed run keeps its {', '.join(changed)}: start another run to change that. It may change "
-            f"{', '.join(_CHANGEABLE)}."
+            f"{', '.join(MAY_CHANGE)}."
         )
     return from_options(options, saved)
 

@@ -39,7 +39,7 @@ from timm_models.data import (
 )
 from timm_models.processes import Processes, processes
 from timm_models.progress import Progress, checked_mean
-from timm_models.runs import RunFolder
+from timm_models.runs import RunFolder, check_settings
 from timm_models.schedule import LinearTailLRScheduler
 from timm_models.settings import Settings, SettingsError
 from timm_models.task import AuxiliaryClassificationTask
@@ -75,7 +75,7 @@ def train(settings: Settings, resume: str | Path | None = None) -> Path:
     Raises:
         FileNotFoundError: The images or the checkpoint are missing.
         FolderInUseError: Another process writes to the run's folder.
-        ValueError: Settings, images and checkpoint do not go together.
+        ValueError: Settings, images and checkpoint do not go together, or the run to continue began with others.
         DataChangedError: The run to continue began with other images.
         FloatingPointError: The loss is no longer a finite number.
         OSError: Something cannot be written; the last checkpoint is untouched.
@@ -84,6 +84,8 @@ def train(settings: Settings, resume: str | Path | None = None) -> Path:
     folder = None
     try:
         with processes(settings.device) as here:
+            if resume is not None:
+                check_settings(resume, settings, settings.images_of_a_step(here.count))
             trainer = Trainer(settings, here)
             with RunFolder.open(settings, here.primary, trainer.data_config["input_size"][-1], resume) as folder:
                 trainer.fit(folder)
@@ -237,7 +239,7 @@ class Trainer:
         """Train to the end, from the start or from the run's last checkpoint."""
         folder.check(self.identity)
         start = self._restore(folder)
-        folder.begin(self.identity)
+        folder.begin(self.identity, self.settings.images_of_a_step(self.here.count))
         if self.settings.torchcompile:
             self.task.compile()
         # Not what DistributedDataParallel wraps: validation needs none of its synchronisation.

@@ -29,6 +29,7 @@ __all__ = [
     "check_identity",
     "data_identity",
     "describe_change",
+    "files_identity",
     "read_identity",
     "refuse_change",
     "write_identity",
@@ -93,6 +94,26 @@ def data_identity(parts: Mapping[str, ImageTensors | FileSamples | Items]) -> di
         describe = _of_files if hasattr(part, "samples") else _of_items
         found[name] = _of_tensors(part) if isinstance(part, ImageTensors) else describe(part)
     return found
+
+
+def files_identity(
+    groups: Mapping[str, Sequence[str]], class_names: Sequence[str] = (), annotations: Iterable[bytes] = ()
+) -> dict[str, Any]:
+    """Compute one part of an identity, of files none of which belongs to one class, such as images and masks.
+
+    It has the classes, and for each group its number of files, the names of all below the folder that they share, and
+    the sizes and the first and the last 4 KiB of up to 1,024: no more of 100,000 files are opened, nor asked for their
+    sizes. A file that cannot be opened, as one on a server, is known by its name.
+
+    Args:
+        groups: Files in order, by what they are, in the plural: ``{"images": [...], "masks": [...]}``.
+        class_names: Names of the classes.
+        annotations: What else is known of the images, in order.
+    """
+    with ThreadPoolExecutor(_THREADS) as pool:
+        described = [_of_group([str(path) for path in paths], pool) for paths in groups.values()]
+    part = _part(class_names, np.array([]), described)
+    return {**part, "groups": list(groups), "annotations": _digest(annotations)}
 
 
 def describe_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -242,6 +263,26 @@ def _of_files(part: FileSamples) -> dict[str, Any]:
     return _part(part.class_names, np.array([label for _, label in part.samples]), described)
 
 
+def _of_group(paths: list[str], pool: ThreadPoolExecutor) -> tuple[int, str, str, str]:
+    # Cut at a separator below, and an order of magnitude faster than commonpath.
+    shared = os.path.commonprefix(paths)  # noqa: RUF071
+    start = max(shared.rfind("/"), shared.rfind(os.sep)) + 1
+    chosen = np.unique(np.linspace(0, len(paths) - 1, _SAMPLED_FILES).astype(int)).tolist() if paths else []
+    looks = list(pool.map(_look, (paths[index] for index in chosen)))
+    # No name holds a zero.
+    names = "\0".join([path[start:] for path in paths]).encode(errors="surrogateescape")
+    sizes = np.array([size for size, _ in looks], "<i8").tobytes()
+    return len(paths), _digest([names]), _digest([sizes]), _digest(ends for _, ends in looks)
+
+
+def _look(path: str) -> tuple[int, bytes]:
+    """Size and ends of a file; -1 and nothing if it cannot be opened."""
+    try:
+        return os.path.getsize(path), _ends(path)
+    except OSError:
+        return -1, b""
+
+
 def _of_items(part: Items) -> dict[str, Any]:
     chosen = np.unique(np.linspace(0, len(part) - 1, _SAMPLED_ITEMS).astype(int)).tolist() if len(part) else []
     items = [part[index] for index in chosen]
@@ -278,15 +319,20 @@ def _describe_part(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     found = []
     if before.get("contents") != now.get("contents"):
         found.append("the contents of images differ")
-    for name, first, second in zip(old, before.get("images", ()), now.get("images", ()), strict=False):
+    groups = now.get("groups")
+    for name, first, second in zip(groups or old, before.get("images", ()), now.get("images", ()), strict=False):
         if first == second:
             continue
         if first[0] != second[0]:
-            found.append(f"{shown(name)} has {second[0]} images instead of {first[0]}")
+            has = f"{second[0]} {name}" if groups else f"{shown(name)} has {second[0]} images"
+            found.append(f"{has} instead of {first[0]}")
             continue
         aspects = ("names", "sizes", "contents") if len(second) == 4 else ("size", "contents")
         differing = [what for what, a, b in zip(aspects, first[1:], second[1:], strict=False) if a != b]
-        found.append(f"the images of {shown(name)} differ in their {' and '.join(differing) or 'kind'}")
+        what = name if groups else f"images of {shown(name)}"
+        found.append(f"the {what} differ in their {' and '.join(differing) or 'kind'}")
+    if not found and before.get("annotations") != now.get("annotations"):
+        return "the annotations differ"
     if not found:
         return "the images are in another order"
     return ", ".join(found[:_SHOWN]) + (f", and {len(found) - _SHOWN} classes more" if len(found) > _SHOWN else "")

@@ -18,6 +18,7 @@ from genas_plugins.datasets import (
     check_identity,
     data_identity,
     describe_change,
+    files_identity,
     write_identity,
 )
 
@@ -118,6 +119,37 @@ def test_a_thousand_classes_are_a_short_message_and_little_reading(tmp_path: Pat
         file.seek(2**19)
         file.write(b"unseen")
     assert identity(tmp_path) == middle
+
+
+def grouped(root: Path, classes: tuple[str, ...] = ("sky", "road"), notes: tuple[bytes, ...] = (b"1",)) -> dict:
+    pictures, masks = (sorted(map(str, (root / name).iterdir())) for name in ("ant", "bee"))
+    return {"train": files_identity({"images": pictures, "masks": masks}, classes, notes)}
+
+
+def test_files_without_classes(root: Path, tmp_path: Path) -> None:
+    before = json.loads(json.dumps(grouped(root)))
+    # Elsewhere, and in a folder of another name.
+    shutil.copytree(root, tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "ant").rename(tmp_path / "elsewhere" / "spare")
+    shutil.copytree(tmp_path / "elsewhere" / "spare", tmp_path / "elsewhere" / "ant")
+    assert grouped(tmp_path / "elsewhere") == before
+    assert describe_change(before, grouped(root, ("sky", "lawn"))) == (
+        "train: 2 classes instead of 2, 1 new (lawn) and 1 gone (road)"
+    )
+    assert describe_change(before, grouped(root, notes=(b"2",))) == "train: the annotations differ"
+    change_last_byte(root / "bee" / "2.png")
+    assert describe_change(before, grouped(root)) == "train: the masks differ in their contents"
+    (root / "ant" / "0.png").rename(root / "ant" / "00.png")
+    assert "the images differ in their names" in describe_change(before, grouped(root))
+    (root / "ant" / "00.png").unlink()
+    assert "train: 3 images instead of 4" in describe_change(before, grouped(root))
+
+
+def test_files_that_cannot_be_opened_are_known_by_their_names(tmp_path: Path) -> None:
+    paths = [f"{tmp_path}/part{k % 7}/{k}.png" for k in range(50_000)]
+    one = files_identity({"images": paths})
+    assert one == files_identity({"images": [path.replace(str(tmp_path), "server:/x") for path in paths]})
+    assert one != files_identity({"images": [*paths[:-1], f"{tmp_path}/part5/other.png"]})
 
 
 def images(*, classes: tuple[str, ...] = ("a", "b"), seed: int = 0) -> ImageTensors:

@@ -440,3 +440,86 @@ def test_averaging_that_begins_later_is_refused_or_has_its_columns(images: Path,
     kill(tmp_path, command(images, run, "--no-model-ema"), AFTER_CHECKPOINT)
     if launch("--resume", str(run), "--model-ema") == 0:
         assert all(None not in row and "eval_top1_ema" in row for row in figures(run))
+
+
+def edit(run: Path, **changes: Any) -> None:
+    """As a user who opens args.yaml in an editor."""
+    settings = yaml.safe_load((run / "args.yaml").read_text())
+    (run / "args.yaml").write_text(yaml.safe_dump({**settings, **changes}))
+
+
+def files(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+EDITS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"seed": 4}, ("seed 3, not 4",)),
+    ({"lr": 0.02}, ("lr 0.05, not 0.02",)),
+    ({"weight_decay": 0.1}, ("weight_decay 3e-05, not 0.1",)),
+    ({"drop_path": 0.3}, ("drop_path 0.2, not 0.3",)),
+    ({"model_kwargs": {"genotype": "genas_flatness_c100", "init_channels": 8, "num_cells": 2}}, ("model_kwargs", "8")),
+    ({"epochs": 9, "smoothing": 0.0}, ("epochs 3, not 9", "smoothing 0.1, not 0.0")),
+    ({"scale": [0.5, 1.0]}, ("scale [0.08, 1.0], not [0.5, 1.0]",)),
+    ({"mean": [0.5, 0.5, 0.5]}, ("mean None, not [0.5, 0.5, 0.5]",)),
+    ({"opt_kwargs": {"nesterov": True}}, ("opt_kwargs", "nesterov")),
+    ({"train_split": "val"}, ("train_split 'train', not 'val'",)),
+    # Twice the images in a step, at the same learning rate.
+    ({"batch_size": 8}, ("8 images", "batch_size 4", "16 now (batch_size 8")),
+    ({"grad_accum_steps": 1}, ("8 images", "4 now", "grad_accum_steps 1")),
+]
+
+
+@pytest.mark.parametrize(("changes", "told"), EDITS, ids=["-".join(changes) for changes, _ in EDITS])
+def test_settings_edited_before_a_resume_are_refused(
+    changes: dict[str, Any], told: tuple[str, ...], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(run, **changes)
+    before = files(run)
+    assert launch("--resume", str(run)) == 1
+    message = last_line(capsys)
+    assert all(part in message for part in told) and "or start another run" in message, message
+    assert files(run) == before
+
+
+def test_what_decides_no_result_may_be_edited(run: Path, images: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(images, tmp_path / "elsewhere")
+    where = {"data_dir": str(tmp_path / "elsewhere"), "output": "another", "experiment": "name", "log_interval": 1}
+    edit(run, **where, checkpoint_hist=2)
+    assert launch("--resume", str(run)) == 0
+    check_equal(run, whole)
+
+
+def test_a_step_of_as_many_images_goes_on(run: Path) -> None:
+    edit(run, batch_size=8, grad_accum_steps=1)
+    before = (run / "run.json").read_bytes()
+    assert launch("--resume", str(run)) == 0
+    # The run is still the one that it was.
+    assert (run / "run.json").read_bytes() == before
+
+
+def test_the_weights_to_start_from_need_not_be_kept(images: Path, begun: Path, tmp_path: Path) -> None:
+    weights = shutil.copy(begun / "last.pth.tar", tmp_path / "weights.pth.tar")
+    run = tmp_path / "run"
+    kill(tmp_path, command(images, run, "--initial-checkpoint", str(weights)), AFTER_CHECKPOINT)
+    Path(weights).unlink()
+    edit(run, initial_checkpoint="")
+    assert launch("--resume", str(run)) == 0
+
+
+def test_a_run_of_an_earlier_version_is_taken_as_it_is(run: Path) -> None:
+    (run / "run.json").unlink()
+    edit(run, lr=0.02)
+    assert launch("--resume", str(run)) == 0
+    # From here on it is known.
+    edit(run, lr=0.03)
+    assert launch("--resume", str(run)) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"settings": {"lr": -1}, "step": 8}', '{"settings": {"lr": 0.05}}'])
+def test_damaged_settings_of_the_start_are_named(text: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "run.json").write_text(text)
+    before = files(run)
+    assert launch("--resume", str(run)) == 1
+    message = last_line(capsys)
+    assert "run.json" in message and "is damaged" in message and "remove it" in message
+    assert files(run) == before
