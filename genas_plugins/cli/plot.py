@@ -31,7 +31,9 @@ def run(options: argparse.Namespace) -> int:
     path = Path(options.source) / "history.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{options.source} is not the folder of a search: no history.jsonl.")
-    records = History(path, read_only=True).records
+    history = History(path, read_only=True)
+    history.check()
+    records = history.records
     if options.what == "search":
         print(plot_search(records, options.output))
         return 0

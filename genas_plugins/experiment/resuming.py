@@ -189,6 +189,7 @@ def check_scored(folder: Path, data: SearchData, history: RunHistory) -> None:
     """
     if data.identity is not None:
         check_identity(folder, data.identity)
+    history.check()
     if history.records:
         check_weights(folder, history.weights, scored=True)
 

@@ -1,7 +1,7 @@
 """How a space is walked: the evolution, its history on disk and the loop that joins them to a measurement."""
 
 from genas_plugins.search.evolution import Evolution, Proposal, SearchSpace
-from genas_plugins.search.history import History, HistoryError
+from genas_plugins.search.history import History, HistoryError, check_records
 from genas_plugins.search.in_flight import InFlight, torch_threads
 from genas_plugins.search.lines import JsonLines
 from genas_plugins.search.loop import candidate_seed, run_search
@@ -22,6 +22,7 @@ __all__ = [
     "SharedSearch",
     "SharedSearchError",
     "candidate_seed",
+    "check_records",
     "run_search",
     "torch_threads",
 ]

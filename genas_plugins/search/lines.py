@@ -77,13 +77,8 @@ class JsonLines(Generic[Item]):
         """
         return HistoryError(f"Line {self._lines[number]} of {self.path} {what}: {_ANEW}.")
 
-    def _parsed(self, number: int, line: dict[str, Any]) -> Item:
-        """The record of a line; a ValueError, which completes "Line 3 ...", refuses it.
-
-        Args:
-            number: Number of the record, from 0.
-            line: What the line holds.
-        """
+    def _parsed(self, line: dict[str, Any]) -> Item:
+        """The record of a line."""
         return line  # type: ignore[return-value]
 
     def _write(self, line: bytes) -> None:
@@ -112,7 +107,6 @@ class JsonLines(Generic[Item]):
         *lines, cut = data.split(b"\n")
         last = max((number for number, line in enumerate(lines, 1) if line.strip(_BLANK)), default=0)
         kept: list[bytes] = []
-        found_records: list[dict[str, Any]] = []
         found = {"empty line": 0, "repeated line": 0, "cut-off last line": int(bool(cut.strip(_BLANK)))}
         for number, line in enumerate(lines, 1):
             content = line.removeprefix(_BOM).strip(_BLANK)
@@ -136,18 +130,13 @@ class JsonLines(Generic[Item]):
                     raise HistoryError(f"Line {number} of {self.path} is not a JSON object: {_ANEW}.")
                 kept.append(line if b"\0" not in line else content)
                 self._lines.append(len(kept) if not self.read_only else number)
-                found_records.append(record)
+                self.records.append(self._parsed(record))
         whole = b"".join(line + b"\n" for line in kept)
         if whole != data and not self.read_only:
             self._repair(data, whole)
             told = [f"{count} {what}{'s' * (count > 1)}" for what, count in found.items() if count] or ["NUL bytes"]
             _logger.warning("%s: removed %s, as a crash may leave.", self.path, " and ".join(told))
         self._size = len(whole)
-        for number, record in enumerate(found_records):
-            try:
-                self.records.append(self._parsed(number, record))
-            except ValueError as error:
-                raise self.error(number, str(error)) from error
 
     def _repair(self, data: bytes, whole: bytes) -> None:
         if data.startswith(whole):

@@ -98,7 +98,10 @@ def _run(
     in_flight: InFlight,
 ) -> list[Record]:
     records: list[Record] = []
-    known = [] if history is None else list(history.records)
+    known = []
+    if history is not None:
+        history.check()
+        known = list(history.records)
     at_a_time = in_flight.count
     if shared is not None:
         told = shared.exchange((known, in_flight.count))

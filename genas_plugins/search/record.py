@@ -94,6 +94,12 @@ class Record(Mapping[str, Any]):
         return cls(**{name: line[name] for name in _NAMES if name in line})
 
     @classmethod
+    def unchecked(cls, line: Mapping[str, Any]) -> Record:
+        """Read a line that may lack what a record has; that is ``None`` then."""
+        needed = dict.fromkeys(("index", "generation", "origin", "status"))
+        return cls(**{**needed, **{name: line[name] for name in _NAMES if name in line}})
+
+    @classmethod
     def measured(cls, measurement: Measurement, **named: Any) -> Record:
         """The record of a candidate that was measured on all images."""
         return cls(status="ok", **measurement.to_dict(), **named)

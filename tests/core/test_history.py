@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from genas_plugins.search import History, HistoryError, JsonLines
+from genas_plugins.search import History, HistoryError, JsonLines, check_records
 
 RECORDS = [{"index": i, "score": 1 / (i + 3), "candidate": [i, 2], "reason": "zu groß\u2028\n"} for i in range(4)]
 
@@ -176,12 +176,12 @@ def test_records_that_no_search_writes_are_refused_by_line(tmp_path, number, cha
     path = tmp_path / "history.jsonl"
     records = [OK, FAILED, DROPPED]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    History(path)
+    check_records(History(path))
     changed = {key: value for key, value in {**records[number], **changes}.items() if value is not ...}
     records[number] = changed
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     with pytest.raises(HistoryError, match=f"^Line {number + 1} of .*history.jsonl ({message}).*: remove it and all"):
-        History(path)
+        check_records(History(path))
 
 
 def test_a_number_without_json_is_refused_and_not_written(path):
