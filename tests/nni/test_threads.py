@@ -97,7 +97,7 @@ def test_correlations_are_the_same_on_any_number_of_threads(run: Path, tmp_path:
         assert trained.in_flight.count == available
         state = torch.get_rng_state()
         settings = load_settings(columns)[0]
-        sample = choose(truth, 9, 0)
+        sample = choose(truth, 5, 0)
         found.append(measure_all(trained, sample, settings, tmp_path / str(available), training_free=True))
         assert torch.equal(torch.get_rng_state(), state)
     assert found[0] == found[1] == found[2]
