@@ -130,7 +130,9 @@ def trained(start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory)
     options += ["model.auxiliary_head.in_channels=16", "default_hooks.visualization.draw=False"]
     options = ["--work-dir", "work", "--cfg-options", *options]
     running = start("train", folder, QUICKSTART, *options)
-    ended = running.wait(until=(folder / "work" / "last_checkpoint").exists)
+    latest = folder / "work" / "last_checkpoint"
+    # mmengine opens the file before it writes the name.
+    ended = running.wait(until=lambda: latest.exists() and bool(latest.read_text()))
     assert ended is None, ended
     running.signal(signal.SIGKILL)
     assert running.wait().status == -signal.SIGKILL
