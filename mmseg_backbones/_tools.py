@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from genas_plugins.files import write_text
 from genas_plugins.interrupts import exit_status, interruptible
 from genas_plugins.locking import FolderInUseError, lock_folder
 from mmseg_backbones._data import known_class, leaves, remember_images
 
-__all__ = ["check_classes", "find_tool", "run_tool", "work_folder"]
+__all__ = ["check_classes", "find_lost_checkpoint", "find_tool", "run_tool", "work_folder"]
 
 _logger = logging.getLogger(__name__)
 
@@ -75,8 +76,29 @@ def run_tool(name: str, *, trains: bool = False) -> None:
         sys.exit(exit_status())
 
 
+def find_lost_checkpoint(folder: Path) -> None:
+    """Name the newest checkpoint where a killed run has named none.
+
+    mmengine empties ``last_checkpoint`` before it writes it, and would not resume from a file without a name.
+
+    Args:
+        folder: Folder of the training.
+    """
+    told = folder / "last_checkpoint"
+    if not told.is_file() or told.read_text(encoding="utf-8").strip():
+        return
+    saved = sorted(folder.glob("*.pth"), key=lambda path: path.stat().st_mtime)
+    if saved:
+        write_text(told, str(saved[-1]))
+        _logger.warning("%s was empty, as a kill may leave it: going on with %s.", told, saved[-1])
+    else:
+        told.unlink()
+
+
 def _remember(name: str, folder: Path, cfg: Any, options: Any) -> None:
     try:
+        if options.resume:
+            find_lost_checkpoint(folder)
         remember_images(folder, cfg, resume=options.resume)
     except (OSError, ValueError) as error:
         sys.exit(f"{name}: {error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import shutil
 import sys
@@ -14,7 +15,7 @@ from mmengine.config import Config
 
 from genas_plugins.files import packaged_configs
 from mmseg_backbones._data import training_images
-from mmseg_backbones._tools import run_tool
+from mmseg_backbones._tools import find_lost_checkpoint, run_tool
 from mmseg_backbones.synthetic import write_scenes
 
 QUICKSTART = packaged_configs("mmseg", ".py")["deeplabv3_genas-flatness-c100-d8_1xb8-600_quickstart_synthetic"]
@@ -173,3 +174,22 @@ def test_data_sets_within_others(scenes: Path, tmp_path: Path, monkeypatch: pyte
     }
     assert counts == {"one": 4, "few": 2, "wrapped": 6}
     assert training_images({}) is None
+
+
+def test_a_checkpoint_that_was_not_named_is_found(tmp_path: Path) -> None:
+    """mmengine empties the file with the name before it writes it."""
+    told = tmp_path / "last_checkpoint"
+    find_lost_checkpoint(tmp_path)
+    assert not told.exists()
+    told.touch()
+    find_lost_checkpoint(tmp_path)
+    assert not told.exists()
+    for number, time in ((20, 100), (40, 300), (9, 200)):
+        (tmp_path / f"iter_{number}.pth").touch()
+        os.utime(tmp_path / f"iter_{number}.pth", (time, time))
+    told.touch()
+    find_lost_checkpoint(tmp_path)
+    assert told.read_text() == str(tmp_path / "iter_40.pth")
+    told.write_text("elsewhere.pth")
+    find_lost_checkpoint(tmp_path)
+    assert told.read_text() == "elsewhere.pth"
