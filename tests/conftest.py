@@ -31,9 +31,11 @@ def pytest_collection_finish() -> None:
 
 
 _SERVER = """
-import atexit, gc, importlib, json, os, signal, sys, traceback
+import atexit, contextlib, gc, importlib, json, os, signal, sys, traceback
 for name in sys.argv[1:]:
-    importlib.import_module(name)
+    # What is not installed is missed, and told, where it is needed.
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
 gc.collect()
 gc.freeze()
 print("ready", flush=True)

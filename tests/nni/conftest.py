@@ -16,7 +16,7 @@ import yaml
 
 # What the command imports in the course of a search.
 _MODULES = ("genas_plugins.cli.correlate", "genas_plugins.cli.score", "nni_strategy.command", "sklearn.datasets")
-_MODULES += ("matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg")
+_MODULES += ("matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "sklearn.datasets.data", "omegaconf")
 
 # Its supernet has a tenth of the modules of one of DARTS, which a process takes seconds to build, save and read.
 TINY: dict[str, Any] = {
