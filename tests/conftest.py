@@ -25,9 +25,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_finish() -> None:
-    """Keep what the tests have imported out of every garbage collection: it is much, and stays."""
+    """Collect garbage seldom, and never among what the tests have imported: networks are built of very many objects."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(200_000, 20, 50)
 
 
 _SERVER = """
@@ -38,6 +39,7 @@ for name in sys.argv[1:]:
         importlib.import_module(name)
 gc.collect()
 gc.freeze()
+gc.set_threshold(200_000, 20, 50)
 print("ready", flush=True)
 for line in sys.stdin:
     request = json.loads(line)
