@@ -55,7 +55,7 @@ AROUND_TRAINING, AROUND_SCORING = 20.0, 30.0
 
 REHEARSAL = (
     *("space.init_channels=4", "space.cells_per_stage=1"),
-    *("data.train_images=128", "data.validation_images=64", "data.test_images=16"),
+    *("data.train_images=128", "data.validation_images=64", "data.test_images=16", "data.image_size=16"),
     "score.recalibration_images=128",
 )
 """Settings of a run that shows that every step works, and nothing else."""

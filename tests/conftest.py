@@ -25,9 +25,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_finish() -> None:
-    """Keep what the tests have imported out of every garbage collection: it is much, and stays."""
+    """Collect garbage seldom, and never among what the tests have imported: networks are built of very many objects."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(200_000, 20, 50)
 
 
 _SERVER = """
@@ -38,6 +39,7 @@ for name in sys.argv[1:]:
         importlib.import_module(name)
 gc.collect()
 gc.freeze()
+gc.set_threshold(200_000, 20, 50)
 print("ready", flush=True)
 for line in sys.stdin:
     request = json.loads(line)
@@ -219,17 +221,14 @@ def warm() -> Iterator[Callable[..., Warm]]:
 
 
 @pytest.fixture(scope="session")
-def two_processes(warm: Callable[..., Warm]) -> Callable[..., None]:
-    """Runs a script twice at a time, with a folder and 0 or 1 as arguments, and waits for both.
+def two_processes() -> Callable[..., None]:
+    """Has a server run a script twice at a time, with a folder and 0 or 1 as arguments, and waits for both."""
 
-    The modules are imported before, in the order in which they are named.
-    """
-
-    def run(folder: Path, script: str, *modules: str, **environment: str) -> None:
+    def run(server: Warm, folder: Path, script: str, **environment: str) -> None:
         common = {"GLOO_SOCKET_IFNAME": "lo", **environment}
         processes = [
             # With LOCAL_RANK set, Lightning does not start the second process itself.
-            warm(*modules).start(script, folder, rank, folder=folder, environment={**common, "LOCAL_RANK": rank})
+            server.start(script, folder, rank, folder=folder, environment={**common, "LOCAL_RANK": rank})
             for rank in "01"
         ]
         for process in processes:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import configparser
 import csv
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,26 +150,17 @@ WITHOUT = """
 import json, sys
 sys.modules.update(dict.fromkeys({missing!r}))
 from genas_plugins.cli import main
-for line in json.load(sys.stdin):
+for line in json.loads(sys.argv[1]):
     print("$", line[0], flush=True)
     assert main(line) == 0, line
 """
 
 
-def without(missing: tuple[str, ...], folder: Path, *lines: list[str]) -> dict[str, str]:
+def without(server: Any, missing: tuple[str, ...], folder: Path, *lines: list[str]) -> dict[str, str]:
     """What commands print in a process in which packages cannot be imported."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-    environment["MPLCONFIGDIR"] = str(folder / "matplotlib")
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT.format(missing=missing)],
-        input=json.dumps(lines),
-        env=environment,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    environment = {"MPLCONFIGDIR": str(folder / "matplotlib")}
+    done = server(WITHOUT.format(missing=missing), json.dumps(lines), folder=folder, environment=environment)
+    assert (done.status, done.stderr) == (0, ""), done.stderr
     return dict(part.split("\n", 1) for part in done.stdout.split("$ ")[1:])
 
 
@@ -210,7 +201,7 @@ def top1(network: nn.Module, experiment: config.Experiment) -> tuple[float, floa
     return validation, test
 
 
-def test_all_but_search_run_without_hosts(tmp_path: Path) -> None:
+def test_all_but_search_run_without_hosts(warm: Callable[..., Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     genotype = ZOO[NAME].genotype
     supernet = SuperNet(init_channels=4, num_cells=3, num_classes=10)
@@ -224,6 +215,7 @@ def test_all_but_search_run_without_hosts(tmp_path: Path) -> None:
     (tmp_path / "truth.csv").write_text("arch,cifar10\n" + "".join(f"{k},{v}\n" for k, v in truth.items()))
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump([{"name": "top-1", "metric": "accuracy"}]))
     said = without(
+        warm("torch"),
         (*HOSTS, *OURS, "tqdm"),
         tmp_path,
         ["score", NAME, "--run", "run", "--device", "cpu"],

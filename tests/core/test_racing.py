@@ -491,11 +491,13 @@ class Counted(Runner):
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory, two_processes: Callable[..., None]) -> list[dict[str, Any]]:
+def reports(
+    tmp_path_factory: pytest.TempPathFactory, two_processes: Callable[..., None], warm: Any
+) -> list[dict[str, Any]]:
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("torch was built without the gloo backend")
     folder = tmp_path_factory.mktemp("racing")
-    two_processes(folder, PROCESS.replace("TESTS", repr(str(Path(__file__).parent))), "torch")
+    two_processes(warm("torch"), folder, PROCESS.replace("TESTS", repr(str(Path(__file__).parent))))
     return [json.loads((folder / f"report{rank}.json").read_text()) for rank in range(2)]
 
 

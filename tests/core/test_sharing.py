@@ -102,10 +102,10 @@ def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def reports(
-    tmp_path_factory: pytest.TempPathFactory, two_processes: Callable[..., None]
+    tmp_path_factory: pytest.TempPathFactory, two_processes: Callable[..., None], warm: Any
 ) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("sharing")
-    two_processes(folder, PROCESS, "torch")
+    two_processes(warm("torch"), folder, PROCESS)
     return folder, [json.loads((folder / f"report{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -86,9 +86,9 @@ class Genas:
             (folder / name).mkdir()
         self.strangers = [folder / "home", folder / "work", folder / "temporary"]
         environment = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "temporary")}
-        self._warm = start_warm(*_MODULES, MPLCONFIGDIR=str(folder / "matplotlib"), **environment)
-        self.environment = self._warm.environment
-        self.close = self._warm.close
+        self.server = start_warm(*_MODULES, MPLCONFIGDIR=str(folder / "matplotlib"), **environment)
+        self.environment = self.server.environment
+        self.close = self.server.close
 
     def __call__(self, *arguments: Any, before: str = "") -> Any:
         """Run a command to its end."""
@@ -100,7 +100,7 @@ class Genas:
 
     def python(self, *command: Any, before: str = "") -> Any:
         """Start what ``python`` with these arguments would."""
-        return self._warm.python(*command, folder=self.strangers[1], before=before)
+        return self.server.python(*command, folder=self.strangers[1], before=before)
 
     def search(
         self, folder: Path, *changes: str, config: Path | None = None, resume: bool = False, before: str = ""

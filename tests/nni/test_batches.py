@@ -321,7 +321,7 @@ def test_a_regression_is_refused_or_measured_by_its_own_loss(tmp_path: Path) -> 
 
 
 def test_a_race_takes_a_loss_of_each_image(searched: Callable[..., GeNAS]) -> None:
-    many, targets = NORMALISED.repeat(10, 1, 1, 1), torch.rand(480, 10, generator=torch.Generator().manual_seed(1))
+    many, targets = NORMALISED.repeat(6, 1, 1, 1), torch.rand(288, 10, generator=torch.Generator().manual_seed(1))
 
     class Several(Module):
         def loss(self, batch: Any) -> Tensor:

@@ -118,12 +118,12 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def seen(
-    tmp_path_factory: pytest.TempPathFactory, two_processes: Callable[..., None]
+    tmp_path_factory: pytest.TempPathFactory, two_processes: Callable[..., None], genas: Any
 ) -> tuple[list[dict[str, Any]], list[dict[str, torch.Tensor]]]:
     """What the two processes saw, and the weights they ended with."""
     folder = tmp_path_factory.mktemp("ddp")
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    two_processes(folder, PROCESS, "nni_strategy", **address, WORLD_SIZE="2", NODE_RANK="0")
+    two_processes(genas.server, folder, PROCESS, **address, WORLD_SIZE="2", NODE_RANK="0")
     reports = [json.loads((folder / f"seen{rank}.json").read_text()) for rank in range(2)]
     weights = [torch.load(folder / f"weights{rank}.pt", weights_only=True) for rank in range(2)]
     return reports, weights

@@ -6,9 +6,6 @@ import functools
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,11 +35,10 @@ print(json.dumps([sorted(set(after) - set(before)), len(after) - len(before), ti
 """
 
 
-def test_the_import_registers_the_zoo_and_nothing_of_timm_gives_way():
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-c", IMPORT], env=environment, capture_output=True, text=True, check=False)
+def test_the_import_registers_the_zoo_and_nothing_of_timm_gives_way(warm, tmp_path):
+    done = warm("torch")(IMPORT, folder=tmp_path)
     # A name that timm has would give a warning, here an error, and no new name.
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.status, done.stderr) == (0, "")
     new, count, module = json.loads(done.stdout)
     assert new == module == sorted([*NAMES, "genas_cell"])
     assert count == len(NAMES) + 1 == 12
