@@ -8,8 +8,8 @@ two checkouts::
 
 One line a workload: a search of the quickstart (``--quick`` takes two epochs and ten candidates of it), ten candidates
 of NAS-Bench-201 by angle and flatness, a raced search of them, a supernet training that is killed and resumed, and the
-logits of three timm models. A digest is of every number to its last bit, without the times. It takes about eight
-minutes, ``--quick`` two; machines and releases of PyTorch differ in their digests.
+logits of three timm models. A digest is of every number to its last bit, without the times. ``--quick`` took
+under two minutes; machines and releases of PyTorch differ in their digests.
 """
 
 from __future__ import annotations

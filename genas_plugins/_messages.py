@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import reprlib
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["escaped", "listed", "message_of", "one_line", "shown"]
+__all__ = ["escaped", "listed", "message_of", "one_line", "shown", "suggestion"]
 
 _LONGEST_VALUE = 200
 _LONGEST_LINE = 2000
@@ -79,3 +80,9 @@ def _cut(text: str, limit: int) -> str:
     # Messages end with what to do, so the end is kept too.
     end = limit // 3
     return f"{text[: limit - end - 5]} ... {text[len(text) - end :]}"
+
+
+def suggestion(name: object, known: Iterable[str]) -> str:
+    """The known name that is most like another, as a question in brackets; empty if none is."""
+    close = difflib.get_close_matches(str(name)[:100], list(known), 1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -7,7 +7,6 @@ a number, and so is ``1e-3``, which YAML reads as text for want of a dot.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,14 +16,14 @@ from pydantic import BeforeValidator, ConfigDict, FailFast, Field, TypeAdapter, 
 from pydantic.dataclasses import dataclass
 from typing_extensions import dataclass_transform
 
-from genas_plugins._messages import escaped, shown
+from genas_plugins._messages import escaped, shown, suggestion
 from genas_plugins._reading import ReadingError, read_yaml, user_path
 from genas_plugins.checks import MOST_IMAGES
 from genas_plugins.files import packaged_configs
 
 __all__ = [
     *("Dotless", "ImageCount", "Listed", "Real", "Reals"),
-    *("checked", "find_file", "read_file", "settings", "suggestion"),
+    *("checked", "find_file", "read_file", "settings"),
 ]
 
 _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
@@ -84,12 +83,6 @@ def checked(kind: type[T], data: Any, error: type[ValueError], whole: str) -> T:
         return TypeAdapter(kind).validate_python(dict(data) if isinstance(data, Mapping) else data)
     except ValidationError as found:
         raise error(_sentence(found, kind, data, whole)) from None
-
-
-def suggestion(name: object, known: Iterable[str]) -> str:
-    """The known name that is most like another, as a question in brackets; empty if none is."""
-    close = difflib.get_close_matches(str(name)[:100], list(known), 1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def find_file(name_or_path: str | Path, host: str, what: str, error: type[Exception]) -> Path:

@@ -28,7 +28,7 @@ from genas_plugins.darts.zoo import ZOO
 from genas_plugins.files import atomic_path
 from genas_plugins.nasbench201 import NasBench201SuperNet
 from genas_plugins.scoring.paths import PREFIX
-from genas_plugins.spaces import find_space, registered_spaces
+from genas_plugins.spaces import OWN_SPACES, find_space, registered_spaces
 from genas_plugins.states import (
     CheckpointError,
     damaged,
@@ -165,14 +165,18 @@ def load_supernet(path: str | Path) -> Any:
     if read_metadata(path).get("format") == _NETWORK:
         raise CheckpointError(f"{path} holds a fixed network, no supernet: use load_official_network.")
     tensors = read_state(path)
-    for kind in (find_space(name).supernet_type for name in registered_spaces()):
-        if kind not in (SuperNet, NasBench201SuperNet):
-            state = {name.rpartition(PREFIX)[2]: value for name, value in unwrapped(tensors).items()}
-            if (arguments := kind.arguments_of(state)) is not None:
-                return _filled(partial(kind, **arguments), state, path, f"a {kind.__name__}")
+    plain = unwrapped(tensors)
+    if not any(map(_PREFIX.match, plain)):
+        # None of ours, for which no package of somebody else is imported.
+        state = {name.rpartition(PREFIX)[2]: value for name, value in plain.items()}
+        for name in registered_spaces().keys() - set(OWN_SPACES):
+            kind = find_space(name).supernet_type
+            if (found := _recognised(kind, state, path, f"a {kind.__name__}")) is not None:
+                return found
     state = network_state(tensors, path)
-    if (arguments := NasBench201SuperNet.arguments_of(state)) is not None:
-        return _filled(partial(NasBench201SuperNet, **arguments), state, path, "a NAS-Bench-201 supernet")
+    found = _recognised(NasBench201SuperNet, state, path, "a NAS-Bench-201 supernet")
+    if found is not None:
+        return found
     return _filled(partial(SuperNet, **_arguments(state, path)), state, path, "a supernet")
 
 
@@ -316,6 +320,15 @@ def _resolved_genotype(path: str | Path, genotype: Genotype | None) -> Genotype:
         raise CheckpointError(f"{path} holds the genotype {own}, not {genotype}: leave the argument out.")
     # Equal genotypes may differ in the order of their pairs; the tensors are numbered by the file's.
     return own
+
+
+def _recognised(kind: Any, state: Mapping[str, Tensor], path: str | Path, description: str) -> Any:
+    """The supernet of a class that these tensors are; ``None`` if they are another's."""
+    try:
+        arguments = kind.arguments_of(state)
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    return None if arguments is None else _filled(partial(kind, **arguments), state, path, description)
 
 
 def _filled(build: Callable[[], _Model], state: Mapping[str, Tensor], path: str | Path, description: str) -> _Model:

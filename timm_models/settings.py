@@ -15,9 +15,9 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter
 from timm.utils import ParseKwargs
 
-from genas_plugins._messages import shown
+from genas_plugins._messages import shown, suggestion
 from genas_plugins._reading import user_path
-from genas_plugins._settings import Listed, checked, read_file, settings, suggestion
+from genas_plugins._settings import Listed, checked, read_file, settings
 
 __all__ = ["Settings", "SettingsError", "add_options", "from_options", "read_config", "write_config"]
 

@@ -11,11 +11,10 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 
-from genas_plugins._messages import shown
+from genas_plugins._messages import shown, suggestion
 from genas_plugins._reading import user_path
 from genas_plugins.darts.genotype import Genotype
 from genas_plugins.darts.network import CellNetwork
@@ -95,11 +94,10 @@ def find_genotype(text: str | os.PathLike[str]) -> Genotype:
         return Genotype.from_code(int(number) for number in numbers)
     if os.path.isfile(user_path(text)):
         return Genotype.load(text)
-    close = get_close_matches(text[:100].lower().replace("-", "_"), ZOO, n=1)
-    suggestion = f"; did you mean {close[0]}?" if close else "."
+    near = suggestion(text.lower().replace("-", "_"), ZOO)
     raise ValueError(
-        f"{shown(text)} is neither a published genotype, nor a genotype's JSON file, nor 28 operation numbers"
-        f"{suggestion} Published genotypes: {', '.join(ZOO)}."
+        f"{shown(text)} is neither a published genotype{near}, nor a genotype's JSON file, nor 28 operation numbers. "
+        f"Published genotypes: {', '.join(ZOO)}."
     )
 
 

@@ -20,7 +20,6 @@ from genas_plugins.nasbench201.architecture import NasBench201Architecture
 from genas_plugins.nasbench201.cells import Cell, ResidualBlock, SuperCell, build_operation, reaching_edges
 from genas_plugins.nasbench201.costs import stage_channels
 from genas_plugins.nasbench201.space import NasBench201SearchSpace
-from genas_plugins.states import CheckpointError
 
 if TYPE_CHECKING:
     from genas_plugins.scoring.inference import InferenceNetwork
@@ -162,7 +161,7 @@ class NasBench201SuperNet(_Stack):
         """The constructor's arguments, read off tensors by their names; ``None`` for those of another network.
 
         Raises:
-            CheckpointError: The size cannot be told.
+            ValueError: The size cannot be told; the message completes the name of a file.
         """
         cells = {found[1] for name in state if (found := re.match(r"cells\.(\d+)\.edges\.", name))}
         if not cells:
@@ -170,9 +169,9 @@ class NasBench201SuperNet(_Stack):
         needed = ("stem.0.weight", "classifier.weight")
         missing = [name for name in needed if name not in state or state[name].dim() == 0]
         if missing:
-            raise CheckpointError(f"A checkpoint lacks {', '.join(missing)}, so the size of its network is unknown.")
+            raise ValueError(f"lacks {', '.join(missing)}, so the size of its network is unknown.")
         if len(cells) % _STAGES:
-            raise CheckpointError(f"A checkpoint has {len(cells)} cells, expected as many in each of three stages.")
+            raise ValueError(f"has {len(cells)} cells, expected as many in each of three stages.")
         return {
             "init_channels": state["stem.0.weight"].shape[0],
             "cells_per_stage": len(cells) // _STAGES,

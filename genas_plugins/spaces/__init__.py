@@ -7,7 +7,6 @@ in a single file.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint
 from typing import Any, Protocol, TypeVar
@@ -16,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from genas_plugins import _plugins
-from genas_plugins._messages import shown
+from genas_plugins._messages import shown, suggestion
 from genas_plugins.darts.space import DartsSearchSpace
 from genas_plugins.nasbench201.architecture import NasBench201Architecture
 from genas_plugins.nasbench201.space import NasBench201SearchSpace
@@ -36,8 +35,11 @@ GROUP = "genas_plugins.spaces"
 """Group of the entry points."""
 
 _OWN = {
-    "darts": "genas_plugins.darts.space:DartsSearchSpace",
-    "nasbench201": "genas_plugins.nasbench201.space:NasBench201SearchSpace",
+    name: EntryPoint(name, place, GROUP)
+    for name, place in (
+        ("darts", "genas_plugins.darts.space:DartsSearchSpace"),
+        ("nasbench201", "genas_plugins.nasbench201.space:NasBench201SearchSpace"),
+    )
 }
 OWN_SPACES = tuple(_OWN)
 """Names of this package's."""
@@ -92,7 +94,7 @@ class Space(Protocol[Candidate]):
 
 def registered_spaces() -> dict[str, EntryPoint]:
     """The entry points of all spaces by name; a registered one cannot take the name of one of this package."""
-    return _plugins.registered(GROUP) | {name: EntryPoint(name, value, GROUP) for name, value in _OWN.items()}
+    return _plugins.registered(GROUP) | _OWN
 
 
 def find_space(name: str) -> Any:
@@ -105,9 +107,9 @@ def find_space(name: str) -> Any:
         ValueError: There is none; the message has those that there are.
         ImportError: It cannot be loaded.
     """
-    known = registered_spaces()
+    # For our own nothing that is installed is looked through.
+    known = _OWN if name in _OWN else registered_spaces()
     if name not in known:
-        close = difflib.get_close_matches(str(name)[:100], known, 1)
-        meant = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"There is no space {shown(name)}{meant}; there are: {', '.join(known)}.")
+        near = suggestion(name, known)
+        raise ValueError(f"There is no space {shown(name)}{near}; there are: {', '.join(known)}.")
     return _plugins.load(known[name])()
