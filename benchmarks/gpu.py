@@ -142,6 +142,9 @@ class Call:
         command = self.command(step, seconds)
         if step.writes and not step.resumes:
             shutil.rmtree(self.folder / step.writes, ignore_errors=True)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            # As in a background job: the step would ignore, too, what ends it.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         started = time.monotonic()
         given = os.environ.get("PYTHONPATH")
         paths = os.pathsep.join([str(ROOT), *self.site, *([given] if given else [])])

@@ -97,7 +97,7 @@ def test_a_step_that_takes_longer_than_its_share_is_cut_off_and_tried_again(
     gpu: Any, plan: Callable[..., Path], tmp_path: Path
 ) -> None:
     notes = plan(one="print('begun', flush=True); import time; time.sleep(100)", two="print('done')")
-    arguments = ("--minutes", "0.15")
+    arguments = ("--minutes", "0.05")
     assert run(gpu, tmp_path, *arguments) == 3
     report = (tmp_path / "out" / "speed" / "report.md").read_text()
     assert re.search(r"\| one \| shows one \| cut off \| \S+ \| \S+ \| begun \|", report)
@@ -108,14 +108,26 @@ def test_a_step_that_takes_longer_than_its_share_is_cut_off_and_tried_again(
     assert json.loads((tmp_path / "out" / "speed" / "one.json").read_text())["code"] == 124
 
 
+def test_a_step_is_cut_off_in_a_background_job_too(gpu: Any, plan: Callable[..., Path], tmp_path: Path) -> None:
+    """A shell lets what it starts in the background ignore Ctrl-C, which is what ends a step."""
+    plan(one="import time; time.sleep(100)", two="print('done')")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert run(gpu, tmp_path, "--minutes", "0.05") == 3
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert json.loads((tmp_path / "out" / "speed" / "one.json").read_text())["seconds"] < gpu.PATIENCE
+    assert "| done |" in (tmp_path / "out" / "speed" / "report.md").read_text()
+
+
 def test_a_step_that_goes_on_where_it_was_is_tried_until_it_is_done(
     gpu: Any, plan: Callable[..., Path], tmp_path: Path
 ) -> None:
     code = f"import pathlib, time; mark = pathlib.Path({str(tmp_path / 'mark')!r})\n"
     code += "if not mark.exists():\n    mark.touch()\n    time.sleep(100)\n"
     notes = plan({"one": {"resumes": True}}, one=code)
-    assert run(gpu, tmp_path, "--minutes", "0.08") == 3
-    assert run(gpu, tmp_path, "--minutes", "0.3") == 0
+    assert run(gpu, tmp_path, "--minutes", "0.03") == 3
+    assert run(gpu, tmp_path, "--minutes", "0.1") == 0
     assert len(notes.read_text().splitlines()) == 2
 
 
@@ -124,7 +136,7 @@ def test_a_step_that_others_need_has_their_time_too(gpu: Any, plan: Callable[...
     code = f"import pathlib, time; mark = pathlib.Path({str(mark)!r})\n"
     code += "if not mark.exists():\n    mark.touch()\n    time.sleep(100)\n"
     notes = plan({"one": {"resumes": True}, "two": {"after": "one"}}, one=code, two="")
-    assert run(gpu, tmp_path, "--minutes", "0.3") == 0
+    assert run(gpu, tmp_path, "--minutes", "0.1") == 0
     assert [line.split()[0] for line in notes.read_text().splitlines()] == ["one", "one", "two"]
 
 
@@ -141,7 +153,7 @@ def test_what_a_step_began_is_removed_where_it_cannot_go_on(
     made = tmp_path / "out" / "speed" / "digits"
     plan({"one": {"writes": "digits"}}, one=f"import os, time; os.makedirs({str(made)!r}); time.sleep(100)")
     for _ in range(2):
-        run(gpu, tmp_path, "--minutes", "0.08")
+        run(gpu, tmp_path, "--minutes", "0.03")
         # makedirs would have failed on a folder that is there.
         assert "FileExistsError" not in (tmp_path / "out" / "speed" / "one.txt").read_text()
 
@@ -152,7 +164,7 @@ def test_a_step_ends_with_all_that_it_started(gpu: Any, plan: Callable[..., Path
         one=f"import subprocess, time; p = subprocess.Popen(['sleep', '100'])\n"
         f"open({str(child)!r}, 'w').write(str(p.pid)); time.sleep(100)"
     )
-    assert run(gpu, tmp_path, "--minutes", "0.08") == 1
+    assert run(gpu, tmp_path, "--minutes", "0.03") == 1
     state = Path(f"/proc/{child.read_text()}/stat")
     # Gone, or nobody has asked how it ended.
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
