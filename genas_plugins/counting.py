@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from genas_plugins._messages import shown
@@ -39,7 +43,7 @@ def count_macs(model: nn.Module, image_size: int = 224) -> int:
     first = next(model.parameters())
     image = torch.empty((1, 3, image_size, image_size), device=first.device, dtype=first.dtype)
     counter = FlopCounterMode(display=False)
-    with evaluation_mode(model), torch.no_grad(), counter:
+    with evaluation_mode(model), torch.no_grad(), counter, _WithoutMultiplications():
         model(image)
     return counter.get_total_flops() // 2
 
@@ -88,6 +92,21 @@ def fit_channels(genotype: Genotype, macs: float = 600e6, image_size: int = 224,
             f"{MAX_CHANNELS:,} channels it needs {most / 1e6:.4g} M at {image_size} pixels."
         )
     return channels
+
+
+class _WithoutMultiplications(TorchFunctionMode):
+    """Passes over layers that keep the shape and are not counted; on the meta device they take most of the time."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in (F.batch_norm, F.relu) and args and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 @lru_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -49,10 +50,15 @@ def random_supernet(stem: str, seed: int, around: SuperNet | None = None) -> Sup
 
 def vector(net: SuperNet, code: tuple[int, ...]) -> np.ndarray:
     """The architecture vector, concatenated as the definition reads."""
-    state = {name: value.double().numpy().ravel() for name, value in net.state_dict().items()}
+    state = {
+        name: value.double().numpy().ravel()
+        for name, value in net.state_dict().items()
+        if not name.endswith(STATISTICS)
+    }
 
+    @functools.cache
     def weights(prefix: str) -> list[np.ndarray]:
-        return [v for name, v in state.items() if name.startswith(prefix) and not name.endswith(STATISTICS)]
+        return [value for name, value in state.items() if name.startswith(prefix)]
 
     pieces = weights("stem")
     for k in range(CELLS):

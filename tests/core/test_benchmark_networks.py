@@ -69,8 +69,7 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
 
 
-@pytest.mark.parametrize("genotype", [EVERY_OPERATION, ZOO[OURS].genotype])
-@pytest.mark.parametrize(("cells", "size"), [(3, 64), (5, 96)])
+@pytest.mark.parametrize(("genotype", "cells", "size"), [(EVERY_OPERATION, 3, 64), (ZOO[OURS].genotype, 5, 96)])
 def test_ours_agrees_with_the_plain_network(networks: Any, genotype: Genotype, cells: int, size: int) -> None:
     torch.manual_seed(0)
     networks.check_agreement(ours(networks, genotype, cells), networks.PlainNetwork(genotype, 4, cells), size)

@@ -204,5 +204,6 @@ def test_check_fails_on_every_missed_target(
     scoring = load("scoring")
     for name, easy in (("MOST_OVERHEAD", 1e9), ("LEAST_GAIN", {"cpu": 0.0}), ("MOST_GROWTH", 1e9)):
         monkeypatch.setattr(scoring, name, value if name == target else easy)
+    monkeypatch.setattr(scoring, "ROUNDS", 1)
     arguments = [*NETWORK, "--candidates", "1", "--images", "2", "--recalibration-images", "2"]
     assert scoring.main([*arguments, "--check"]) == (0 if target is None else 1)

@@ -246,7 +246,7 @@ def plain() -> nn.Module:
 
 def subnet() -> nn.Module:
     torch.manual_seed(0)
-    return SuperNet(10, 4, 3).subnet(ZOO["genas_flatness_c10"].genotype)
+    return SuperNet(10, 4, 2).subnet(ZOO["genas_flatness_c10"].genotype)
 
 
 def everything(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> list[Any]:
