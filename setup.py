@@ -42,6 +42,8 @@ EXTRAS: dict[str, list[str]] = {
         "pillow",
         # The pictures of which the quickstart's scenes are made.
         "scikit-image",
+        # mmengine reads configurations of packages (mmseg::...) by pkg_resources, which setuptools 82 dropped.
+        "setuptools<82",
     ],
     # What RetinaNet needs besides Detectron2 itself, which is not on PyPI and so cannot be listed here.
     "detectron2": [
@@ -89,13 +91,14 @@ setup(
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
-        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     # The checkout keeps the configurations at its top level, where the hosts' users look for them; an
     # installation gets the same tree as genas_plugins/configs, because it must not claim the name "configs".
     packages=[
@@ -113,7 +116,6 @@ setup(
         "safetensors",
         "pyyaml",
         "pydantic>=2.12",
-        "typing_extensions",
     ],
     extras_require=EXTRAS,
     zip_safe=False,

@@ -45,8 +45,6 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from nni.nas.execution import SequentialExecutionEngine
-from nni.nas.space import RawFormatModelSpace
 
 # The neighbouring script: running this one puts their folder on the path.
 from scoring import CLASSES, CLOCKS, MEAN, STD, add_options, print_table, random_images, spread
@@ -209,6 +207,10 @@ def train(
     precision: str = "32-true",
 ) -> None:
     """Our arm: an epoch through NNI and Lightning."""
+    # Not above, where NNI stands before nni_strategy, because Python 3.14 imports it only afterwards.
+    from nni.nas.execution import SequentialExecutionEngine
+    from nni.nas.space import RawFormatModelSpace
+
     held_out = random_images(args.batch_size, args.image_size, args.seed + 1)
     data = SearchData(images, held_out, held_out, None, MEAN, STD, CLASSES, "random", args.image_size)
     with quiet(), tempfile.TemporaryDirectory() as folder:

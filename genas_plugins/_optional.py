@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import platform
 from types import ModuleType
+
+from genas_plugins._compatibility import RETAGGED, import_typeguard, nni_has_a_wheel
 
 __all__ = ["MissingPackageError", "require"]
 
@@ -25,16 +28,20 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
 
     Raises:
         MissingPackageError: The top-level package of ``module`` is not installed. The message is one sentence with
-            the command that installs it.
+            the command that installs it, on this machine.
         ImportError: Something inside an installed package cannot be imported, which has another cause; unchanged.
     """
     package = module.partition(".")[0]
     try:
+        if package == "nni":
+            import_typeguard()
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != package:
             raise
-        raise MissingPackageError(
-            f"{package} is needed for {purpose} but is not installed: pip install 'genas-plugins[{extra}]'.",
-            name=package,
-        ) from error
+        missing = f"{package} is needed for {purpose} but is not installed"
+        install = f"pip install 'genas-plugins[{extra}]'"
+        if package == "nni" and not nni_has_a_wheel():
+            missing += f", and has no wheel for {platform.machine()}, which docs/nni.md explains"
+            install = f"{RETAGGED} && {install}"
+        raise MissingPackageError(f"{missing}: {install}.", name=package) from error

@@ -10,11 +10,10 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 from pydantic import BeforeValidator, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
-from typing_extensions import dataclass_transform
 
 from genas_plugins._messages import escaped, shown, suggestion
 from genas_plugins._reading import ReadingError, read_yaml, user_path

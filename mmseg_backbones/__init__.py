@@ -17,9 +17,10 @@ except AssertionError as error:
         f"({error})"
     ) from error
 
-from mmseg_backbones.compatibility import allow_checkpoints, stand_in_for_mmcv_ops  # noqa: E402
+from mmseg_backbones.compatibility import allow_checkpoints, stand_in_for_mmcv_ops, supply_find_loader  # noqa: E402
 
 stand_in_for_mmcv_ops()
+supply_find_loader()
 allow_checkpoints()
 
 from mmseg_backbones.backbone import GeNASBackbone  # noqa: E402

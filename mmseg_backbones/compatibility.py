@@ -1,4 +1,6 @@
-"""Fills gaps of MMSegmentation 1.2 on current PyTorch: mmcv's compiled operations, and loading checkpoints as data.
+"""Fills gaps of MMSegmentation 1.2 on current PyTorch and Python.
+
+These are mmcv's compiled operations, loading checkpoints as data, and a function that Python 3.14 has dropped.
 
 No mmcv that MMSegmentation accepts (below 2.2) compiles against current PyTorch. ``mmcv-lite`` has everything but
 the compiled operations, and ``mmseg.models`` imports some of these, although DeepLab-v3 and most other segmentors
@@ -11,9 +13,10 @@ import importlib
 import importlib.machinery
 import importlib.util
 import pickle
+import pkgutil
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
@@ -23,9 +26,11 @@ from mmengine.runner import CheckpointLoader
 from genas_plugins._pickles import numpy_globals
 from mmseg_backbones.weights import load_from_local
 
-__all__ = ["allow_checkpoints", "stand_in_for_mmcv_ops"]
+__all__ = ["allow_checkpoints", "stand_in_for_mmcv_ops", "supply_find_loader"]
 
 _EXTENSION = "mmcv._ext"
+# Those of mmengine 0.10 and mmcv 2.1 that call pkgutil.find_loader.
+_CALLERS = ("mmengine.utils.dl_utils.misc", "mmcv.utils.ext_loader")
 
 
 class _StandIn(ModuleType):
@@ -56,6 +61,23 @@ def stand_in_for_mmcv_ops() -> bool:
     module.__spec__ = importlib.machinery.ModuleSpec(_EXTENSION, None)
     sys.modules[_EXTENSION] = module
     return True
+
+
+def supply_find_loader() -> None:
+    """Let mmengine and mmcv look for compiled operations on Python 3.14, which has no ``pkgutil.find_loader``.
+
+    Only their own modules see the function; ``pkgutil`` stays as it is.
+    """
+    if hasattr(pkgutil, "find_loader"):
+        return
+    older = SimpleNamespace(**vars(pkgutil), find_loader=_find_loader)
+    for name in _CALLERS:
+        importlib.import_module(name).pkgutil = older
+
+
+def _find_loader(name: str) -> Any:
+    spec = importlib.util.find_spec(name)
+    return None if spec is None else spec.loader
 
 
 def allow_checkpoints() -> None:

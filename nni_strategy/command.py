@@ -16,6 +16,7 @@ from genas_plugins.cli.shared import table, told_how_to_go_on
 from genas_plugins.correlation.report import LEAST_SLOPE
 from genas_plugins.experiment import config
 from genas_plugins.experiment.progress import Bar
+from genas_plugins.training import workers
 from nni_strategy.run import Outcome, run_experiment
 
 __all__ = ["add", "quiet_hosts", "run", "run_experiment"]
@@ -62,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
             f"--config is missing; experiments that come with the package: {', '.join(config.config_names())}."
         )
     quiet_hosts()
+    workers.preload("genas_plugins.datasets", "PIL.Image")
     again = f"genas search --output {shlex.quote(str(folder))} --resume"
     interrupted = again + " --train-only" * options.train_only
     with told_how_to_go_on(folder, (folder / "config.yaml").exists, interrupted):

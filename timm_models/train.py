@@ -18,6 +18,7 @@ from genas_plugins._reading import expand_home
 from genas_plugins._settings import find_file
 from genas_plugins.files import disk_is_full
 from genas_plugins.interrupts import exit_status, interruptible
+from genas_plugins.training import workers
 from timm_models.runs import CONFIG, MAY_CHANGE
 from timm_models.settings import Settings, SettingsError, add_options, from_options, read_config
 from timm_models.training import train
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup_default_logging(default_level=logging.INFO if primary else logging.WARNING)
     # It would list the checkpoints in every epoch.
     logging.getLogger("timm.utils.checkpoint_saver").setLevel(logging.WARNING)
+    workers.preload("timm_models.training")
     try:
         with interruptible():
             folder = train(_settings(options, config, resume), resume)

@@ -26,6 +26,7 @@ from genas_plugins.datasets._images import check_headers
 from genas_plugins.files import atomic_path
 from genas_plugins.scoring.accuracy import Accuracy
 from genas_plugins.scoring.batchnorm import evaluation_mode
+from genas_plugins.training import workers
 from timm_models import shifted
 from timm_models.data import image_config, image_mode
 from timm_models.weights import read_weights
@@ -131,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = expand_home(parser.parse_args(arguments))
     except ValueError:  # of timm's ParseKwargs
         parser.error("--model-kwargs takes arguments KEY=VALUE")
+    workers.preload("timm_models.validate")
     try:
         record = _validate(options)
     except KeyboardInterrupt:

@@ -50,7 +50,7 @@ HOSTS = {
 }
 # Of others, or of Python; their options are not ours.
 STRANGERS = {"ruff", "pytest", "mim", "source", ".", "cd", "git", "nvidia-smi", "taskset", "export"}
-MODULES = {"venv", "build", "pytest", "pip"}
+MODULES = {"venv", "build", "pytest", "pip", "wheel"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,6 +93,7 @@ class Broken(torch.utils.data.Dataset):
 )
 def test_an_error_of_a_loaders_worker_is_the_line_that_it_met(error, told):
     with pytest.raises(type(error)) as met:
-        next(iter(torch.utils.data.DataLoader(Broken(error), num_workers=1)))
+        # fork, because a worker cannot import what is in a file of tests.
+        next(iter(torch.utils.data.DataLoader(Broken(error), num_workers=1, multiprocessing_context="fork")))
     assert "Traceback" in str(met.value) and message_of(met.value) == told
     assert message_of(error) == told

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from scipy.stats import chisquare
 from torch import Tensor, nn
 
+from genas_plugins._compatibility import import_typeguard
 from genas_plugins.counting import count_macs, count_parameters
 from genas_plugins.nasbench201 import (
     NasBench201Architecture,
@@ -477,6 +478,7 @@ def test_edges_that_reach_the_output_by_hand(text, edges):
 
 
 def test_the_networks_of_nni_give_the_same_output():
+    import_typeguard()
     hub = pytest.importorskip("nni.nas.hub.pytorch", reason="NNI is not installed")
     from nni.nas.space import model_context
 

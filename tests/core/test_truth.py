@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import genas_plugins
+from genas_plugins._compatibility import import_typeguard
 from genas_plugins.nasbench201.truth import DATASETS, lookup, read_truth
 
 HEADER = "arch,cifar10,cifar100,imagenet16_120"
@@ -107,6 +108,7 @@ def test_lookup_keeps_the_order_and_names_what_is_missing():
 def nni_database(tmp_path, monkeypatch):
     """NNI's own tables, in a database of our own in place of the downloaded one."""
     pytest.importorskip("peewee", reason="peewee is not installed: pip install 'genas-plugins[nasbench201]'")
+    import_typeguard()
     pytest.importorskip("nni", reason="NNI is not installed")
     sqlite = pytest.importorskip("playhouse.sqlite_ext")
     if not hasattr(sqlite, "SqliteExtDatabase"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import pkgutil
 import signal
 import sys
 from collections.abc import Callable
@@ -18,9 +20,10 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import load_checkpoint
+from mmengine.utils.dl_utils import mmcv_full_available
 
 from genas_plugins.files import packaged_configs
-from mmseg_backbones.compatibility import stand_in_for_mmcv_ops
+from mmseg_backbones.compatibility import stand_in_for_mmcv_ops, supply_find_loader
 from mmseg_backbones.synthetic import CLASSES, PALETTE, draw_scene, write_scenes
 
 QUICKSTART = packaged_configs("mmseg", ".py")["deeplabv3_genas-flatness-c100-d8_1xb8-600_quickstart_synthetic"]
@@ -48,6 +51,22 @@ def test_a_full_mmcv_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert stand_in_for_mmcv_ops() is True
     assert sys.modules["mmcv._ext"].__spec__.name == "mmcv._ext"
+
+
+def test_without_find_loader_operations_are_looked_for_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on Python 3.14, where it is gone and nothing is to be taken away.
+    monkeypatch.delattr(pkgutil, "find_loader", raising=False)
+    callers = [importlib.import_module(name) for name in ("mmengine.utils.dl_utils.misc", "mmcv.utils.ext_loader")]
+    for module in callers:
+        monkeypatch.setattr(module, "pkgutil", pkgutil)
+        with pytest.raises(AttributeError, match="find_loader"):
+            module.pkgutil.find_loader("mmcv._ext")
+    supply_find_loader()
+    compiled = hasattr(sys.modules["mmcv._ext"], "__file__")
+    assert [mmcv_full_available(), callers[1].check_ops_exist()] == [compiled, compiled]
+    assert callers[0].pkgutil.find_loader("json") is importlib.util.find_spec("json").loader
+    # Others find the standard library as it is.
+    assert not hasattr(pkgutil, "find_loader")
 
 
 def test_checkpoints_of_mmengine_load_as_data(tmp_path: Path) -> None:
