@@ -185,7 +185,7 @@ def _load(path: Path) -> Any:
             raise
         raise damaged(path) from error
     except _DAMAGE as error:
-        refused = re.search(r"GLOBAL (\w+(?:\.\w+)+)|refers to (.+), which could execute code", str(error)[:2000])
+        refused = re.search(r"GLOBAL (\w+(?:\.\w+)*)|refers to (.+), which could execute code", str(error)[:2000])
         if refused is None:
             raise damaged(path) from error
         reason = f"it refers to {one_line(refused[1] or refused[2], 200)}, which could execute code"
