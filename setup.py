@@ -29,7 +29,7 @@ EXTRAS: dict[str, list[str]] = {
     ],
     # scikit-learn for ImageNet-O's figure.
     "timm": ["timm>=1.0.31", "torchvision", "pillow", "tensorboard", "scikit-learn"],
-    # mmcv-lite because no mmcv below 2.2, which mmsegmentation refuses, compiles against current torch.
+    # mmcv-lite because mmcv has no wheels for current torch; docs/mmseg.md says how one is compiled in its place.
     # ftfy and regex are imported by mmsegmentation, which does not declare them.
     "mmseg": [
         "mmsegmentation>=1.2.2,<1.3",
@@ -44,6 +44,16 @@ EXTRAS: dict[str, list[str]] = {
         "scikit-image",
         # mmengine reads configurations of packages (mmseg::...) by pkg_resources, which setuptools 82 dropped.
         "setuptools<82",
+    ],
+    # OneDL's fork of the above, with the same import names.
+    "onedl": [
+        "onedl-mmsegmentation>=1.4.2,<1.5",
+        "onedl-mmengine>=0.10.12,<0.11",
+        "onedl-mmcv>=2.3.6,<2.4",
+        "timm>=1.0.31",
+        "torchvision",
+        "pillow",
+        "scikit-image",
     ],
     # What RetinaNet needs besides Detectron2 itself, which is not on PyPI and so cannot be listed here.
     "detectron2": [
@@ -74,7 +84,8 @@ EXTRAS: dict[str, list[str]] = {
     "nasbench201": ["peewee>=3.14,<4", "nats-bench>=1.8"],
     "plots": ["matplotlib>=3.6"],
 }
-EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+# Not the fork: it would overwrite files of mmseg's.
+EXTRAS["all"] = sorted({requirement for name, extra in EXTRAS.items() if name != "onedl" for requirement in extra})
 EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.5", "ruff", "psutil", "jsonschema>=4.18"]
 
 setup(

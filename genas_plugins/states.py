@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import builtins
 import errno
 import pickle
 import re
@@ -185,8 +186,9 @@ def _load(path: Path) -> Any:
             raise
         raise damaged(path) from error
     except _DAMAGE as error:
-        refused = re.search(r"GLOBAL (\w+(?:\.\w+)+)|refers to (.+), which could execute code", str(error)[:2000])
-        if refused is None:
+        refused = re.search(r"GLOBAL (\w+(?:\.\w+)*)|refers to (.+), which could execute code", str(error)[:2000])
+        # PyTorch names Python's own functions alone, as it does words of a file that is text.
+        if refused is None or (refused[1] and "." not in refused[1] and not hasattr(builtins, refused[1])):
             raise damaged(path) from error
         reason = f"it refers to {one_line(refused[1] or refused[2], 200)}, which could execute code"
         # Not chained: torch's message goes on to advise weights_only=False, which would execute the file.

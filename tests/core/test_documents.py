@@ -49,7 +49,7 @@ HOSTS = {
     "benchmarks/dense.py": ("timm",),
 }
 # Of others, or of Python; their options are not ours.
-STRANGERS = {"ruff", "pytest", "mim", "source", ".", "cd", "git", "nvidia-smi", "taskset", "export"}
+STRANGERS = {"ruff", "pytest", "mim", "source", ".", "cd", "git", "nvidia-smi", "taskset", "export", "tar", "sed"}
 MODULES = {"venv", "build", "pytest", "pip", "wheel"}
 
 
