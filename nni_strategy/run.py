@@ -21,6 +21,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from genas_plugins.checkpoints import CheckpointError, load_supernet, read_state, save_supernet
 from genas_plugins.datasets import SearchData
+from genas_plugins.devices import check_float64
 from genas_plugins.experiment import config
 from genas_plugins.experiment.outcome import Found, Outcome, SearchFailedError, hand_over
 from genas_plugins.experiment.profiling import SearchProfile
@@ -119,17 +120,14 @@ def _run(
         check_folder(folder, experiment, resume)
     torch.manual_seed(experiment.seed)
     data = load_data(experiment)
-    own = find_space(experiment.space.name)
-    space = space_of(own, own.supernet_arguments(data.num_classes, experiment.space))
-    if experiment.training.precision == "64-true":
-        # Lightning does so too, but loads a checkpoint before: what it resumes would be rounded to float32.
-        space.double()
+    space = _space(experiment, data.num_classes)
     history = RunHistory(folder / HISTORY_FILE, (SUPERNET_FILE, INITIAL_FILE), read_only=not primary)
     if primary:
         check_scored(folder, data, history)
     shown = progress if primary else None
     evaluator = _evaluator(experiment, data, folder, shown, profiler)
     device = evaluator.trainer.strategy.root_device
+    check_float64((parameter.dtype for parameter in space.parameters()), device)
     score = experiment.score
     space.to(device)
     recalibration, validation = search_batches(data, device, score.recalibration, score.batch_size)
@@ -164,6 +162,15 @@ def _run(
     scorer = strategy.scorer
     scorer.data = data
     return hand_over(folder, experiment, strategy.evolution, strategy.records, scorer, time.time() - start)
+
+
+def _space(experiment: config.Experiment, num_classes: int) -> SupernetSpace:
+    own = find_space(experiment.space.name)
+    space = space_of(own, own.supernet_arguments(num_classes, experiment.space))
+    if experiment.training.precision == "64-true":
+        # Lightning does so too, but loads a checkpoint before: what it resumes would be rounded to float32.
+        space.double()
+    return space
 
 
 class _TrainingOnly(GeNAS):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from genas_plugins._keywords import keywords_of
 from genas_plugins.checks import MOST_IMAGES, check_count, check_device
+from genas_plugins.devices import check_float64
 from genas_plugins.experiment.parts import BatchParts, check_loss
 from genas_plugins.experiment.preflight import Preflight
 from genas_plugins.experiment.racing import check_race
@@ -321,6 +322,8 @@ class GeNAS(RandomOneShot):
             return
         evaluator: Lightning = self._mutated_model_space.evaluator  # type: ignore[union-attr,assignment]
         device = next(self.supernet.parameters()).device
+        dtypes = (parameter.dtype for parameter in self.supernet.parameters())
+        check_float64(dtypes, torch.device(self.device or device))
         Preflight(
             paths=self.paths,
             score=self.score,
