@@ -12,13 +12,14 @@ class MissingPackageError(ImportError):
     """An optional package is not installed; the message is a sentence with the command that installs it."""
 
 
-def require(module: str, *, extra: str, purpose: str) -> ModuleType:
+def require(module: str, *, purpose: str, extra: str | None = None, install: str | None = None) -> ModuleType:
     """Import an optional dependency.
 
     Args:
         module: Dotted name, for instance ``"matplotlib.pyplot"``.
-        extra: The extra of ``genas-plugins`` that installs it.
         purpose: What needs it; completes the message "is needed for ...".
+        extra: The extra of ``genas-plugins`` that installs it.
+        install: Where there is no such extra: what to install instead.
 
     Returns:
         The imported module.
@@ -35,6 +36,7 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != package:
             raise
         raise MissingPackageError(
-            f"{package} is needed for {purpose} but is not installed: pip install 'genas-plugins[{extra}]'.",
+            f"{package} is needed for {purpose} but is not installed: pip install "
+            + (f"'genas-plugins[{extra}]'." if install is None else f"{install}."),
             name=package,
         ) from error

@@ -85,7 +85,8 @@ class Training:
     """The supernet recipe of the official code, and what Lightning's trainer is told.
 
     A ``final_learning_rate`` of ``null`` is 0.001, or ``learning_rate`` if that is less. ``threads`` are those of
-    PyTorch on a CPU; ``null`` takes PyTorch's own number, usually that of the cores.
+    PyTorch on a CPU; ``null`` takes PyTorch's own number, usually that of the cores. ``logger`` is Lightning's, told of
+    the training and of each generation of the search.
     """
 
     epochs: _Count = 250
@@ -102,6 +103,7 @@ class Training:
     threads: _Processes | None = None
     num_workers: Annotated[int, Field(ge=0, le=1_024)] = 0
     checkpoint_every: _Count = 1
+    logger: Literal["csv", "tensorboard", "wandb", "mlflow"] = "csv"
 
     def __post_init__(self) -> None:
         if self.epochs % self.checkpoint_every:
