@@ -15,13 +15,14 @@ class MissingPackageError(ImportError):
     """An optional package is not installed; the message is a sentence with the command that installs it."""
 
 
-def require(module: str, *, extra: str, purpose: str) -> ModuleType:
+def require(module: str, *, purpose: str, extra: str | None = None, install: str | None = None) -> ModuleType:
     """Import an optional dependency.
 
     Args:
         module: Dotted name, for instance ``"matplotlib.pyplot"``.
-        extra: The extra of ``genas-plugins`` that installs it.
         purpose: What needs it; completes the message "is needed for ...".
+        extra: The extra of ``genas-plugins`` that installs it.
+        install: Where there is no such extra: what to install instead.
 
     Returns:
         The imported module.
@@ -40,8 +41,9 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != package:
             raise
         missing = f"{package} is needed for {purpose} but is not installed"
-        install = f"pip install 'genas-plugins[{extra}]'"
+        install = install or f"'genas-plugins[{extra}]'"
+        command = f"pip install {install}"
         if package == "nni" and not nni_has_a_wheel():
             missing += f", and has no wheel for {platform.machine()}, which docs/nni.md explains"
-            install = f"{RETAGGED} && {install}"
-        raise MissingPackageError(f"{missing}: {install}.", name=package) from error
+            command = f"{RETAGGED} && {command}"
+        raise MissingPackageError(f"{missing}: {command}.", name=package) from error

@@ -107,7 +107,7 @@ def check_device(device: torch.device | str, name: str = "device") -> torch.devi
     """Return ``device`` if this machine has it.
 
     Raises:
-        ValueError: The kind of device is unknown, or this machine has no CUDA device of that index.
+        ValueError: The kind of device is unknown, or this machine has no CUDA device of that index, or no MPS.
     """
     try:
         found = torch.device(device)
@@ -115,6 +115,8 @@ def check_device(device: torch.device | str, name: str = "device") -> torch.devi
         raise ValueError(
             f"{name} must be cpu, cuda, cuda:1 or another of PyTorch's, got {shown(device, _SHOWN)}."
         ) from error
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"{name} is {found}, but PyTorch finds no such GPU of Apple's here; expected cpu or another.")
     if found.type != "cuda":
         return found
     there = torch.cuda.device_count()

@@ -14,13 +14,13 @@ from nni.nas.evaluator.pytorch import Lightning
 from nni.nas.experiment import NasExperiment
 from nni.nas.experiment.config import NasExperimentConfig
 from pytorch_lightning.callbacks import Callback, LambdaCallback, ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from genas_plugins.checkpoints import CheckpointError, load_supernet, read_state, save_supernet
 from genas_plugins.datasets import SearchData
+from genas_plugins.devices import check_float64
 from genas_plugins.experiment import config
 from genas_plugins.experiment.outcome import Found, Outcome, SearchFailedError, hand_over
 from genas_plugins.experiment.profiling import SearchProfile
@@ -38,6 +38,7 @@ from genas_plugins.interrupts import raise_pending
 from genas_plugins.locking import lock_folder
 from genas_plugins.search import InFlight
 from genas_plugins.spaces import find_space
+from nni_strategy.loggers import RunLog
 from nni_strategy.space import SupernetSpace, space_of
 from nni_strategy.strategy import GeNAS
 from nni_strategy.training import TrainingProgress, supernet_evaluator
@@ -114,22 +115,20 @@ def _run(
     train_only: bool,
 ) -> Outcome:
     profiler = SearchProfile(folder, profile) if profile is not None and primary else None
+    log = RunLog(experiment.training.logger, folder, primary)
     if primary:
         # Once more, now that nobody else can write to it.
         check_folder(folder, experiment, resume)
     torch.manual_seed(experiment.seed)
     data = load_data(experiment)
-    own = find_space(experiment.space.name)
-    space = space_of(own, own.supernet_arguments(data.num_classes, experiment.space))
-    if experiment.training.precision == "64-true":
-        # Lightning does so too, but loads a checkpoint before: what it resumes would be rounded to float32.
-        space.double()
+    space = _space(experiment, data.num_classes)
     history = RunHistory(folder / HISTORY_FILE, (SUPERNET_FILE, INITIAL_FILE), read_only=not primary)
     if primary:
         check_scored(folder, data, history)
     shown = progress if primary else None
     evaluator = _evaluator(experiment, data, folder, shown, profiler)
     device = evaluator.trainer.strategy.root_device
+    check_float64((parameter.dtype for parameter in space.parameters()), device)
     score = experiment.score
     space.to(device)
     recalibration, validation = search_batches(data, device, score.recalibration, score.batch_size)
@@ -150,20 +149,35 @@ def _run(
         device=device,
     )
     # Only now: a run that cannot start leaves nothing behind that would have to be resumed or removed.
-    if primary:
-        begin(folder, experiment, data.identity)
-    _initial_weights(space, folder / INITIAL_FILE, primary)
-    start = time.time()
-    with profiler or contextlib.nullcontext():
-        _run_nni(space, evaluator, strategy, folder)
-    if primary and train_only:
-        # It begins when training has ended.
-        (folder / HISTORY_FILE).touch()
-    if train_only or not primary:
-        return Outcome(folder, (), 0, 0)
-    scorer = strategy.scorer
-    scorer.data = data
-    return hand_over(folder, experiment, strategy.evolution, strategy.records, scorer, time.time() - start)
+    evaluator.trainer.logger = log.open(config.plain(experiment))
+    strategy.search_log = log.search
+    with log:
+        if primary:
+            begin(folder, experiment, data.identity)
+            log.store()
+        _initial_weights(space, folder / INITIAL_FILE, primary)
+        start = time.time()
+        with profiler or contextlib.nullcontext():
+            _run_nni(space, evaluator, strategy, folder)
+        if primary and train_only:
+            # It begins when training has ended.
+            (folder / HISTORY_FILE).touch()
+        if train_only or not primary:
+            return Outcome(folder, (), 0, 0)
+        strategy.scorer.data = data
+        seconds = time.time() - start
+        outcome = hand_over(folder, experiment, strategy.evolution, strategy.records, strategy.scorer, seconds)
+        log.finished(strategy.evolution.generation)
+        return outcome
+
+
+def _space(experiment: config.Experiment, num_classes: int) -> SupernetSpace:
+    own = find_space(experiment.space.name)
+    space = space_of(own, own.supernet_arguments(num_classes, experiment.space))
+    if experiment.training.precision == "64-true":
+        # Lightning does so too, but loads a checkpoint before: what it resumes would be rounded to float32.
+        space.double()
+    return space
 
 
 class _TrainingOnly(GeNAS):
@@ -272,7 +286,8 @@ def _evaluator(
             deterministic=experiment.deterministic,
             callbacks=callbacks,
             plugins=[_WholeCheckpoints()],
-            logger=CSVLogger(folder, name="training"),
+            # That of the run is opened when nothing else can go wrong.
+            logger=False,
             # Lightning warns where an epoch is shorter.
             log_every_n_steps=max(1, min(50, len(data.train) // training.batch_size)),
             enable_progress_bar=False,

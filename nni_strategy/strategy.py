@@ -15,6 +15,7 @@ from torch import Tensor
 
 from genas_plugins._keywords import keywords_of
 from genas_plugins.checks import MOST_IMAGES, check_count, check_device
+from genas_plugins.devices import check_float64
 from genas_plugins.experiment.parts import BatchParts, check_loss
 from genas_plugins.experiment.preflight import Preflight
 from genas_plugins.experiment.racing import check_race
@@ -26,6 +27,7 @@ from genas_plugins.scoring.losses import Loss, loss_of_image
 from genas_plugins.search import Evolution, History, InFlight, Record, SharedSearch, run_search
 from genas_plugins.spaces import DartsSearchSpace
 from nni_strategy.batches import EvaluatorBatches
+from nni_strategy.loggers import SearchLog, loggers_of
 from nni_strategy.oneshot import UniformPathModule
 from nni_strategy.samples import SupernetPaths
 
@@ -41,7 +43,9 @@ class GeNAS(RandomOneShot):
 
     The supernet is trained by uniform path sampling with whatever Lightning evaluator it is given. Then an
     evolution proposes architectures; each is scored with the supernet's weights after batch normalisation was
-    recalibrated for it. ``experiment.export_top_models(top_k)`` returns the best, best first.
+    recalibrated for it. ``experiment.export_top_models(top_k)`` returns the best, best first. The loggers of the
+    evaluator's trainer are told how each generation went (:class:`nni_strategy.loggers.SearchLog`), and shown the
+    search at its end.
 
     >>> strategy = GeNAS(metric="angle+flatness", sigmas=(0.001, 0.003), population=20, mutants=8, crossovers=8)
     >>> sorted(strategy.score.metrics), strategy.evolution.population
@@ -144,6 +148,7 @@ class GeNAS(RandomOneShot):
         self.batch_parts = batch_parts
         self.loss = loss_of_image(loss)
         self.scorer: Scorer | None = None
+        self.search_log: SearchLog | None = None
         self._paths: SupernetPaths | None = None
         # The experiment's space takes the place of this one; wrong settings are refused before it starts.
         self._evolution: Evolution[Any] = Evolution(DartsSearchSpace(), seed=seed, **settings)
@@ -240,6 +245,9 @@ class GeNAS(RandomOneShot):
             )
             # A generation that was cut off is measured anew.
             del self.records[self._evolution.scored :]
+            # What the history has was told by the process that measured it.
+            known = 0 if self.history is None else len(self.history.records)
+            log = self.search_log or SearchLog(loggers_of(evaluator), known)
             run_search(
                 self._evolution,
                 scorer.measure,
@@ -248,7 +256,10 @@ class GeNAS(RandomOneShot):
                 race=None if self.racing is None else scorer.race(self.racing, self._evolution.parents),
                 shared=SharedSearch.current(),
                 in_flight=scorer.in_flight,
+                on_generation=lambda records: log.generation(records, self._best_score),
             )
+            if self.search_log is None and len(self.records) > known:
+                log.draw(self.records, [candidate for candidate, _ in self._evolution.best(1)])
         finally:
             supernet.to(home)
 
@@ -262,6 +273,10 @@ class GeNAS(RandomOneShot):
         # A loader of somebody's own may not bear several readers at a time.
         shared = all(part is None or isinstance(part, TensorBatches | list | tuple) for part in batches)
         return chosen if shared else InFlight(1, device, chosen.threads)
+
+    @property
+    def _best_score(self) -> float | None:
+        return next((score for _, score in self._evolution.best(1)), None)
 
     def _remember(self, record: Record) -> None:
         self.records.append(record)
@@ -321,6 +336,8 @@ class GeNAS(RandomOneShot):
             return
         evaluator: Lightning = self._mutated_model_space.evaluator  # type: ignore[union-attr,assignment]
         device = next(self.supernet.parameters()).device
+        dtypes = (parameter.dtype for parameter in self.supernet.parameters())
+        check_float64(dtypes, torch.device(self.device or device))
         Preflight(
             paths=self.paths,
             score=self.score,

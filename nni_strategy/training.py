@@ -22,6 +22,7 @@ from genas_plugins.scoring.data import TensorBatches
 from genas_plugins.scoring.precision import in_parameter_type
 from genas_plugins.training.batches import TrainBatches
 from genas_plugins.training.path_sgd import PathSGD
+from genas_plugins.training.rates import final_rate
 from nni_strategy.space import SupernetSpace
 
 __all__ = ["SupernetModule", "TrainBatches", "TrainingProgress", "TrainingThreads", "supernet_evaluator"]
@@ -44,7 +45,7 @@ class SupernetModule(LightningModule):
     Args:
         epochs: Length of the schedule.
         learning_rate: At the start.
-        final_learning_rate: At the end.
+        final_learning_rate: At the end; ``None`` is the official 0.001, or ``learning_rate`` if that is less.
         momentum: Momentum of SGD.
         weight_decay: 3e-4 for the DARTS space, 5e-4 for NAS-Bench-201.
         decay_unsampled: Weight decay and momentum also move the paths that were not sampled, as in the
@@ -60,7 +61,7 @@ class SupernetModule(LightningModule):
         epochs: int,
         *,
         learning_rate: float = 0.025,
-        final_learning_rate: float = 0.001,
+        final_learning_rate: float | None = None,
         momentum: float = 0.9,
         weight_decay: float = 3e-4,
         decay_unsampled: bool = True,
@@ -68,6 +69,8 @@ class SupernetModule(LightningModule):
         super().__init__()
         check_count("epochs", epochs)
         check_real("learning_rate", learning_rate, above=0)
+        if final_learning_rate is None:
+            final_learning_rate = final_rate(learning_rate)
         check_real("final_learning_rate", final_learning_rate, least=0)
         check_real("momentum", momentum, least=0, below=1)
         check_real("weight_decay", weight_decay, least=0)
@@ -272,7 +275,7 @@ def supernet_evaluator(
     *,
     batch_size: int = 64,
     learning_rate: float = 0.025,
-    final_learning_rate: float = 0.001,
+    final_learning_rate: float | None = None,
     momentum: float = 0.9,
     weight_decay: float = 3e-4,
     gradient_clip: float = 5.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -255,3 +256,13 @@ def run_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
         assert {name: counts for name, counts in outcomes.items() if counts != (counts[0], 0, counts[0])} == {}
 
     return run
+
+
+@pytest.fixture(scope="session")
+def without_float64() -> Callable[..., Any]:
+    """A context in which the CPU is a device without float64, see float64_trap.py."""
+    spec = importlib.util.spec_from_file_location("float64_trap", Path(__file__).with_name("float64_trap.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.without_float64

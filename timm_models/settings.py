@@ -23,6 +23,9 @@ __all__ = ["Settings", "SettingsError", "add_options", "from_options", "read_con
 
 _MOST_ARGUMENTS = 10_000
 
+# The paper's epochs of gentler slope.
+_TAIL = 5
+
 SECTION = "genas"
 """Section of a configuration with what timm's own script does not know."""
 
@@ -135,7 +138,9 @@ class _Values:
     auxiliary_weight: _Least = _setting(0.0, "weight of the auxiliary loss; 0: no auxiliary head; the paper: 0.4")
     drop_path: _Below1 = _setting(0.0, "highest probability to drop an operation, reached linearly over the epochs")
     lighting: _Least = _setting(0.0, "standard deviation of the colour noise along ImageNet's components; paper: 0.1")
-    tail_epochs: _Epochs = _setting(5, "epochs of gentler slope at the end (linear_tail)")
+    tail_epochs: _Epochs | None = _setting(
+        None, "epochs of gentler slope at the end (linear_tail); default: 5, or one less than epochs"
+    )
     global_batch_size: _Images | None = _setting(None, "images of a step over all processes; sets grad_accum_steps")
     tensorboard: bool = _setting(True, "write TensorBoard's files")
 
@@ -151,6 +156,9 @@ class Settings(_Values):
     """
 
     def __post_init__(self) -> None:
+        if self.tail_epochs is None:
+            # As a number, which is what a run is stored and compared with.
+            object.__setattr__(self, "tail_epochs", max(1, min(_TAIL, self.epochs - 1)))
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high:

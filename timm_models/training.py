@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from genas_plugins.checkpoints import CheckpointError, describe_mismatch, read_torch
 from genas_plugins.datasets import data_identity
+from genas_plugins.devices import full_in_float64, in_float64
 from genas_plugins.interrupts import pending_signal, raise_pending
 from genas_plugins.scoring.batchnorm import preserve_batchnorm, recalibrate_batchnorm
 from timm_models.data import (
@@ -304,7 +305,7 @@ class Trainer:
         module = self.task.get_trainable_module()
         module.train()
         self.optimizer.zero_grad()
-        total, seen = torch.zeros((), dtype=torch.float64, device=self.here.device), 0
+        total, seen = full_in_float64((), 0.0, self.here.device), 0
         progress = Progress(self, epoch)
         batches = len(self.loader)
         for number, (images, target) in enumerate(self.loader):
@@ -314,7 +315,7 @@ class Trainer:
             first = number // self.passes * self.passes
             last = min(first + self.passes, batches) - 1
             loss = self._backward(images, target, last - first + 1, update=number == last)
-            total += loss.detach() * len(target)
+            total += in_float64(loss.detach() * len(target))
             seen += len(target)
             if number == last:
                 update = number // self.passes

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genas_plugins.devices import in_float64
 from genas_plugins.scoring import (
     Accuracy,
     CombinedScore,
@@ -233,7 +234,7 @@ def _without_noise(model: nn.Module, batches: Batches) -> dict[str, float | None
             loss, counted, outside = image_loss(logits, labels, None)
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             parts = (loss, hits[:, 0].sum(), hits.sum(), counted.sum(), outside.sum())
-            return torch.stack([part.double() for part in parts])
+            return torch.stack([in_float64(part) for part in parts])
 
         *sums, count, outside = sum_over_batches(batches, measure)[0].tolist()
     check_summed(count, outside, whole=True)

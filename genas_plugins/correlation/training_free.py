@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from genas_plugins.devices import float64_device, full_in_float64, in_float64
 from genas_plugins.scoring.batchnorm import evaluation_mode, preserve_batchnorm
 from genas_plugins.scoring.data import Batches
 from genas_plugins.scoring.errors import MeasurementError
@@ -58,14 +59,14 @@ def naswot(model: nn.Module, images: Tensor) -> float:
     _check_images(images)
     if len(images) < 2:
         raise ValueError(f"NASWOT compares images and needs at least two, got {len(images)}.")
-    kernel = torch.zeros(len(images), len(images), dtype=torch.float64, device=images.device)
+    kernel = full_in_float64((len(images), len(images)), 0.0, images.device)
     layers = 0
 
     def compare(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal layers
         # The product of codes of -1 and 1 is agreements minus disagreements.
         codes = (output.flatten(1) > 0).float() * 2 - 1
-        kernel.add_((codes @ codes.T).double() + codes.shape[1], alpha=0.5)
+        kernel.add_(in_float64(codes @ codes.T) + codes.shape[1], alpha=0.5)
         layers += 1
 
     relus = [module for module in model.modules() if isinstance(module, nn.ReLU)]
@@ -121,9 +122,11 @@ def synflow(model: nn.Module, input_shape: Sequence[int] = (3, 32, 32)) -> float
     if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ValueError(f"input_shape must be (C, H, W), three positive integers, got {input_shape!r}.")
     names = _weight_names(model)
+    device = next(model.parameters()).device
+    place = float64_device(device)
     with torch.no_grad():
         state = {
-            name: tensor.detach().double().abs() if tensor.is_floating_point() else tensor
+            name: in_float64(tensor.detach()).abs() if tensor.is_floating_point() else tensor.to(place)
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
         }
     weights = [state[name].requires_grad_() for name in names]
@@ -132,7 +135,7 @@ def synflow(model: nn.Module, input_shape: Sequence[int] = (3, 32, 32)) -> float
     handles = [norm.register_forward_hook(lambda module, inputs, output: inputs[0].clone()) for norm in norms]
     try:
         with evaluation_mode(model), torch.enable_grad():
-            flow = functional_call(model, state, torch.ones((1, *shape), dtype=torch.float64, device=weights[0].device))
+            flow = functional_call(model, state, full_in_float64((1, *shape), 1.0, device))
             gradients = torch.autograd.grad(flow.sum(), weights, allow_unused=True)
     finally:
         for handle in handles:
@@ -188,7 +191,7 @@ def zico(model: nn.Module, batches: Batches, deviation: Deviation = "signed") ->
             check_summed(count := int(counted.sum()), int(outside.sum()), whole=True)
             loss = total / count
             found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
-            gradients.append([gradient.double() for gradient in found])
+            gradients.append([in_float64(gradient) for gradient in found])
     if len(gradients) < 2:
         raise ValueError(f"ZiCo needs the gradients of at least two batches, got {len(gradients)}.")
     totals = []
@@ -197,7 +200,7 @@ def zico(model: nn.Module, batches: Batches, deviation: Deviation = "signed") ->
         absolute = signed.abs()
         spread = (signed if deviation == "signed" else absolute).std(0, correction=0)
         ratio = torch.where(spread > 0, absolute.mean(0) / spread, 0.0).sum()
-        totals.append(torch.stack([ratio, signed.isfinite().all().double()]))
+        totals.append(torch.stack([ratio, in_float64(signed.isfinite().all())]))
     # Read from the device once, not for each layer.
     score = 0.0
     for name, (total, finite) in zip(names, torch.stack(totals).tolist(), strict=True):

@@ -24,6 +24,7 @@ from genas_plugins.darts.network import (
 )
 from genas_plugins.darts.operations import Identity, build_operation
 from genas_plugins.darts.space import DartsSearchSpace
+from genas_plugins.devices import full_in_float64
 
 __all__ = ["SubNet", "SuperNet"]
 
@@ -148,10 +149,7 @@ class SuperNet(CellStack):
                 if isinstance(operation, Identity):
                     yield torch.eye(shape.channels, device=first.device), count
                 elif name.endswith("pool_3x3"):
-                    yield (
-                        torch.full((shape.channels, 3, 3), 1 / 9, dtype=torch.float64, device=first.device),
-                        count,
-                    )
+                    yield full_in_float64((shape.channels, 3, 3), 1 / 9, first.device), count
                 yield from ((parameter, count) for parameter in operation.parameters())
         yield self.classifier.weight, 1
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from genas_plugins.datasets._splits import uniform_labels
+from genas_plugins.devices import host_float64, in_float64
 
 __all__ = ["ImageTensors", "SearchData", "Triple", "channel_statistics", "resized"]
 
@@ -132,14 +133,16 @@ def channel_statistics(images: Tensor) -> tuple[Triple, Triple]:
 
     A constant channel gets a deviation of 1, so that normalising leaves it at zero instead of dividing by it.
     """
-    values = torch.arange(256, dtype=torch.float64)
+    values = host_float64(range(256))
     mean, std = [], []
     for channel in range(3):
         # A histogram of the 256 values keeps the sums exact and needs no float copy of the images.
-        counts = torch.zeros(256, dtype=torch.int64)
+        counts = torch.zeros(256, dtype=torch.int64, device="cpu")
         for chunk in images[:, channel].split(_CHUNK):
             counts += torch.bincount(chunk.flatten(), minlength=256).cpu()
-        share = counts.double() / counts.sum()
+        share = in_float64(counts)
+        # Whole numbers, whose sum is exact.
+        share /= share.sum()
         centre = float((share * values).sum())
         spread = float((share * (values - centre) ** 2).sum()) ** 0.5
         mean.append(centre / 255)

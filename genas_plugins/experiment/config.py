@@ -21,6 +21,7 @@ from genas_plugins.scoring import METRICS, CombinedScore, Recalibration
 from genas_plugins.search import Evolution, InFlight
 from genas_plugins.search.racing import check_confidence
 from genas_plugins.spaces import OWN_SPACES, DartsSearchSpace, find_space
+from genas_plugins.training.rates import final_rate
 
 __all__ = [
     *("ConfigError", "Experiment", "Measured"),
@@ -83,13 +84,15 @@ class Data:
 class Training:
     """The supernet recipe of the official code, and what Lightning's trainer is told.
 
-    ``threads`` are those of PyTorch on a CPU; ``null`` takes PyTorch's own number, usually that of the cores.
+    A ``final_learning_rate`` of ``null`` is 0.001, or ``learning_rate`` if that is less. ``threads`` are those of
+    PyTorch on a CPU; ``null`` takes PyTorch's own number, usually that of the cores. ``logger`` is Lightning's, told of
+    the training and of each generation of the search.
     """
 
     epochs: _Count = 250
     batch_size: _Count = 64
     learning_rate: _Rate = 0.025
-    final_learning_rate: _Rate = 0.001
+    final_learning_rate: _Rate | None = None
     momentum: Annotated[float, Field(ge=0, lt=1), Dotless] = 0.9
     weight_decay: Annotated[float, Field(ge=0, le=100), Dotless] = 3e-4
     gradient_clip: Annotated[float, Field(ge=0), Dotless] = 5.0
@@ -100,6 +103,7 @@ class Training:
     threads: _Processes | None = None
     num_workers: Annotated[int, Field(ge=0, le=1_024)] = 0
     checkpoint_every: _Count = 1
+    logger: Literal["csv", "tensorboard", "wandb", "mlflow"] = "csv"
 
     def __post_init__(self) -> None:
         if self.epochs % self.checkpoint_every:
@@ -107,6 +111,9 @@ class Training:
                 f"checkpoint_every must divide epochs ({self.epochs}), so that the last epoch is saved, "
                 f"got {self.checkpoint_every}."
             )
+        if self.final_learning_rate is None:
+            # As a number, which is what a run is stored and compared with.
+            object.__setattr__(self, "final_learning_rate", final_rate(self.learning_rate))
         if self.final_learning_rate > self.learning_rate:
             raise ValueError(
                 f"final_learning_rate must be positive and at most learning_rate ({self.learning_rate}), "
@@ -152,16 +159,17 @@ class Score(Measured):
 class Search:
     """The evolution; see :class:`genas_plugins.search.Evolution`.
 
-    ``racing`` is a confidence such as 0.999, with which candidates that cannot be parents are not measured on all
-    images (:mod:`genas_plugins.search.racing`); ``null`` measures them on all. Each device measures ``in_flight``
-    candidates at a time; ``null`` is as many as PyTorch has threads on a CPU, with one thread each, and 1 on a GPU.
+    ``mutants`` and ``crossovers`` of ``null`` are half of the population each, the paper's 25 of 50. ``racing`` is a
+    confidence such as 0.999, with which candidates that cannot be parents are not measured on all images
+    (:mod:`genas_plugins.search.racing`); ``null`` measures them on all. Each device measures ``in_flight`` candidates
+    at a time; ``null`` is as many as PyTorch has threads on a CPU, with one thread each, and 1 on a GPU.
     """
 
     population: int = 50
     generations: int = 20
     parents: int = 10
-    mutants: int = 25
-    crossovers: int = 25
+    mutants: int | None = None
+    crossovers: int | None = None
     mutation_probability: Real = 0.1
     racing: Real | None = None
     in_flight: int | None = None
@@ -171,7 +179,10 @@ class Search:
         InFlight(evolution.pop("in_flight"))
         if (racing := evolution.pop("racing")) is not None:
             check_confidence(racing)
-        Evolution(DartsSearchSpace(), **evolution)
+        built = Evolution(DartsSearchSpace(), **evolution)
+        # As numbers, which is what a run is stored and compared with.
+        for name in ("mutants", "crossovers"):
+            object.__setattr__(self, name, getattr(built, name))
 
 
 @settings(ConfigError)

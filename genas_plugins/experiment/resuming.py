@@ -40,10 +40,11 @@ RUN_FILE = "run.json"
 
 MAY_CHANGE = (
     *("data.root", "data.download"),
-    *("training.accelerator", "training.num_workers", "training.threads"),
+    *("training.accelerator", "training.num_workers", "training.threads", "training.logger"),
     "search.in_flight",
 )
-"""Where the images lie, and on what and by how many processes and threads is computed: that decides no result."""
+"""Where the images lie, on what and by how many processes and threads is computed, and who is told: that decides no
+result."""
 
 
 def difference(before: config.Experiment, now: config.Experiment, sections: Sequence[str] | None = None) -> str | None:

@@ -10,12 +10,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from genas_plugins.checks import check_count
 from genas_plugins.darts.network import MAX_CELLS, MAX_CHANNELS, MAX_CLASSES
 from genas_plugins.darts.supernet import share_parameters
+from genas_plugins.devices import full_in_float64
 from genas_plugins.nasbench201.architecture import NasBench201Architecture
 from genas_plugins.nasbench201.cells import Cell, ResidualBlock, SuperCell, build_operation, reaching_edges
 from genas_plugins.nasbench201.costs import stage_channels
@@ -218,7 +218,7 @@ class NasBench201SuperNet(_Stack):
             layers = zip(architecture.operations, cell.layers(architecture), architecture.path_counts, strict=True)
             for name, layer, count in layers:
                 if name == "avg_pool_3x3":
-                    kernel = torch.full((cell.channels, 3, 3), 1 / 9, dtype=torch.float64, device=device)
+                    kernel = full_in_float64((cell.channels, 3, 3), 1 / 9, device)
                     pieces.append((kernel, count))
                 pieces += [(parameter, count) for parameter in layer.parameters()]
         return pieces

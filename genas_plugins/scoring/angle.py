@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genas_plugins.devices import in_float64
 from genas_plugins.scoring.flatness import MeasurementError
 
 __all__ = ["angle", "parameter_angle"]
@@ -101,7 +102,7 @@ def _angle(pieces: Iterable[tuple[Tensor, Tensor, int]], normalize: bool) -> flo
     """Between the vectors of all first and all second tensors, each as often as its number says."""
     products, counts = [], []
     for before, after, count in pieces:
-        before, after = before.detach().double().flatten(), after.detach().double().flatten()
+        before, after = (in_float64(value.detach()).flatten() for value in (before, after))
         products += [before @ after, before @ before, after @ after]
         counts.append(count)
     dot = squared_a = squared_b = 0.0

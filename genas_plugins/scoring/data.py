@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from genas_plugins.datasets import ImageTensors
+from genas_plugins.devices import host_float64
 from genas_plugins.scoring.precision import parameter_types_alone
 
 __all__ = [
@@ -51,7 +52,7 @@ _halving = threading.Lock()
 
 
 def _channel_row(name: str, values: Sequence[float]) -> Tensor:
-    row = torch.as_tensor(values, dtype=torch.float64)
+    row = host_float64(values)
     if row.shape != (3,) or not bool(row.isfinite().all()):
         raise ValueError(f"{name} must be three finite numbers, one a channel, but got {values!r}.")
     return row

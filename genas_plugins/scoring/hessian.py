@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from genas_plugins.devices import host_float64
 from genas_plugins.scoring.batchnorm import evaluation_mode
 from genas_plugins.scoring.data import Batches, first_images
 from genas_plugins.scoring.errors import MeasurementError
@@ -242,8 +243,8 @@ def _largest(
         rest = _orthogonal(image, [*known, *basis])
         length = float(rest.norm())
         # What the Hessian is in the basis; its eigenvectors there are the best approximations that the basis has.
-        inside = torch.tensor(diagonal, dtype=torch.float64).diag()
-        inside += torch.tensor(beside, dtype=torch.float64).diag(1) if beside else 0.0
+        inside = host_float64(diagonal).diag()
+        inside += host_float64(beside).diag(1) if beside else 0.0
         approximations, coordinates = torch.linalg.eigh(inside, UPLO="U")
         best = int(approximations.abs().argmax())
         value = float(approximations[best])

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genas_plugins.devices import in_float64
 from genas_plugins.scoring.data import TensorBatches, over_batches, sum_over_batches
 from genas_plugins.scoring.precision import in_parameter_type
 
@@ -39,7 +40,7 @@ never one of them."""
 
 
 class SummedLoss(NamedTuple):
-    """A loss over batches: all numbers on the device, or known before.
+    """A loss over batches: all numbers on the device, or on the CPU where that has no float64, or known before.
 
     Attributes:
         total: Sum over the images that have a label, float64.
@@ -170,13 +171,13 @@ def summed_loss(
             logits = read_images(model, images)
             check_top_label(batches, check_classes(logits, labels))
             # float64 on the device: no rounding over many batches, and no synchronisation before the end.
-            return F.cross_entropy(_precise(logits), labels, reduction="sum").double()
+            return in_float64(F.cross_entropy(_precise(logits), labels, reduction="sum"))
 
         return SummedLoss(*sum_over_batches(batches, plain), 0)
 
     def measure(images: Tensor, labels: Tensor) -> Tensor:
         total, counted, outside = image_loss(read_images(model, images), labels, loss)
-        return torch.stack([part.double() for part in (total, counted.sum(), outside.sum())])
+        return torch.stack([in_float64(part) for part in (total, counted.sum(), outside.sum())])
 
     return SummedLoss(*sum_over_batches(batches, measure)[0].unbind())
 
@@ -194,10 +195,10 @@ def loss_of_each(
             # The sum is not that of the row, which rounds in another order than summed_loss.
             logits = _precise(outputs)
             row, total = (F.cross_entropy(logits, labels, reduction=reduction) for reduction in ("none", "sum"))
-            return row, total.double()
+            return row, in_float64(total)
         row, counted, outside = image_loss(outputs, labels, loss, "none")
         check_summed(int(counted.sum()), int(outside.sum()))
-        return row[counted], image_loss(outputs, labels, loss)[0].double()
+        return row[counted], in_float64(image_loss(outputs, labels, loss)[0])
 
     rows, sums = zip(*over_batches(batches, losses), strict=True)
     return torch.cat(rows), torch.stack(sums)

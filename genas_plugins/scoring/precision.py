@@ -5,8 +5,9 @@ mantissa: noise of a standard deviation of 1e-5, the first sigma of the paper's 
 rounding of the weights that it is added to. Autocast rounds further, to 8 bits, and images of another type than the
 weights would decide what is computed: a score is measured in the type of the parameters, whatever is set around it.
 
-PyTorch 2.9 has a switch for each operation, beside the older ones for a library. Whoever reads an older one is refused
-with a RuntimeError where the two disagree, as they would if only the newer ones were turned.
+PyTorch 2.9 has a switch for each operation and each library, beside the older ones for a library. Whoever reads an
+older one is refused with a RuntimeError where the two disagree, as they would if only the newer ones were turned; and
+``torch.backends.cudnn.flags`` reads and writes both. So all of them say the same while something is measured.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 __all__ = ["exact_float32", "in_parameter_type", "parameter_type", "parameter_types_alone"]
 
+# Those that others inherit from come first.
+_ABOVE = ("", "cudnn", "mkldnn")
 _OPERATIONS = ("cudnn.conv", "cudnn.rnn", "cuda.matmul", "mkldnn.conv", "mkldnn.matmul")
 _EXACT, _INHERITED = "ieee", "none"
 _ALLOWED_BY_DEFAULT = ("cudnn.conv", "cudnn.rnn")
@@ -46,14 +49,15 @@ def exact_float32() -> Iterator[None]:
 
 
 def _operations() -> dict[str, Any]:
-    """What has a switch of its own; nothing before PyTorch 2.9."""
+    """What has a newer switch, nothing before PyTorch 2.9; what others inherit from comes before these."""
     if not hasattr(torch.backends.cudnn, "conv"):
         return {}
-    return {name: attrgetter(name)(torch.backends) for name in _OPERATIONS}
+    owners = {name: attrgetter(name)(torch.backends) for name in (*_ABOVE, *_OPERATIONS) if name}
+    return {"": torch.backends, **owners}
 
 
 def _read(switch: Callable[[], Value]) -> Value | None:
-    """An older switch, or ``None`` where the process has turned newer ones that it cannot tell."""
+    """An older switch, or ``None`` where newer ones disagree with it."""
     try:
         return switch()
     except RuntimeError:
@@ -72,41 +76,64 @@ class _Exact:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
-        self._operations: dict[str, str] = {}
-        self._cudnn: bool | None = None
-        self._matmul: str | None = None
+        self._precisions: dict[str, str] = {}
+        self._cudnn = False
+        self._matmul = "highest"
 
     def enter(self) -> None:
         with self._lock:
             if not self._inside:
-                self._operations = {name: owner.fp32_precision for name, owner in _operations().items()}
-                self._cudnn = _read(lambda: torch.backends.cudnn.allow_tf32)
-                self._matmul = _read(_matmul_precision)
+                self._precisions = {name: owner.fp32_precision for name, owner in _operations().items()}
+                self._cudnn, self._matmul = self._older()
             self._inside += 1
+            # The older ones too, whether or not they agreed with the newer: a network may well read them, as
+            # torch.backends.cudnn.flags does.
             if self._cudnn:
                 torch.backends.cudnn.allow_tf32 = False
-            if self._matmul is not None:
-                torch.set_float32_matmul_precision("highest")
-            for owner in _operations().values():
-                if owner.fp32_precision != _EXACT:
-                    owner.fp32_precision = _EXACT
+            torch.set_float32_matmul_precision("highest")
+            _set_all(_EXACT)
 
     def leave(self) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside:
                 return
+            owners = _operations()
+            self._restore({name: owners.pop(name) for name in _ABOVE if name in owners})
             if self._cudnn:
                 torch.backends.cudnn.allow_tf32 = True
-            if self._matmul is not None:
-                torch.set_float32_matmul_precision(self._matmul)
-            for name, owner in _operations().items():
-                old = self._operations[name]
-                # What was inherited follows again when the process turns what it inherits from.
-                if owner.fp32_precision != old and not (name in _ALLOWED_BY_DEFAULT and old == "tf32"):
-                    owner.fp32_precision = _INHERITED
-                if owner.fp32_precision != old:
-                    owner.fp32_precision = old
+            torch.set_float32_matmul_precision(self._matmul)
+            self._restore(owners)
+
+    def _restore(self, owners: dict[str, Any]) -> None:
+        for name, owner in owners.items():
+            old = self._precisions[name]
+            # What was inherited follows again when the process turns what it inherits from.
+            if owner.fp32_precision != old and not (name in _ALLOWED_BY_DEFAULT and old == "tf32"):
+                owner.fp32_precision = _INHERITED
+            if owner.fp32_precision != old:
+                owner.fp32_precision = old
+
+    def _older(self) -> tuple[bool, str]:
+        """The older switches. Where they cannot be read, they are what the newer have to be for them to be read."""
+        cudnn, matmul = _read(lambda: torch.backends.cudnn.allow_tf32), _read(_matmul_precision)
+        if cudnn is None or matmul is None:
+            _set_all(_EXACT)
+            if cudnn is None:
+                cudnn = _read(lambda: torch.backends.cudnn.allow_tf32) is None
+            if matmul is None:
+                matmul = _read(_matmul_precision)
+            if matmul is None:
+                # All but "medium" are told by a GPU and a CPU that take the same type.
+                _set_all("tf32")
+                matmul = _read(_matmul_precision) or "medium"
+        return cudnn, matmul
+
+
+def _set_all(precision: str) -> None:
+    for owner in _operations().values():
+        if owner.fp32_precision != precision:
+            owner.fp32_precision = precision
 
 
 _exact = _Exact()

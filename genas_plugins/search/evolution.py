@@ -15,7 +15,7 @@ import numpy as np
 
 from genas_plugins.checks import check_count, check_real, check_seed
 
-__all__ = ["Evolution", "Origin", "Proposal", "SearchSpace"]
+__all__ = ["Evolution", "Origin", "Proposal", "SearchSpace", "mixture"]
 
 Candidate = TypeVar("Candidate", bound=Hashable)
 Origin = Literal["random", "mutation", "crossover"]
@@ -43,6 +43,37 @@ class Proposal(Generic[Candidate]):
     origin: Origin
 
 
+def mixture(population: int, mutants: int | None = None, crossovers: int | None = None) -> tuple[int, int]:
+    """Mutants and crossovers of a generation: the paper's halves of the population where they are not given.
+
+    >>> mixture(50), mixture(5), mixture(4, mutants=3), mixture(4, crossovers=0)
+    ((25, 25), (2, 2), (3, 1), (2, 0))
+
+    Args:
+        population: Candidates a generation, at least 1.
+        mutants: ``None`` for half of the population, or what the crossovers leave of it if that is less.
+        crossovers: The same.
+
+    Raises:
+        TypeError: One is no whole number.
+        ValueError: One is negative, or they exceed the population together.
+    """
+    for name, count in (("mutants", mutants), ("crossovers", crossovers)):
+        if count is not None:
+            check_count(name, count, 0)
+    half = population // 2
+    if mutants is None:
+        mutants = max(0, min(half, population - (crossovers or 0)))
+    if crossovers is None:
+        crossovers = max(0, min(half, population - mutants))
+    if mutants + crossovers > population:
+        raise ValueError(
+            f"mutants and crossovers must not exceed the population of {population} together, got {mutants} and "
+            f"{crossovers}."
+        )
+    return mutants, crossovers
+
+
 class Evolution(Generic[Candidate]):
     """Generations of mutants, crossovers and random candidates around the best so far.
 
@@ -62,8 +93,9 @@ class Evolution(Generic[Candidate]):
         population: Candidates a generation.
         generations: Number of generations, the random first one included.
         parents: The best so far that mutate and cross.
-        mutants: Mutants a generation.
-        crossovers: Crossovers a generation; the rest of the population is random.
+        mutants: Mutants a generation; ``None`` is half of the population, the paper's 25 of 50, or what the crossovers
+            leave of it if that is less.
+        crossovers: Crossovers a generation, by default as many as mutants; the rest of the population is random.
         mutation_probability: Passed to the space, which says what it applies to (DARTS: an edge).
         max_tries: Draws for one new candidate before the search takes a way to be exhausted.
         seed: Seed of the evolution's random state.
@@ -81,8 +113,8 @@ class Evolution(Generic[Candidate]):
         population: int = 50,
         generations: int = 20,
         parents: int = 10,
-        mutants: int = 25,
-        crossovers: int = 25,
+        mutants: int | None = None,
+        crossovers: int | None = None,
         mutation_probability: float = 0.1,
         max_tries: int = 200,
         seed: int = 0,
@@ -95,13 +127,7 @@ class Evolution(Generic[Candidate]):
         }
         for name, count in counts.items():
             check_count(name, count)
-        for name, count in (("mutants", mutants), ("crossovers", crossovers)):
-            check_count(name, count, 0)
-        if mutants + crossovers > population:
-            raise ValueError(
-                f"mutants and crossovers must not exceed the population of {population} together, "
-                f"got {mutants} and {crossovers}."
-            )
+        mutants, crossovers = mixture(population, mutants, crossovers)
         check_real("mutation_probability", mutation_probability, above=0, most=1)
         self.space = space
         self.population = population

@@ -47,6 +47,7 @@ def run_search(
     race: Race[Candidate] | None = None,
     shared: SharedSearch | None = None,
     in_flight: InFlight | None = None,
+    on_generation: Callable[[list[Record]], None] | None = None,
 ) -> list[Record]:
     """Run ``evolution`` to its end.
 
@@ -67,6 +68,8 @@ def run_search(
         in_flight: How many candidates ``measure`` is called for at a time, one after another by default. The records
             come in the same order; their ``seconds`` are those in which others were measured as well. A race has its
             own.
+        on_generation: Called with the records of each generation, replayed ones included, when the evolution was told
+            their scores.
 
     Returns:
         One record a candidate.
@@ -77,9 +80,9 @@ def run_search(
     """
     in_flight = in_flight or InFlight()
     if shared is None:
-        return _run(evolution, measure, history, on_record, race, None, in_flight)
+        return _run(evolution, measure, history, on_record, on_generation, race, None, in_flight)
     try:
-        records = _run(evolution, measure, history, on_record, race, shared, in_flight)
+        records = _run(evolution, measure, history, on_record, on_generation, race, shared, in_flight)
     except BaseException as error:
         shared.tell(error)
         raise
@@ -93,6 +96,7 @@ def _run(
     measure: Callable[[Candidate], Measurement],
     history: History | None,
     on_record: Callable[[Record], None] | None,
+    on_generation: Callable[[list[Record]], None] | None,
     race: Race[Candidate] | None,
     shared: SharedSearch | None,
     in_flight: InFlight,
@@ -137,6 +141,8 @@ def _run(
                 index += 1
         if scores:
             evolution.tell(scores)
+            if on_generation is not None:
+                on_generation(records[-len(scores) :])
     return records
 
 

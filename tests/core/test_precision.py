@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -162,7 +163,21 @@ TURNS: dict[str, Callable[[], None]] = {
     "cudnn.fp32_precision = tf32": turn(BACKENDS.cudnn, "fp32_precision", "tf32"),
     "cuda.matmul.fp32_precision = tf32": turn(BACKENDS.cuda.matmul, "fp32_precision", "tf32"),
     "mkldnn.fp32_precision = bf16": turn(BACKENDS.mkldnn, "fp32_precision", "bf16"),
+    "cudnn.fp32_precision = ieee": turn(BACKENDS.cudnn, "fp32_precision", "ieee"),
 }
+if hasattr(BACKENDS.cudnn, "conv"):
+    TURNS |= {
+        "cudnn.conv.fp32_precision = ieee": turn(BACKENDS.cudnn.conv, "fp32_precision", "ieee"),
+        "cudnn.rnn.fp32_precision = ieee": turn(BACKENDS.cudnn.rnn, "fp32_precision", "ieee"),
+    }
+
+
+def mixed(precision: str) -> None:
+    torch.set_float32_matmul_precision(precision)
+    BACKENDS.cuda.matmul.fp32_precision = "ieee"
+
+
+TURNS |= {f"float32 matmul {name}, and then not": partial(mixed, name) for name in ("high", "medium")}
 
 
 @needs_switches
@@ -177,16 +192,34 @@ def test_however_the_process_has_turned_its_switches_they_are_as_before(fresh: N
 
 
 @needs_switches
-@pytest.mark.parametrize("turned", [name for name in TURNS if "fp32_precision = " not in name])
+@pytest.mark.parametrize("turned", TURNS)
 def test_the_older_switches_can_be_read_meanwhile(fresh: None, turned: str) -> None:
     # What the compiler does, and a network that does without cuDNN for a while.
     TURNS[turned]()
+    before = all_switches()
     with exact_float32():
         assert not BACKENDS.cudnn.allow_tf32 and not BACKENDS.cuda.matmul.allow_tf32
         assert torch.get_float32_matmul_precision() == "highest"
         with BACKENDS.cudnn.flags(enabled=False, allow_tf32=False):
             assert not BACKENDS.cudnn.enabled
     assert BACKENDS.cudnn.enabled
+    assert all_switches() == before
+
+
+@needs_switches
+@pytest.mark.parametrize("turned", TURNS)
+@pytest.mark.parametrize("flags", [{}, {"enabled": True, "benchmark": True}, {"enabled": True, "allow_tf32": False}])
+def test_a_network_that_sets_the_flags_of_cudnn(fresh: None, turned: str, flags: dict[str, bool]) -> None:
+    TURNS[turned]()
+    before = all_switches()
+    with exact_float32():
+        for _ in range(2):
+            with BACKENDS.cudnn.flags(**flags), BACKENDS.cudnn.flags(**flags):
+                pass
+            # What it asked for was for a while only: nothing rounds after that.
+            assert not BACKENDS.cudnn.allow_tf32 and "tf32" not in switches()
+            assert BACKENDS.cudnn.conv.fp32_precision == BACKENDS.cudnn.rnn.fp32_precision == "ieee"
+    assert all_switches() == before
 
 
 @needs_switches

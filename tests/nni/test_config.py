@@ -220,7 +220,10 @@ def section(name: str, /, **values: Any) -> dict[str, Any]:
         (section("score", recalibration_momentum=2), ["momentum must be None"]),
         (section("score", recalibration_images=-1), ["recalibration_images must not be negative"]),
         (section("score", recalibration_batch_size=1), ["recalibration_batch_size must be at least 2"]),
-        (section("search", population=10), ["search: mutants and crossovers", "population of 10", "25 and 25"]),
+        (
+            section("search", population=10, mutants=25),
+            ["search: mutants and crossovers", "population of 10", "25 and 0"],
+        ),
         (section("search", mutation_probability=0), ["mutation_probability must be in (0, 1]"]),
         (section("search", racing=1), ["search: racing must be a confidence", "got 1.0"]),
         (section("search", in_flight=0), ["search: in_flight must be at least 1", "got 0"]),
