@@ -36,7 +36,7 @@ from genas_plugins.experiment.scorer import search_batches
 from genas_plugins.files import atomic_path
 from genas_plugins.interrupts import raise_pending
 from genas_plugins.locking import lock_folder
-from genas_plugins.search import InFlight
+from genas_plugins.search import InFlight, Record
 from genas_plugins.spaces import find_space
 from nni_strategy.loggers import RunLog
 from nni_strategy.space import SupernetSpace, space_of
@@ -129,25 +129,11 @@ def _run(
     evaluator = _evaluator(experiment, data, folder, shown, profiler)
     device = evaluator.trainer.strategy.root_device
     check_float64((parameter.dtype for parameter in space.parameters()), device)
-    score = experiment.score
     space.to(device)
-    recalibration, validation = search_batches(data, device, score.recalibration, score.batch_size)
-    in_flight: int | InFlight | None = experiment.search.in_flight
-    if profile is not None:
-        # One by one, and each as a search without a profile measures it.
-        in_flight = InFlight(1, device, InFlight(in_flight, device).threads)
     total = experiment.search.population * experiment.search.generations
-    strategy = (_TrainingOnly if train_only else GeNAS)(
-        score=score.build(),
-        recalibration=score.recalibration,
-        recalibration_batches=recalibration,
-        validation_batches=validation,
-        **{**vars(experiment.search), "in_flight": in_flight},
-        seed=experiment.seed,
-        history=history,
-        on_record=listener(shown, total, profiler, len(history.records)),
-        device=device,
-    )
+    listen = listener(shown, total, profiler, len(history.records))
+    kind = _TrainingOnly if train_only else GeNAS
+    strategy = _strategy(kind, experiment, data, device, history, listen, profile)
     # Only now: a run that cannot start leaves nothing behind that would have to be resumed or removed.
     evaluator.trainer.logger = log.open(config.plain(experiment))
     strategy.search_log = log.search
@@ -178,6 +164,34 @@ def _space(experiment: config.Experiment, num_classes: int) -> SupernetSpace:
         # Lightning does so too, but loads a checkpoint before: what it resumes would be rounded to float32.
         space.double()
     return space
+
+
+def _strategy(
+    kind: type[GeNAS],
+    experiment: config.Experiment,
+    data: SearchData,
+    device: torch.device,
+    history: RunHistory,
+    listen: Callable[[Record], None],
+    profile: int | None,
+) -> GeNAS:
+    score = experiment.score
+    recalibration, validation = search_batches(data, device, score.recalibration, score.batch_size)
+    in_flight: int | InFlight | None = experiment.search.in_flight
+    if profile is not None:
+        # One by one, and each as a search without a profile measures it.
+        in_flight = InFlight(1, device, InFlight(in_flight, device).threads)
+    return kind(
+        score=score.build(),
+        recalibration=score.recalibration,
+        recalibration_batches=recalibration,
+        validation_batches=validation,
+        **{**vars(experiment.search), "in_flight": in_flight},
+        seed=experiment.seed,
+        history=history,
+        on_record=listen,
+        device=device,
+    )
 
 
 class _TrainingOnly(GeNAS):

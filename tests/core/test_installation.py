@@ -27,17 +27,19 @@ from genas_plugins._optional import MissingPackageError, require
 ROOT = Path(__file__).resolve().parents[2]
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 
+SEGMENTING = (
+    "import mmseg_backbones, mmseg.models; from mmengine.config import Config\n"
+    "from genas_plugins.files import packaged_configs\n"
+    "configs = packaged_configs('mmseg', '.py')\n"
+    "config = Config.fromfile(configs['deeplabv3_genas-flatness-c100-d8_4xb2-80k_cityscapes-512x1024'])\n"
+    "mmseg.models.build_segmentor(config.model)"
+)
 # By extra: what a user would do first with what it is for.
 FIRST_USE = {
     "nni": "import nni_strategy, nni; nni_strategy.GeNAS()",
     "timm": "import timm, timm_models; timm.create_model('genas_flatness_c10')",
-    "mmseg": (
-        "import mmseg_backbones, mmseg.models; from mmengine.config import Config\n"
-        "from genas_plugins.files import packaged_configs\n"
-        "configs = packaged_configs('mmseg', '.py')\n"
-        "config = Config.fromfile(configs['deeplabv3_genas-flatness-c100-d8_4xb2-80k_cityscapes-512x1024'])\n"
-        "mmseg.models.build_segmentor(config.model)"
-    ),
+    "mmseg": SEGMENTING,
+    "onedl": SEGMENTING,
     # Detectron2 itself is not on the package index: all that it, and we, import of others.
     "detectron2": (
         "import cloudpickle, cv2, fvcore.nn, hydra, iopath, matplotlib, omegaconf, pkg_resources, PIL\n"
