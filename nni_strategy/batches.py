@@ -35,13 +35,23 @@ class EvaluatorBatches:
         device: Where the batches are wanted.
         parts: Where images and labels are; ``None`` for the usual places.
         seed: Seed of what loaders and hooks draw.
+        may_be_fewer: Whether a number of training images is one at most.
     """
 
-    def __init__(self, evaluator: Lightning, device: torch.device, parts: BatchParts | None, seed: int) -> None:
+    def __init__(
+        self,
+        evaluator: Lightning,
+        device: torch.device,
+        parts: BatchParts | None,
+        seed: int,
+        *,
+        may_be_fewer: bool = False,
+    ) -> None:
         self._evaluator = evaluator
         self._device = device
         self._parts = parts
         self._seed = seed
+        self._may_be_fewer = may_be_fewer
 
     def repeatable(self, training: bool) -> bool:
         """Whether the loader, or each of several, can be iterated once more."""
@@ -80,7 +90,7 @@ class EvaluatorBatches:
                 kept.append(keep(inputs, labels))
                 if missing == 0:
                     break
-        if missing or not kept:
+        if (missing and not (training and self._may_be_fewer)) or not kept:
             purpose = "recalibration" if training else "validation"
             raise ValueError(
                 f"GeNAS needs {images or 'some'} images for {purpose}, the evaluator's loader gives {seen}; lower "

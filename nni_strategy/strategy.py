@@ -60,7 +60,7 @@ class GeNAS(RandomOneShot):
         recalibration: Number of training images and momentum, in place of ``recalibration_images`` and
             ``recalibration_momentum``; the batches are those of the loader.
         recalibration_images: Training images for the statistics of batch normalisation; 0 keeps the
-            supernet's.
+            supernet's, and ``None`` are 850, or all that the training loader gives if these are fewer.
         validation_images: Validation images to score on; ``None`` for all that the evaluator's loader gives.
         recalibration_batches: Pairs of images and labels on the scoring device to use instead of the first
             batches of the evaluator's training loader.
@@ -99,7 +99,7 @@ class GeNAS(RandomOneShot):
         *,
         score: CombinedScore | None = None,
         recalibration: Recalibration | None = None,
-        recalibration_images: int = 850,
+        recalibration_images: int | None = None,
         validation_images: int | None = None,
         recalibration_batches: Batches | None = None,
         validation_batches: Batches | None = None,
@@ -122,6 +122,8 @@ class GeNAS(RandomOneShot):
         if recalibration is not None:
             recalibration_images = recalibration.images
             self.score = dataclasses.replace(self.score, recalibration_momentum=recalibration.momentum)
+        self._may_be_fewer = recalibration_images is None
+        recalibration_images = Recalibration.images if recalibration_images is None else recalibration_images
         check_count("recalibration_images", recalibration_images, 0, MOST_IMAGES)
         if validation_images is not None and check_count("validation_images", validation_images, 0, MOST_IMAGES) == 0:
             raise ValueError("validation_images must be at least 1, or None for all, got 0.")
@@ -352,7 +354,7 @@ class GeNAS(RandomOneShot):
         )()
 
     def _source(self, evaluator: Lightning, device: torch.device) -> EvaluatorBatches:
-        return EvaluatorBatches(evaluator, device, self.batch_parts, self.seed)
+        return EvaluatorBatches(evaluator, device, self.batch_parts, self.seed, may_be_fewer=self._may_be_fewer)
 
     def _batches(self, evaluator: Lightning, device: torch.device) -> tuple[Batches | None, Batches]:
         recalibration, validation = self._recalibration_batches, self._validation_batches

@@ -134,7 +134,7 @@ def _search(host: Any, folder: Path, options: argparse.Namespace, check: Callabl
     if experiment.space.name != "nasbench201":
         raise ValueError(f"{options.config} searches the space {experiment.space.name}, expected nasbench201.")
     score = experiment.score
-    batch_size = score.recalibration_batch_size if score.recalibration_images > 0 else None
+    batch_size = score.recalibration_batch_size if score.recalibration_images != 0 else None
     check(available=Images.of(load_data(experiment), batch_size))
     host.quiet_hosts()
     return partial(host.run_experiment, experiment, folder)

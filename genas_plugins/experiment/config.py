@@ -139,20 +139,20 @@ class Measured(CombinedScore):
 
 @settings(ConfigError)
 class Score(Measured):
-    """The metric; see :class:`genas_plugins.scoring.CombinedScore`."""
+    """The metric; see :class:`genas_plugins.scoring.CombinedScore`.
 
-    recalibration_images: Annotated[int, Field(ge=0, le=MOST_IMAGES)] = 850
+    ``recalibration_images`` of ``null`` are 850, or all of the train half if it has fewer.
+    """
+
+    recalibration_images: Annotated[int, Field(ge=0, le=MOST_IMAGES)] | None = None
     recalibration_batch_size: Annotated[int, Field(ge=2, le=MOST)] = 64
     batch_size: _Count | None = None
 
     @property
     def recalibration(self) -> Recalibration:
         """What the statistics of batch normalisation are recomputed from."""
-        return Recalibration(
-            images=self.recalibration_images,
-            batch_size=self.recalibration_batch_size,
-            momentum=self.recalibration_momentum,
-        )
+        count = {} if self.recalibration_images is None else {"images": self.recalibration_images}
+        return Recalibration(**count, batch_size=self.recalibration_batch_size, momentum=self.recalibration_momentum)
 
 
 @settings(ConfigError)

@@ -18,7 +18,7 @@ from genas_plugins.checkpoints import load_supernet
 from genas_plugins.datasets import SearchData, check_identity, write_identity
 from genas_plugins.experiment import config
 from genas_plugins.files import write_text
-from genas_plugins.scoring import CombinedScore
+from genas_plugins.scoring import CombinedScore, Recalibration
 from genas_plugins.search import History, Record
 
 __all__ = [
@@ -47,6 +47,10 @@ MAY_CHANGE = (
 result."""
 
 
+# What older versions wrote where a newer one writes that nothing was said: they mean the same.
+_UNSAID = {"score.recalibration_images": Recalibration.images}
+
+
 def difference(before: config.Experiment, now: config.Experiment, sections: Sequence[str] | None = None) -> str | None:
     """The first setting that differs and may not, in words; ``None`` if there is none.
 
@@ -64,8 +68,10 @@ def difference(before: config.Experiment, now: config.Experiment, sections: Sequ
                 return f"{section} is {escaped(old)}, not {escaped(new)}"
             continue
         for key, value in vars(old).items():
-            if value != getattr(new, key) and f"{section}.{key}" not in MAY_CHANGE:
-                return f"{section}.{key} is {escaped(value)}, not {escaped(getattr(new, key))}"
+            name, now_value = f"{section}.{key}", getattr(new, key)
+            unsaid = name in _UNSAID and {value, now_value} == {None, _UNSAID[name]}
+            if value != now_value and not unsaid and name not in MAY_CHANGE:
+                return f"{name} is {escaped(value)}, not {escaped(now_value)}"
     return None
 
 
