@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
@@ -111,7 +112,7 @@ def _sentence(found: ValidationError, kind: type, data: Any, whole: str) -> str:
     problem, place, context = first["type"], first["loc"], first.get("ctx", {})
     *parents, last = place or [""]
     absent = problem in (*_UNKNOWN, "missing")
-    path, node, data = _find(parents if absent else place, TypeAdapter(kind).json_schema(), data)
+    path, node, data = _find(parents if absent else place, _schema_of(kind), data)
     section, _, name = path.rpartition(".")
     if problem in _UNKNOWN:
         named = f"{path}." * bool(path) + escaped(last) + suggestion(last, node["properties"])
@@ -125,6 +126,11 @@ def _sentence(found: ValidationError, kind: type, data: Any, whole: str) -> str:
     if "properties" not in node:
         return f"{path} must be {_described(node)}, got {shown(data)}."
     return f"{path or whole} must hold keys and values{f', among them {last}' * absent}, got {shown(data)}."
+
+
+@cache
+def _schema_of(kind: type) -> dict[str, Any]:
+    return TypeAdapter(kind).json_schema()
 
 
 def _find(place: Iterable[str | int], schema: dict[str, Any], data: Any) -> tuple[str, dict[str, Any], Any]:

@@ -133,7 +133,10 @@ def load_official_network(
     if genotype is not None and not isinstance(genotype, Genotype):
         raise TypeError(f"Expected a Genotype, got {type(genotype).__name__}; see zoo.find_genotype.")
     state = network_state(read_state(path), path)
-    genotype = _resolved_genotype(path, genotype)
+    return _network(state, path, _resolved_genotype(path, genotype), auxiliary)
+
+
+def _network(state: Mapping[str, Tensor], path: str | Path, genotype: Genotype, auxiliary: bool) -> CellNetwork:
     head = {name for name in state if name.startswith("auxiliary_head.")}
     if auxiliary and not head:
         raise CheckpointError(f"{path} holds no auxiliary_head.* tensors: load it with auxiliary=False.")
@@ -239,17 +242,17 @@ def convert_network(
     state = network_state(read_state(source), source)
     auxiliary = auxiliary and any(name.startswith("auxiliary_head.") for name in state)
     if genotype is None and read_metadata(source).get("genotype") is None:
-        network = _recognized(source, auxiliary)
+        network = _recognized(state, source, auxiliary)
     else:
         network = load_official_network(source, genotype, auxiliary=auxiliary)
     save_network(network, target, source=Path(source).name)
     return network
 
 
-def _recognized(path: str | Path, auxiliary: bool) -> CellNetwork:
+def _recognized(state: Mapping[str, Tensor], path: str | Path, auxiliary: bool) -> CellNetwork:
     for entry in ZOO.values():
         with contextlib.suppress(CheckpointError):
-            return load_official_network(path, entry.genotype, auxiliary=auxiliary)
+            return _network(state, path, entry.genotype, auxiliary)
     raise CheckpointError(f"{path} fits none of the published genotypes ({', '.join(ZOO)}): say which it holds.")
 
 

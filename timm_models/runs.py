@@ -58,11 +58,14 @@ class RunFolder:
     Attributes:
         path: Path of the folder.
         checkpoint: Checkpoint that the run continues from, or None.
+        saved: What is in it; read once, as a file of many tensors takes long.
     """
 
-    def __init__(self, path: Path, settings: Settings, primary: bool, checkpoint: Path | None) -> None:
+    def __init__(
+        self, path: Path, settings: Settings, primary: bool, checkpoint: Path | None, saved: Any = None
+    ) -> None:
         self.path = path
-        self.checkpoint = checkpoint
+        self.checkpoint, self.saved = checkpoint, saved
         self._settings, self._primary = settings, primary
         self._board: Any = None
 
@@ -85,7 +88,7 @@ class RunFolder:
         if resume is not None:
             path = Path(resume) if Path(resume).is_dir() else Path(resume).parent
             with lock_folder(path) if primary and path.is_dir() else nullcontext():
-                yield cls(path, settings, primary, find_checkpoint(resume))
+                yield cls(path, settings, primary, *_read_checkpoint(resume))
             return
         name = settings.experiment or "-".join(
             (datetime.now().strftime("%Y%m%d-%H%M%S"), safe_model_name(settings.model), str(size))
@@ -148,7 +151,7 @@ class RunFolder:
         )
         start = 0
         if self.checkpoint is not None:
-            start = utils.load_checkpoint_metadata(str(self.checkpoint))["epoch"] + 1
+            start = self.saved["epoch"] + 1
         _trim(self.path / SUMMARY, start)
         if self._settings.tensorboard:
             require("tensorboard", extra="timm", purpose="TensorBoard's files (tensorboard: false leaves them out)")
@@ -168,9 +171,8 @@ class RunFolder:
         latest = self.path / _LATEST[0]
         if self.checkpoint.name == _LATEST[1]:
             self.checkpoint = self.checkpoint.replace(latest)
-        saved = utils.load_checkpoint_metadata(str(self.checkpoint))
-        state = dict(saved.get("saver", {}))
-        epoch, metric = state.pop("pending", (saved["epoch"], saved.get("metric")))
+        state = dict(self.saved.get("saver", {}))
+        epoch, metric = state.pop("pending", (self.saved["epoch"], self.saved.get("metric")))
         saver.load_state_dict(state)
         self._save(saver, epoch, metric)
 
@@ -313,6 +315,11 @@ def find_checkpoint(place: str | Path) -> Path | None:
         FileNotFoundError: There is no such run.
         SettingsError: There are checkpoints, and all are damaged.
     """
+    return _read_checkpoint(place)[0]
+
+
+def _read_checkpoint(place: str | Path) -> tuple[Path | None, Any]:
+    """See :func:`find_checkpoint`; with what is in it."""
     place = Path(place)
     candidates = [place] if place.is_file() else [place / name for name in _LATEST if (place / name).is_file()]
     if not candidates and not (place / CONFIG).is_file():
@@ -320,15 +327,13 @@ def find_checkpoint(place: str | Path) -> Path | None:
     for candidate in candidates:
         try:
             # Reads the whole file, since any part may be damaged.
-            read_torch(candidate)
+            return candidate, read_torch(candidate)
         except (CheckpointError, OSError) as error:
             _logger.warning("%s", one_line(error, 500))
-            continue
-        return candidate
     earlier = [] if place.is_file() else sorted(place.glob("*.pth.tar"))
     # The only checkpoint still has its temporary name: the run was killed while it wrote its first.
     if not candidates or earlier == [place / _LATEST[1]]:
-        return None
+        return None, None
     others = [path.name for path in earlier if path not in candidates]
     advice = f"name an earlier one: {', '.join(others)}" if others else "no other is left, so start another run"
     raise SettingsError(

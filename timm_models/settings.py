@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -222,7 +223,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add an option for each setting; what is not given is absent from the namespace."""
     defaults = asdict(Settings())
-    for name, entry in TypeAdapter(Settings).json_schema()["properties"].items():
+    for name, entry in _described().items():
         text = entry["description"]
         if defaults[name] not in (None, "", {}, ()) and "default:" not in text:
             text += f" (default: {_shown(defaults[name])})"
@@ -232,6 +233,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             arguments = {"action": "store_true"}
         option, text = f"--{name.replace('_', '-')}", text.replace("%", "%%")
         parser.add_argument(option, dest=name, default=argparse.SUPPRESS, help=text, **arguments)
+
+
+@cache
+def _described() -> dict[str, Any]:
+    return TypeAdapter(Settings).json_schema()["properties"]
 
 
 def from_options(options: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> Settings:

@@ -25,7 +25,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from torch import Tensor, nn
 
-from genas_plugins.checkpoints import CheckpointError, describe_mismatch, read_torch
+from genas_plugins.checkpoints import CheckpointError, describe_mismatch
 from genas_plugins.datasets import data_identity
 from genas_plugins.devices import full_in_float64, in_float64
 from genas_plugins.interrupts import pending_signal, raise_pending
@@ -275,7 +275,9 @@ class Trainer:
         """Load the checkpoint that the run continues from; returns the epoch to train next."""
         epoch = 0
         if folder.checkpoint is not None:
-            self._check_checkpoint(folder.checkpoint)
+            self._check_checkpoint(folder.checkpoint, folder.saved)
+            # Its tensors are read again by timm, and need not be in memory twice.
+            folder.saved = {name: value for name, value in folder.saved.items() if name in ("epoch", "metric", "saver")}
             saved = resume_task_checkpoint(
                 self.task, str(folder.checkpoint), self.optimizer, self.scaler, log_info=self.here.primary
             )
@@ -288,9 +290,8 @@ class Trainer:
                 load_task_ema_checkpoint(self.task, str(folder.checkpoint))
         return epoch
 
-    def _check_checkpoint(self, path: Path) -> None:
+    def _check_checkpoint(self, path: Path, saved: Any) -> None:
         """Raise if a checkpoint would not be restored in full: models may leave out what does not fit."""
-        saved = read_torch(path)
         needed = ["state_dict", "optimizer", *(["state_dict_ema"] if self.settings.model_ema else [])]
         if not isinstance(saved, dict) or (
             missing := [name for name in needed if not isinstance(saved.get(name), dict)]

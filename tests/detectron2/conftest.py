@@ -16,8 +16,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 import timm_models  # noqa: F401
+from genas_plugins import Genotype
 
 NAME = "genas_flatness_c100"
+# All kinds of operations, and a third of the tensors of a published network.
+CODE = (4, 3, 1, 0, 3, 3, 2, 0, 0, 3, 0, 6, 0, 0, 1, 3, 4, 0, 3, 2, 0, 3, 0, 0, 7, 0, 3, 0)
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +33,14 @@ def own_logging() -> Iterator[None]:
         logger.handlers[:] = handlers
         logger.propagate = propagate
         logger.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def genotype() -> Genotype:
+    """Of the small networks. Their 75 normalisations: three of the stem, two at the entry of each of 14 cells, three in
+    each of 12 normal cells, and four in each of two reductions.
+    """
+    return Genotype.from_code(CODE)
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +64,7 @@ def randomize() -> Callable[..., nn.Module]:
 def write_official(randomize: Callable[..., nn.Module]) -> Callable[..., dict[str, Tensor]]:
     """Writes a checkpoint in the official format; returns its tensors by their names without prefix."""
 
-    def write(path: Path, genotype: str = NAME, channels: int = 2) -> dict[str, Tensor]:
+    def write(path: Path, genotype: Any = CODE, channels: int = 2) -> dict[str, Tensor]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             model = timm.create_model("genas_cell", genotype=genotype, init_channels=channels, auxiliary=True)
@@ -77,6 +88,7 @@ def build_detector() -> Callable[..., nn.Module]:
 
     def build(*overrides: Any, config: str = f"retinanet_{NAME}_FPN_1x") -> nn.Module:
         small = ["MODEL.GENAS.INIT_CHANNELS", "2", "MODEL.FPN.OUT_CHANNELS", "8", "MODEL.DEVICE", "cpu"]
+        small += ["MODEL.GENAS.ARCH", " ".join(map(str, CODE))]
         path = packaged_configs("detectron2", ".yaml")[config]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

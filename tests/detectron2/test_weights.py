@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from genas_plugins import ZOO
+from genas_plugins import Genotype
 from genas_plugins.checkpoints import CheckpointError, convert_network
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed: docs/detectron2.md says how")
@@ -35,11 +35,13 @@ NORMS = ("BN", "FrozenBN")
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory, write_official: Callable[..., Any]) -> dict[str, Any]:
+def files(
+    tmp_path_factory: pytest.TempPathFactory, write_official: Callable[..., Any], genotype: Genotype
+) -> dict[str, Any]:
     """The same weights in each kind of file, and the tensors."""
     folder = tmp_path_factory.mktemp("weights")
     state = write_official(folder / "official.pth.tar")
-    convert_network(folder / "official.pth.tar", folder / "clean.safetensors", ZOO[NAME].genotype)
+    convert_network(folder / "official.pth.tar", folder / "clean.safetensors", genotype)
     convert(folder / "clean.safetensors", folder / "backbone.pkl")
     # As timm's saver writes it: the averaged weights are those that count.
     zeros = {name: torch.zeros_like(value) for name, value in state.items()}
@@ -71,9 +73,9 @@ def test_each_kind_of_file_lands_completely(
     expected = expected_of(model, files["state"], counters=norm == "BN" and kind != "pkl")
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in expected.items())
-    # 201 normalisations of four tensors, and one weight for each convolution.
+    # 75 normalisations of four tensors, and one weight for each convolution.
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.backbone.bottom_up.modules())
-    assert len([name for name in expected if not name.endswith("num_batches_tracked")]) == 4 * 201 + convolutions
+    assert len([name for name in expected if not name.endswith("num_batches_tracked")]) == 4 * 75 + convolutions
     # The pyramid and the head are not touched.
     assert all(torch.equal(after[name], value) for name, value in before.items() if not name.startswith(PREFIX))
 
@@ -103,8 +105,8 @@ def test_weights_find_the_backbone_of_another_detector(
     assert torch.equal(model.backbone.bottom_up.network.get_parameter(stem), files["state"][stem])
 
 
-def test_weights_find_a_backbone_without_a_pyramid(files: dict[str, Any]) -> None:
-    model = nn.ModuleDict({"backbone": GeNASBackbone(NAME, init_channels=2, out_features=("res4",))})
+def test_weights_find_a_backbone_without_a_pyramid(files: dict[str, Any], genotype: Genotype) -> None:
+    model = nn.ModuleDict({"backbone": GeNASBackbone(genotype.code, init_channels=2, out_features=("res4",))})
     assert find_backbone(model) == "backbone.network"
     for kind in KINDS:
         GenasCheckpointer(model).load(files[kind])
@@ -138,8 +140,8 @@ def test_another_number_of_classes_keeps_the_fresh_head_as_detectron2_does(
     second = build_detector("MODEL.RETINANET.NUM_CLASSES", 5)
     GenasCheckpointer(second).load(str(tmp_path / "model_final.pth"))
     assert second.head.cls_score.out_channels == 45
-    for name, value in first.backbone.state_dict().items():
-        assert torch.equal(second.backbone.state_dict()[name], value)
+    loaded = second.backbone.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in first.backbone.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["official", "whole"])
@@ -235,12 +237,22 @@ def test_a_file_that_was_cut_off_is_refused_wherever_the_cut_is(tmp_path: Path) 
     assert read["a"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0] and read["b"].item() == 2.0
 
 
-@pytest.mark.parametrize("kind", ["official", "converted", "timm"])
+@pytest.mark.parametrize("kind", ["published", "official", "converted", "timm"])
 def test_the_command_converts(
-    kind: str, files: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    files: dict[str, Any],
+    genotype: Genotype,
+    write_official: Callable[..., Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     target = tmp_path / "out.pkl"
-    assert main([files[kind], str(target)]) == 0
+    if kind == "published":
+        # Which it is the command finds itself.
+        files = {kind: str(tmp_path / "published.pth.tar")}
+        files["state"] = write_official(Path(files[kind]), NAME)
+    arch = ["--arch", " ".join(map(str, genotype.code))] if kind in ("official", "timm") else []
+    assert main([files[kind], str(target), *arch]) == 0
     with target.open("rb") as file:
         content = pickle.load(file)
     assert content["__author__"] == "genas-plugins" and content["matching_heuristics"] is False
@@ -263,7 +275,7 @@ def test_the_command_converts(
         (["{official}", "out.pkl", "--arch", "pdarts"], "did you mean pdarts_c10"),
         (["nowhere.pth", "out.pkl"], "There is no checkpoint file nowhere.pth"),
         (["{resnet}", "out.pkl"], "expected one"),
-        (["{official}", "missing/out.pkl"], "No such file or directory"),
+        (["{converted}", "missing/out.pkl"], "No such file or directory"),
     ],
 )
 def test_the_command_refuses_in_one_line(

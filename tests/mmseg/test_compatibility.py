@@ -135,7 +135,9 @@ MODULES = ("mmseg_backbones", "mmseg.apis", "mmseg.models", "mmseg.datasets", "m
 @pytest.fixture(scope="module")
 def start(warm: Callable[..., Any]) -> Callable[..., Any]:
     """Starts one of mmseg's tools."""
-    quietly = "import warnings; warnings.simplefilter('ignore')"
+    quietly = "import warnings; warnings.simplefilter('ignore')\n"
+    # As in the fixture of conftest.py.
+    quietly += "import functools, mmengine.config.utils as utils; utils.load = functools.cache(utils.load)"
 
     def command(name: str, folder: Path, *arguments: Any) -> Any:
         return warm(*MODULES).python("-m", f"mmseg_backbones.{name}", *arguments, folder=folder, before=quietly)
@@ -173,6 +175,12 @@ def test_a_killed_training_is_resumed_by_mmsegs_own_tool(trained: tuple[Path, li
     assert "Iter(train) [1/6]" not in output
     assert "mIoU" in output
     assert (folder / "work" / "iter_6.pth").exists()
+
+
+def test_it_needs_no_other_host(warm: Callable[..., Any], tmp_path: Path) -> None:
+    names = "{name.partition('.')[0] for name in sys.modules}"
+    done = warm(*MODULES)(f"import sys\nprint({names} & {{'mmseg_backbones', 'detectron2', 'nni'}})", folder=tmp_path)
+    assert (done.status, done.stdout) == (0, "{'mmseg_backbones'}\n")
 
 
 def test_a_checkpoint_is_tested_at_several_scales_and_flips(

@@ -24,6 +24,7 @@ from timm_models.settings import SettingsError
 from timm_models.train import main
 
 EPOCHS = 3
+NETWORK = "darts_v2_c10"
 # 20 images make five batches and three steps, the last of one pass only.
 STEPS = 3
 
@@ -109,7 +110,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(images: Path, run: Path, *more: str) -> list[str]:
     """A training in which all is random or has a memory: augmentation, drop path, averaged weights, accumulation."""
-    network = ["genotype=genas_flatness_c100", "init_channels=4", "num_cells=2"]
+    # Few tensors, since a checkpoint of many takes longer to read than an epoch.
+    network = [f"genotype={NETWORK}", "init_channels=4", "num_cells=2"]
     return [
         *("--data-dir", str(images), "--output", str(run.parent), "--experiment", run.name),
         *("--model", "genas_cell", "--model-kwargs", *network, "--img-size", "32", "--device", "cpu"),
@@ -160,16 +162,16 @@ def content(checkpoint: Path) -> dict[str, Any]:
     return torch.load(checkpoint, weights_only=True)
 
 
-def check_equal(run: Path, other: Path) -> None:
-    assert [row["epoch"] for row in figures(run)] == [str(epoch) for epoch in range(EPOCHS)]
+def check_equal(run: Path, other: Path, epochs: int = EPOCHS) -> None:
+    assert [row["epoch"] for row in figures(run)] == [str(epoch) for epoch in range(epochs)]
     assert figures(run) == figures(other)
     found, expected = content(run / "last.pth.tar"), content(other / "last.pth.tar")
-    assert found["epoch"] == expected["epoch"] == EPOCHS - 1
+    assert found["epoch"] == expected["epoch"] == epochs - 1
     for name in ("state_dict", "state_dict_ema"):
         assert list(found[name]) == list(expected[name])
         assert all(torch.equal(tensor, expected[name][key]) for key, tensor in found[name].items())
     buffers = found["optimizer"]["state"]
-    assert len(buffers) > 50
+    assert len(buffers) > 30
     for key, state in buffers.items():
         assert torch.equal(state["momentum_buffer"], expected["optimizer"]["state"][key]["momentum_buffer"])
 
@@ -227,6 +229,8 @@ def test_the_same_command_gives_the_same_run(images: Path, whole: Path, tmp_path
         pytest.param(MIDDLE, {"last"}, id="middle-of-epoch"),
         pytest.param(BETWEEN, {"tmp"}, id="between-unlink-and-rename"),
         pytest.param(WHILE_WRITING, {"last", "tmp"}, id="while-writing"),
+        pytest.param(NO_OTHER_NAME, {"last"}, id="no-other-name"),
+        pytest.param(NOT_BEST, {"last"}, id="not-best"),
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted(
@@ -237,13 +241,20 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert {name for name in ("last", "tmp") if (run / f"{name}.pth.tar").exists()} == left
     assert launch("--resume", str(run)) == 0
     check_equal(run, whole)
+    # The best checkpoints are kept as in the uninterrupted run.
+    assert sorted(path.name for path in run.glob("*.tar")) == sorted(path.name for path in whole.glob("*.tar"))
+    assert content(run / "last.pth.tar")["saver"] == content(whole / "last.pth.tar")["saver"]
+    for name in ("model_best", "checkpoint-1"):
+        found, expected = content(run / f"{name}.pth.tar"), content(whole / f"{name}.pth.tar")
+        assert found["epoch"] == expected["epoch"] and found["metric"] == expected["metric"]
 
 
 def test_with_a_worker_process(images: Path, tmp_path: Path) -> None:
-    assert launch(*command(images, tmp_path / "whole", "--workers", "1")) == 0
-    kill(tmp_path, command(images, tmp_path / "run", "--workers", "1"), MIDDLE)
+    options = ("--workers", "1", "--epochs", "2")
+    assert launch(*command(images, tmp_path / "whole", *options)) == 0
+    kill(tmp_path, command(images, tmp_path / "run", *options), MIDDLE)
     assert launch("--resume", str(tmp_path / "run")) == 0
-    check_equal(tmp_path / "run", tmp_path / "whole")
+    check_equal(tmp_path / "run", tmp_path / "whole", 2)
 
 
 @pytest.mark.slow
@@ -263,22 +274,6 @@ def test_killed_again_and_again(images: Path, whole: Path, tmp_path: Path) -> No
     kill(tmp_path, ["--resume", str(run)], {**BETWEEN, "call": 1})
     assert launch("--resume", str(run)) == 0
     check_equal(run, whole)
-
-
-@pytest.mark.parametrize(
-    "death", [AFTER_CHECKPOINT, BETWEEN, NO_OTHER_NAME, NOT_BEST], ids=["after", "between", "no-other-name", "not-best"]
-)
-def test_the_best_checkpoints_are_kept_as_in_an_uninterrupted_run(
-    death: dict[str, Any], images: Path, whole: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    kill(tmp_path, command(images, run), death)
-    assert launch("--resume", str(run)) == 0
-    assert sorted(path.name for path in run.glob("*.tar")) == sorted(path.name for path in whole.glob("*.tar"))
-    assert content(run / "last.pth.tar")["saver"] == content(whole / "last.pth.tar")["saver"]
-    for name in ("model_best", "checkpoint-1"):
-        found, expected = content(run / f"{name}.pth.tar"), content(whole / f"{name}.pth.tar")
-        assert found["epoch"] == expected["epoch"] and found["metric"] == expected["metric"]
 
 
 @pytest.mark.parametrize("death", [FIRST_EPOCH, FIRST_FIGURES], ids=["in-training", "figures-written"])
@@ -457,7 +452,7 @@ EDITS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"lr": 0.02}, ("lr 0.05, not 0.02",)),
     ({"weight_decay": 0.1}, ("weight_decay 3e-05, not 0.1",)),
     ({"drop_path": 0.3}, ("drop_path 0.2, not 0.3",)),
-    ({"model_kwargs": {"genotype": "genas_flatness_c100", "init_channels": 8, "num_cells": 2}}, ("model_kwargs", "8")),
+    ({"model_kwargs": {"genotype": NETWORK, "init_channels": 8, "num_cells": 2}}, ("model_kwargs", "8")),
     ({"epochs": 9, "smoothing": 0.0}, ("epochs 3, not 9", "smoothing 0.1, not 0.0")),
     ({"scale": [0.5, 1.0]}, ("scale [0.08, 1.0], not [0.5, 1.0]",)),
     ({"mean": [0.5, 0.5, 0.5]}, ("mean None, not [0.5, 0.5, 0.5]",)),

@@ -76,13 +76,17 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]
 
 @pytest.fixture(scope="module")
 def trainer_of(folder_of: Callable[[int], Path]) -> Iterator[Callable[[Path], Trainer]]:
-    """Builds what a configuration describes, with what cannot be had here replaced: images, device, workers."""
+    """Builds what a configuration describes, with what cannot be had here replaced: images, device, workers.
+
+    A batch to validate on is small, as its images are read.
+    """
 
     @cache
     def build(config: Path) -> Trainer:
         keys = read_config(config)
         folder = str(folder_of(keys["num_classes"]))
-        return Trainer(from_options({"data_dir": folder, "device": "cpu", "workers": 0}, keys), here)
+        here_alone = {"data_dir": folder, "device": "cpu", "workers": 0, "validation_batch_size": 8}
+        return Trainer(from_options(here_alone, keys), here)
 
     with processes("cpu") as here:
         yield build
