@@ -83,6 +83,8 @@ EXTRAS: dict[str, list[str]] = {
     # neither.
     "nasbench201": ["peewee>=3.14,<4", "nats-bench>=1.8"],
     "plots": ["matplotlib>=3.6"],
+    # What torch.onnx writes with, what quantises and compares, and timm, of whose networks most are exported.
+    "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20", "timm>=1.0.31", "torchvision", "pillow"],
 }
 # Not the fork: it would overwrite files of mmseg's.
 EXTRAS["all"] = sorted({requirement for name, extra in EXTRAS.items() if name != "onedl" for requirement in extra})

@@ -28,8 +28,8 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_macs(model: nn.Module, image_size: int = 224) -> int:
-    """Multiply-adds of one image ``(1, 3, image_size, image_size)`` in evaluation mode.
+def count_macs(model: nn.Module, image_size: int = 224, channels: int = 3) -> int:
+    """Multiply-adds of one image ``(1, channels, image_size, image_size)`` in evaluation mode.
 
     Counts convolutions and linear layers (:mod:`torch.utils.flop_counter`, halved), as the paper's tables do.
     The model's mode is restored.
@@ -41,7 +41,7 @@ def count_macs(model: nn.Module, image_size: int = 224) -> int:
         221184
     """
     first = next(model.parameters())
-    image = torch.empty((1, 3, image_size, image_size), device=first.device, dtype=first.dtype)
+    image = torch.empty((1, channels, image_size, image_size), device=first.device, dtype=first.dtype)
     counter = FlopCounterMode(display=False)
     with evaluation_mode(model), torch.no_grad(), counter, _WithoutMultiplications():
         model(image)

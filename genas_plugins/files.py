@@ -6,19 +6,24 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import genas_plugins
+from genas_plugins._messages import listed
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["atomic_path", "disk_is_full", "packaged_configs", "remove_leftovers", "write_text"]
+__all__ = [
+    *("atomic_folder", "atomic_path", "check_new_folder", "disk_is_full", "packaged_configs", "remove_leftovers"),
+    "write_text",
+]
 
 _LEFTOVER = re.compile(r"\..+-[a-z0-9_]{8}\.partial(\.[^.]*)?")
 
@@ -53,6 +58,52 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
         os.close(handle)
+
+
+def check_new_folder(folder: str | Path) -> None:
+    """Raise if a folder to write holds anything, or cannot be one.
+
+    Raises:
+        FileExistsError: There is a file of that name, or the folder is not empty.
+    """
+    folder = Path(folder)
+    if folder.is_dir():
+        inside = sorted(os.listdir(folder))
+        if inside:
+            raise FileExistsError(f"{folder} is not empty ({listed(inside)}): name another folder, or empty it.")
+    elif os.path.lexists(folder):
+        raise FileExistsError(f"{folder} is a file, expected the name of a new folder.")
+
+
+@contextmanager
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``folder``; move it there when the block succeeds.
+
+    Raises:
+        FileExistsError: ``folder`` holds something, at the start or by the end.
+        OSError: It cannot be written. The temporary folder is removed, and ``folder`` is left as it was.
+    """
+    check_new_folder(folder)
+    # Not the path as given: "." has no name.
+    folder = Path(folder).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".partial", dir=folder.parent))
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        check_new_folder(folder)
+        # Onto an empty folder too.
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_leftovers(folder: str | Path) -> None:

@@ -18,7 +18,8 @@ from genas_plugins.counting import fit_channels
 from genas_plugins.darts.genotype import Genotype
 from genas_plugins.darts.network import AuxiliaryHead, Cell, CellShape, build_imagenet_stem, cell_shapes
 from genas_plugins.darts.operations import Layers
-from genas_plugins.darts.zoo import IMAGENET_CELLS, find_genotype
+from genas_plugins.darts.zoo import IMAGENET_CELLS
+from timm_models.genotypes import plain_genotype, read_genotype
 from timm_models.weights import fit_state
 
 __all__ = ["GenasFeatures", "GenasNet"]
@@ -32,7 +33,7 @@ class GenasNet(nn.Module):
 
     Args:
         genotype: The two cells: a :class:`~genas_plugins.Genotype`, a name of the zoo, the JSON file of a
-            search, or the 28 operation numbers.
+            search or what is in it, or the 28 operation numbers.
         init_channels: C, channels of the first cells; even. None: the largest with which the network of 14
             cells needs at most 600 M multiply-adds at 224 pixels.
         num_cells: Cells in the stack; the paper's networks have 14.
@@ -72,9 +73,12 @@ class GenasNet(nn.Module):
         [(4, 4), (16, 8), (32, 16), (64, 32)]
     """
 
+    # TorchScript would compile it.
+    __jit_unused_properties__ = ("_model_args",)
+
     def __init__(
         self,
-        genotype: Genotype | str | Iterable[int],
+        genotype: Genotype | str | Mapping[str, Any] | Iterable[int],
         init_channels: int | None = None,
         num_cells: int = IMAGENET_CELLS,
         num_classes: int = 1000,
@@ -90,13 +94,15 @@ class GenasNet(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.genotype = _resolved(genotype)
+        self._given_arguments = {}
+        self.genotype = read_genotype(genotype)
         if init_channels is None:
             init_channels = fit_channels(self.genotype)
         shapes = cell_shapes(init_channels, num_cells, "imagenet", output_stride)
         if not 0.0 <= drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate must be at least 0 and below 1, got {drop_path_rate}.")
         self._layers = _find_layers(norm_layer, act_layer, device, dtype)
+        self.init_channels, self.num_cells = init_channels, num_cells
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -122,6 +128,16 @@ class GenasNet(nn.Module):
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **self._layers.placement
         )
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """The arguments that timm saves with a network: those given, but the genotype as numbers, not as a path."""
+        sizes = {"init_channels": self.init_channels, "num_cells": self.num_cells}
+        return {**self._given_arguments, "genotype": plain_genotype(self.genotype), **sizes}
+
+    @_model_args.setter
+    def _model_args(self, given: Mapping[str, Any]) -> None:
+        self._given_arguments = dict(given)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -361,19 +377,6 @@ def _features(init_channels: int, shapes: Sequence[CellShape]) -> tuple[list[dic
             table.append({"num_chs": shape.out_channels, "reduction": stride, "module": f"cells.{index}"})
             taps.append(index + 1)
     return table, taps
-
-
-def _resolved(genotype: Genotype | str | Iterable[int]) -> Genotype:
-    if isinstance(genotype, Genotype):
-        return genotype
-    if isinstance(genotype, str) or hasattr(genotype, "__fspath__"):
-        return find_genotype(genotype)
-    if not isinstance(genotype, Iterable):
-        raise TypeError(
-            "genotype must be a Genotype, a name of the zoo, the JSON file of a search, or 28 integers; "
-            f"got {genotype!r}."
-        )
-    return Genotype.from_code(genotype)
 
 
 def _find_layers(norm: Any, act: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> Layers:

@@ -16,15 +16,18 @@ from typing import Any
 from timm import utils
 from timm.models import safe_model_name
 from timm.task import TrainingTask
+from torch import nn
 from torch.optim import Optimizer
 
 from genas_plugins._messages import one_line, shown
 from genas_plugins._optional import require
 from genas_plugins._reading import ReadingError, read_json
 from genas_plugins.checkpoints import CheckpointError, read_torch
+from genas_plugins.darts.genotype import Genotype
 from genas_plugins.datasets import check_identity, write_identity
 from genas_plugins.files import write_text
 from genas_plugins.locking import lock_folder
+from timm_models.searches import NETWORK_FILE, keep_genotype
 from timm_models.settings import Settings, SettingsError, from_options, write_config
 
 __all__ = ["MAY_CHANGE", "RunFolder", "check_settings"]
@@ -52,8 +55,8 @@ _PROBE = 2**20
 class RunFolder:
     """The folder of one training.
 
-    ``args.yaml`` (all settings), ``summary.csv`` (a line per epoch), TensorBoard's files, and timm's checkpoints:
-    ``last.pth.tar``, ``model_best.pth.tar`` and the best few by their epochs.
+    ``args.yaml`` (all settings), ``network.json`` of a network of ours, ``summary.csv`` (a line per epoch),
+    TensorBoard's files, and timm's checkpoints: ``last.pth.tar``, ``model_best.pth.tar`` and the best few by epochs.
 
     Attributes:
         path: Path of the folder.
@@ -133,6 +136,12 @@ class RunFolder:
         if torn != self.checkpoint and torn.exists():
             _logger.info("%s, which a killed process has left, is removed.", torn)
             torn.unlink()
+
+    def keep_genotype(self, model: nn.Module) -> None:
+        """Write the genotype of a network of ours, with what is known of its search, which may be gone one day."""
+        genotype = getattr(model, "genotype", None)
+        if self._primary and isinstance(genotype, Genotype) and not (self.path / NETWORK_FILE).exists():
+            keep_genotype(self.path / NETWORK_FILE, genotype, self._settings.model_kwargs.get("genotype"))
 
     def saver(
         self, task: TrainingTask, optimizer: Optimizer, scaler: utils.NativeScaler | None

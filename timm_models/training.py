@@ -241,6 +241,7 @@ class Trainer:
         folder.check(self.identity)
         start = self._restore(folder)
         folder.begin(self.identity, self.settings.images_of_a_step(self.here.count))
+        folder.keep_genotype(self.model)
         if self.settings.torchcompile:
             self.task.compile()
         # Not what DistributedDataParallel wraps: validation needs none of its synchronisation.

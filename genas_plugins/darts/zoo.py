@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from genas_plugins._messages import shown, suggestion
-from genas_plugins._reading import user_path
+from genas_plugins._reading import ReadingError, parse_json, user_path
 from genas_plugins.darts.genotype import Genotype
 from genas_plugins.darts.network import CellNetwork
 
@@ -71,8 +71,8 @@ def find_genotype(text: str | os.PathLike[str]) -> Genotype:
     """Find the genotype that a user means.
 
     Args:
-        text: A name in :data:`ZOO`, the path of a genotype's JSON file, or a code: 28 operation numbers
-            separated by commas or spaces, with or without brackets.
+        text: A name in :data:`ZOO`, the path of a genotype's JSON file or the JSON itself, or a code: 28 operation
+            numbers separated by commas or spaces, with or without brackets.
 
     Raises:
         ValueError: It is none of these (the message lists the names), the file holds no genotype, or the code
@@ -92,6 +92,11 @@ def find_genotype(text: str | os.PathLike[str]) -> Genotype:
     numbers = re.findall(r"[^\s,]+", text.strip().strip("[]()"))
     if numbers and all(re.fullmatch(r"-?\d+", number) for number in numbers):
         return Genotype.from_code(int(number) for number in numbers)
+    if text.lstrip().startswith("{"):
+        try:
+            return Genotype.from_dict(parse_json(text))
+        except ReadingError as error:
+            raise ValueError(f"{shown(text)} is not JSON: {error}.") from error
     if os.path.isfile(user_path(text)):
         return Genotype.load(text)
     near = suggestion(text.lower().replace("-", "_"), ZOO)

@@ -15,7 +15,7 @@ from typing import Any
 
 from genas_plugins._messages import escaped, listed
 
-__all__ = ["IMAGE_EXTENSIONS", "Listing", "class_folders", "image_files", "list_images"]
+__all__ = ["IMAGE_EXTENSIONS", "Listing", "class_folders", "image_files", "images_below", "list_images"]
 
 _logger = logging.getLogger(__name__)
 
@@ -69,6 +69,28 @@ def class_folders(root: Path) -> dict[str, Path]:
 def image_files(folder: Path) -> list[str]:
     """The paths of the images in one folder, sorted as text."""
     return sorted(_scan(folder, nested=False)[0])
+
+
+def images_below(root: str | Path) -> list[str]:
+    """The paths of the images in a folder and in all folders inside it, sorted as text; hidden ones are left out.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: It holds no images.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"There is no folder of images {escaped(root)}.")
+    found: list[str] = []
+    for parent, folders, _ in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += image_files(Path(parent))
+    if not found:
+        raise ValueError(
+            f"{escaped(root)} holds no images ({', '.join(IMAGE_EXTENSIONS)}), but "
+            f"{listed(sorted(os.listdir(root))) or 'nothing'}: name a folder with images like those of the training."
+        )
+    return sorted(found)
 
 
 def list_images(

@@ -19,6 +19,7 @@ ADDRESSES = {
     "genas_plugins.checkpoints": "CheckpointError load_supernet read_state save_supernet",
     "genas_plugins.correlation": "Setting columns evaluate measure_raw slope_shares",
     "genas_plugins.datasets": "ImageTensors SearchData load_search_data",
+    "genas_plugins.exporting": "ExportError Exported check_target export_onnx",
     "genas_plugins.nasbench201": "NasBench201Architecture NasBench201Network NasBench201SearchSpace nasbench201_costs",
     "genas_plugins.plotting": "LossCurve plot_cells plot_loss_curves plot_scatter plot_search",
     "genas_plugins.ranking": "compare ndcg partial_kendall precision_at rank_correlation",

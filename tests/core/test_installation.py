@@ -47,6 +47,7 @@ FIRST_USE = {
         "try:\n    import detectron2_backbones\n"
         "except ImportError as error:\n    assert 'detectron2.git' in str(error), error"
     ),
+    "export": "import onnx, onnxruntime, onnxscript",
     "nasbench201": "import nats_bench; from playhouse.sqlite_ext import SqliteExtDatabase",
     "plots": (
         "from genas_plugins import ZOO; from genas_plugins.plotting import plot_cells\n"

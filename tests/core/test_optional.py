@@ -15,12 +15,13 @@ from genas_plugins._optional import require
 OPTIONAL = (
     *("matplotlib", "PIL", "sklearn", "torchvision", "tqdm", "click", "tensorboard"),
     *("nni", "pytorch_lightning", "lightning", "timm", "mmseg", "mmengine", "mmcv", "detectron2", "fvcore"),
-    *("peewee", "nats_bench"),
+    *("peewee", "nats_bench", "onnx", "onnxscript", "onnxruntime", "huggingface_hub"),
 )
 MODULES = (
     *("genas_plugins", "genas_plugins.scoring", "genas_plugins.search", "genas_plugins.spaces"),
     *("genas_plugins.counting", "genas_plugins.nasbench201.truth", "genas_plugins.ranking"),
     *("genas_plugins.correlation", "genas_plugins.cli.score", "genas_plugins.cli.correlate"),
+    *("genas_plugins.exporting", "genas_plugins.exporting.subnets"),
 )
 
 

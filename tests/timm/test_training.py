@@ -202,7 +202,8 @@ def test_files_of_a_run(learnt: tuple[Path, list[str]]) -> None:
     ranked = sorted(range(8), key=lambda epoch: (-figures[epoch]["eval_top1"], epoch))
     kept = {f"checkpoint-{epoch}.pth.tar" for epoch in ranked[:2]}
     assert {path.name for path in run.iterdir()} == kept | {
-        *("args.yaml", "run.json", "data.json", "summary.csv", "tensorboard", "last.pth.tar", "model_best.pth.tar"),
+        *("args.yaml", "run.json", "data.json", "network.json", "summary.csv", "tensorboard"),
+        *("last.pth.tar", "model_best.pth.tar"),
     }
     assert torch.load(run / "last.pth.tar", weights_only=True)["epoch"] == 7
     best = torch.load(run / "model_best.pth.tar", weights_only=True)
