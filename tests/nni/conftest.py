@@ -40,6 +40,13 @@ TINY: dict[str, Any] = {
     "score": {"metric": "angle+flatness", "recalibration_images": 32},
     "search": {"population": 5, "generations": 2, "parents": 2, "mutants": 2, "crossovers": 2},
 }
+# Drawing takes a third of the tiny search, and none of what goes on or compares numbers looks at pictures.
+_NO_PICTURES = """
+import genas_plugins.correlation.report, genas_plugins.experiment.outcome
+for name in ("plot_search", "plot_loss_curves", "plot_cells"):
+    setattr(genas_plugins.experiment.outcome, name, lambda *arguments, **named: None)
+genas_plugins.correlation.report.plot_scatter = lambda *arguments, **named: None
+"""
 # Three cells: one normal, two reductions.
 DARTS = {**TINY, "space": {"name": "darts", "init_channels": 4, "num_cells": 3}}
 
@@ -96,25 +103,33 @@ class Genas:
         self.environment = self.server.environment
         self.close = self.server.close
 
-    def __call__(self, *arguments: Any, before: str = "") -> Any:
+    def __call__(self, *arguments: Any, before: str = "", pictures: bool = True) -> Any:
         """Run a command to its end."""
-        return self.start(*arguments, before=before).wait()
+        return self.start(*arguments, before=before, pictures=pictures).wait()
 
-    def start(self, *arguments: Any, before: str = "") -> Any:
+    def start(self, *arguments: Any, before: str = "", pictures: bool = True) -> Any:
         """Start a command; ``before`` is Python code that its process runs first."""
-        return self.python("-m", "genas_plugins", *arguments, before=before)
+        return self.python("-m", "genas_plugins", *arguments, before=before, pictures=pictures)
 
-    def python(self, *command: Any, before: str = "") -> Any:
+    def python(self, *command: Any, before: str = "", pictures: bool = True) -> Any:
         """Start what ``python`` with these arguments would."""
+        before = before if pictures else _NO_PICTURES + before
         return self.server.python(*command, folder=self.strangers[1], before=before)
 
     def search(
-        self, folder: Path, *changes: str, config: Path | None = None, resume: bool = False, before: str = ""
+        self,
+        folder: Path,
+        *changes: str,
+        config: Path | None = None,
+        resume: bool = False,
+        before: str = "",
+        pictures: bool = False,
     ) -> Any:
-        """Start the tiny search, or continue one."""
+        """Start the tiny search, or continue one; it draws its pictures only if they are looked at."""
         settings = [part for change in changes for part in ("--set", change)]
         source = ["--resume"] if resume else ["--config", config or self.config]
-        return self.start("search", *source, *settings, "--quiet", "--output", folder, before=before)
+        command = ("search", *source, *settings, "--quiet", "--output", folder)
+        return self.start(*command, before=before, pictures=pictures)
 
     def process(self, *arguments: Any) -> subprocess.CompletedProcess[str]:
         """Run a command in a process that starts from nothing."""
@@ -175,7 +190,7 @@ def first_search(genas: Genas, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def finished(genas: Genas, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """The folder of the tiny search, for reading only."""
     folder = tmp_path_factory.mktemp("run") / "tiny"
-    done = genas.search(folder).wait()
+    done = genas.search(folder, pictures=True).wait()
     assert done.status == 0, done.stderr
     return Folder(folder)
 
@@ -184,7 +199,7 @@ def finished(genas: Genas, tmp_path_factory: pytest.TempPathFactory) -> Folder:
 def darts(genas: Genas, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """The folder of a search of DARTS, for reading only."""
     folder = tmp_path_factory.mktemp("run") / "darts"
-    done = genas.search(folder, config=genas.darts).wait()
+    done = genas.search(folder, config=genas.darts, pictures=True).wait()
     assert done.status == 0, done.stderr
     return Folder(folder)
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from genas_plugins.experiment.parts import check_loss, find_parts
 from genas_plugins.scoring import recalibrate_batchnorm
-from nni_strategy import DartsSpace, GeNAS
+from nni_strategy import DartsSpace, GeNAS, NasBench201Space
 from nni_strategy.batches import EvaluatorBatches
 
 SETTINGS: dict[str, Any] = {"population": 3, "generations": 1, "parents": 2, "mutants": 1, "crossovers": 1}
@@ -115,32 +115,41 @@ def trainer(folder: Path, **changes: Any) -> Any:
     )
 
 
+def search(
+    folder: Path,
+    module: Module,
+    training: Any,
+    validation: Any = None,
+    *,
+    space: Any = None,
+    data: Any = None,
+    **changes: Any,
+) -> GeNAS:
+    """Train, search, and give the strategy."""
+    loaders = {} if data else {"train_dataloaders": training, "val_dataloaders": validation or training}
+    torch.manual_seed(0)
+    # A quarter of the modules of one of DARTS.
+    made = NasBench201Space(10, 4, 1) if space is None else space()
+    strategy = GeNAS(**{**SETTINGS, **changes})
+    evaluator = Lightning(module, trainer(folder), datamodule=data, **loaders)
+    strategy(RawFormatModelSpace(made, evaluator), SequentialExecutionEngine())
+    return strategy
+
+
 @pytest.fixture
 def searched(tmp_path: Path) -> Callable[..., GeNAS]:
     """Trains and searches, and gives the strategy."""
-
-    def run(
-        module: Module, training: Any, validation: Any = None, *, space: Any = None, data: Any = None, **changes: Any
-    ) -> GeNAS:
-        loaders = {} if data else {"train_dataloaders": training, "val_dataloaders": validation or training}
-        torch.manual_seed(0)
-        made = DartsSpace(10, 4, 2) if space is None else space()
-        strategy = GeNAS(**{**SETTINGS, **changes})
-        evaluator = Lightning(module, trainer(tmp_path), datamodule=data, **loaders)
-        strategy(RawFormatModelSpace(made, evaluator), SequentialExecutionEngine())
-        return strategy
-
-    return run
+    return partial(search, tmp_path)
 
 
 def losses(strategy: GeNAS) -> list[list[float]]:
     return [record["losses"] for record in strategy.records]
 
 
-@pytest.fixture
-def wanted(searched: Callable[..., GeNAS]) -> list[list[float]]:
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory: pytest.TempPathFactory) -> list[list[float]]:
     """Of images that were normalised before."""
-    return losses(searched(Module(), loader()))
+    return losses(search(tmp_path_factory.mktemp("wanted"), Module(), loader()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])

@@ -25,10 +25,10 @@ from genas_plugins.darts.supernet import SuperNet
 from genas_plugins.darts.zoo import ZOO
 from genas_plugins.experiment import config
 from genas_plugins.experiment.scorer import Scorer
-from genas_plugins.spaces import DartsSearchSpace
-from nni_strategy import CombinedEvaluator, DartsSpace, FlatnessEvaluator, GeNAS
+from genas_plugins.spaces import DartsSearchSpace, NasBench201Architecture, NasBench201SearchSpace
+from nni_strategy import CombinedEvaluator, DartsSpace, FlatnessEvaluator, GeNAS, NasBench201Space
 from nni_strategy.samples import SampleSpace
-from nni_strategy.space import genotype_to_sample, sample_to_genotype
+from nni_strategy.space import genotype_to_sample, sample_to_architecture, sample_to_genotype
 
 DATA = {
     "name": "digits",
@@ -64,6 +64,13 @@ def genotypes() -> list[Genotype]:
     return [DartsSearchSpace().sample(rng) for _ in range(3)]
 
 
+@pytest.fixture(scope="module")
+def architectures() -> list[NasBench201Architecture]:
+    """Of the other run, which is read in a quarter of the time."""
+    rng = np.random.default_rng(0)
+    return [NasBench201SearchSpace().sample(rng) for _ in range(3)]
+
+
 def darts_space() -> DartsSpace:
     return DartsSpace(10, 4, 3)
 
@@ -89,13 +96,13 @@ def test_random_search_by_flatness_agrees_with_the_command(
 
 
 def test_evolution_by_angle_and_flatness_agrees_with_the_command(
-    search: Callable[..., list[Any]], genas: Any, darts: Any
+    search: Callable[..., list[Any]], genas: Any, finished: Any
 ) -> None:
-    evaluator = CombinedEvaluator(darts.path, metric="angle+flatness", device="cpu")
+    evaluator = CombinedEvaluator(finished.path, metric="angle+flatness", device="cpu")
     strategy = RegularizedEvolution(population_size=4, sample_size=2, mutation_prob=0.3, seed=0)
-    best, *_ = checked(search(darts_space(), evaluator, strategy, 6), 6)
-    code = str(sample_to_genotype(best.sample))
-    shown = genas("score", code, "--run", darts.path, "--device", "cpu")
+    best, *_ = checked(search(NasBench201Space(10, 4, 1), evaluator, strategy, 6), 6)
+    code = str(sample_to_architecture(best.sample))
+    shown = genas("score", code, "--run", finished.path, "--device", "cpu")
     assert shown.stdout.splitlines()[:2] == [
         "metric               angle+flatness",
         f"score                {best.metric:.6g}",
@@ -116,57 +123,61 @@ def test_a_run_s_own_candidates_have_its_scores(darts: Any) -> None:
     assert evaluator.evaluate(fixed) == pytest.approx(record["score"], rel=1e-12)
 
 
-def test_settings_beat_those_of_the_run(darts: Any, genotypes: list[Genotype]) -> None:
-    evaluator = CombinedEvaluator(darts.path, "flatness", sigmas=[0.1, 0.2], alpha=0.5, device="cpu")
-    measured = evaluator.measure(genotypes[0])
+def test_settings_beat_those_of_the_run(finished: Any, architectures: list[NasBench201Architecture]) -> None:
+    evaluator = CombinedEvaluator(finished.path, "flatness", sigmas=[0.1, 0.2], alpha=0.5, device="cpu")
+    measured = evaluator.measure(architectures[0])
     assert measured.flatness is not None
     assert measured.flatness.sigmas == (0.1, 0.2)
     first, second = measured.flatness.losses
     # Eq. 4.
     assert measured.score == pytest.approx(1 / (abs(second - first) / 0.1 + 0.5 * first / 0.1 + 1e-5), rel=1e-12)
-    accuracy = CombinedEvaluator(darts.path, "accuracy", device="cpu").measure(genotypes[0])
+    accuracy = CombinedEvaluator(finished.path, "accuracy", device="cpu").measure(architectures[0])
     assert accuracy.score * 64 == pytest.approx(round(accuracy.score * 64))
 
 
-def test_common_noise_is_a_function_of_the_seed_of_the_run(darts: Any, genotypes: list[Genotype]) -> None:
+def test_common_noise_is_a_function_of_the_seed_of_the_run(
+    finished: Any, architectures: list[NasBench201Architecture]
+) -> None:
     chosen: dict[str, Any] = {"noise": "random_walk", "relative": True, "draws": 2, "common": True}
-    evaluator = FlatnessEvaluator(darts.path, **chosen, device="cpu")
-    trained = Scorer.from_run(darts.path, device="cpu")
+    evaluator = FlatnessEvaluator(finished.path, **chosen, device="cpu")
+    trained = Scorer.from_run(finished.path, device="cpu")
     score = evaluator.trained.score
     assert {name: getattr(score, name) for name in chosen} == chosen
-    subnet = trained.paths.supernet.subnet(genotypes[0])
+    subnet = trained.paths.supernet.subnet(architectures[0])
     common = trained.paths.common_noise(trained.seed)
     expected = score(subnet, trained.validation, recalibration=trained.recalibration, common=common)
-    assert evaluator.measure(genotypes[0]) == expected
+    assert evaluator.measure(architectures[0]) == expected
     # The strategy measures with what the experiment's file says.
     settings = config.Score(metric="flatness", **chosen)
     assert GeNAS(score=settings.build()).score == settings.build()
     assert {name: getattr(settings.build(), name) for name in chosen} == chosen
 
 
-def test_noise_along_eigenvectors_reaches_the_measurement(darts: Any, genotypes: list[Genotype]) -> None:
+def test_noise_along_eigenvectors_reaches_the_measurement(
+    finished: Any, architectures: list[NasBench201Architecture]
+) -> None:
     chosen: dict[str, Any] = {"noise": "hessian", "relative": True, "hessian_directions": 2, "common": False}
-    evaluator = FlatnessEvaluator(darts.path, **chosen, device="cpu")
+    evaluator = FlatnessEvaluator(finished.path, **chosen, device="cpu")
     score = evaluator.trained.score
     assert {name: getattr(score, name) for name in chosen} == chosen
-    measured = evaluator.measure(genotypes[0])
-    assert measured == Scorer.from_run(darts.path, score=score, device="cpu").measure(genotypes[0])
+    measured = evaluator.measure(architectures[0])
+    assert measured == Scorer.from_run(finished.path, score=score, device="cpu").measure(architectures[0])
     # The strategy measures with what the experiment's file says.
     settings = config.parse({"score": {"metric": "flatness", **chosen}}).score
     assert GeNAS(score=settings.build()).score == settings.build()
     assert {name: getattr(settings.build(), name) for name in chosen} == chosen
     with pytest.raises(ValueError, match="'hessian' cannot be common"):
-        FlatnessEvaluator(darts.path, noise="hessian", common=True)
+        FlatnessEvaluator(finished.path, noise="hessian", common=True)
 
 
 def test_settings_that_are_not_given_are_those_of_the_run(
-    darts: Any, tmp_path: Path, genotypes: list[Genotype]
+    finished: Any, tmp_path: Path, architectures: list[NasBench201Architecture]
 ) -> None:
-    folder = shutil.copytree(darts.path, tmp_path / "run")
+    folder = shutil.copytree(finished.path, tmp_path / "run")
     experiment = yaml.safe_load((folder / "config.yaml").read_text())
     experiment["score"].update(alpha=0.25, sigmas=[0.1, 0.3])
     (folder / "config.yaml").write_text(yaml.safe_dump(experiment))
-    measured = FlatnessEvaluator(folder, device="cpu").measure(genotypes[0])
+    measured = FlatnessEvaluator(folder, device="cpu").measure(architectures[0])
     assert measured.flatness is not None
     first, second = measured.flatness.losses
     # Eq. 4.
@@ -195,16 +206,18 @@ def test_a_checkpoint_of_the_official_format_scores_like_the_run_it_came_from(
     assert models[0].metric == run.measure(sample_to_genotype(models[0].sample), evaluator.trained.score).score
 
 
-def test_our_own_checkpoints_will_do(darts: Any, tmp_path: Path, genotypes: list[Genotype]) -> None:
-    run = Scorer.from_run(darts.path, device="cpu")
+def test_our_own_checkpoints_will_do(
+    finished: Any, tmp_path: Path, architectures: list[NasBench201Architecture]
+) -> None:
+    run = Scorer.from_run(finished.path, device="cpu")
     path = save_supernet(run.paths.supernet, tmp_path / "supernet.safetensors")
     scores = {
-        FlatnessEvaluator(source, data=DATA, seed=1, device="cpu").measure(genotypes[0]).score
-        for source in (path, darts.path / "supernet.ckpt", str(path))
+        FlatnessEvaluator(source, data=DATA, seed=1, device="cpu").measure(architectures[0]).score
+        for source in (path, finished.path / "supernet.ckpt", str(path))
     }
     assert len(scores) == 1
     # The seed decides the noise.
-    assert FlatnessEvaluator(path, data=DATA, seed=2, device="cpu").measure(genotypes[0]).score not in scores
+    assert FlatnessEvaluator(path, data=DATA, seed=2, device="cpu").measure(architectures[0]).score not in scores
 
 
 def test_another_space_with_its_saved_weights(search: Callable[..., list[Any]], tmp_path: Path) -> None:
@@ -244,20 +257,20 @@ def test_another_space_with_its_saved_weights(search: Callable[..., list[Any]], 
         CombinedEvaluator(path, data=DATA, space=space(), device="cpu").measure(best.sample)
 
 
-def test_both_formats_of_models_work(search: Callable[..., list[Any]], darts: Any) -> None:
-    evaluator = FlatnessEvaluator(darts.path, device="cpu")
-    simplified = search(darts_space(), evaluator, Random(seed=3), 2)
-    raw = search(darts_space(), evaluator, Random(seed=3), 2, "raw")
+def test_both_formats_of_models_work(search: Callable[..., list[Any]], finished: Any) -> None:
+    evaluator = FlatnessEvaluator(finished.path, device="cpu")
+    simplified = search(NasBench201Space(10, 4, 1), evaluator, Random(seed=3), 2)
+    raw = search(NasBench201Space(10, 4, 1), evaluator, Random(seed=3), 2, "raw")
     assert {model.metric for model in simplified} == {model.metric for model in raw}
 
 
-def test_a_trial_elsewhere_gets_the_same_evaluator(darts: Any, genotypes: list[Genotype]) -> None:
-    evaluator = CombinedEvaluator(darts.path, "angle+flatness", sigmas=(1e-3, 2e-3), gamma=2.0, device="cpu")
+def test_a_trial_elsewhere_gets_the_same_evaluator(finished: Any, architectures: list[NasBench201Architecture]) -> None:
+    evaluator = CombinedEvaluator(finished.path, "angle+flatness", sigmas=(1e-3, 2e-3), gamma=2.0, device="cpu")
     sent = nni.dump(evaluator)
     received = nni.load(sent)
     assert type(received).__name__ == "CombinedEvaluator"
     assert received.settings == evaluator.settings
-    assert received.measure(genotypes[0]).score == evaluator.measure(genotypes[0]).score
+    assert received.measure(architectures[0]).score == evaluator.measure(architectures[0]).score
     assert "gamma=2.0" in repr(evaluator)
 
 
@@ -288,7 +301,7 @@ def test_a_folder_without_a_supernet_and_a_model_without_an_architecture(darts: 
 @pytest.mark.parametrize("classes", [5, 12])
 def test_a_supernet_of_other_classes_than_the_images_is_refused(classes: int, tmp_path: Path) -> None:
     path = tmp_path / "supernet.safetensors"
-    save_supernet(SuperNet(classes, 4, 3), path)
+    save_supernet(SuperNet(classes, 4, 2), path)
     evaluator = FlatnessEvaluator(path, data={"name": "digits", "validation_images": 32, "recalibration_images": 32})
     with pytest.raises(ValueError, match=rf"supernet has {classes} classes, and the images \(digits\) have 10"):
         evaluator.evaluate(ZOO["genas_flatness_c10"].genotype)

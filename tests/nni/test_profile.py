@@ -27,9 +27,10 @@ Scorer.measure = slow
 """
 
 
-def search(genas: Any, folder: Path, *options: Any, before: str = "") -> Any:
+def search(genas: Any, folder: Path, *options: Any, before: str = "", pictures: bool = False) -> Any:
     source = [] if "--resume" in options else ["--config", genas.config]
-    return genas.start("search", *source, "--quiet", "--output", folder, *options, before=before)
+    command = ("search", *source, "--quiet", "--output", folder, *options)
+    return genas.start(*command, before=before, pictures=pictures)
 
 
 def written(folder: Path) -> list[str]:
@@ -66,7 +67,7 @@ def test_a_gpu_that_the_stage_does_not_use_does_not_decide_the_order(
 def profiled(genas: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """The tiny search with a profile of three steps and three candidates."""
     folder = tmp_path_factory.mktemp("profiled") / "run"
-    return search(genas, folder, "--profile", "3").wait(), folder
+    return search(genas, folder, "--profile", "3", pictures=True).wait(), folder
 
 
 def test_a_profile_changes_nothing_of_the_search(

@@ -218,10 +218,10 @@ def test_another_metric_leaves_out_what_it_does_not_measure(
     genas: Any, folder_at: Callable[[Path], Any], tmp_path: Path
 ) -> None:
     changes = ("score.metric=accuracy", "data.test_images=null", "score.recalibration_images=0", "search.generations=1")
-    done = genas.search(tmp_path / "run", *changes).wait()
+    done = genas.search(tmp_path / "run", *changes, pictures=True).wait()
     assert done.status == 0, done.stderr
     folder = folder_at(tmp_path / "run")
-    assert not (folder.path / "loss_curves.png").exists()
+    assert (folder.path / "search.png").exists() and not (folder.path / "loss_curves.png").exists()
     for record in folder.records:
         assert record["score"] == record["top1"]
         assert not {"losses", "flatness", "angle"} & record.keys()
@@ -295,13 +295,14 @@ def test_a_full_disk_is_an_error_after_which_the_run_goes_on(
     # The pictures at the end.
     condition = f"open({str(history)!r}).read().count(chr(10)) == 9"
     full = FULL_DISK.format(condition=condition, limit=30_000)
-    done = genas.search(folder.path, resume=True, before=full).wait()
+    done = genas.search(folder.path, resume=True, before=full, pictures=True).wait()
     assert done.error.endswith(again)
     assert len(folder.records) == 10
     assert not (folder.path / "architecture.json").exists()
-    last = genas.search(folder.path, resume=True).wait()
+    last = genas.search(folder.path, resume=True, pictures=True).wait()
     assert (last.status, last.stderr) == (0, "")
     folder.assert_same(finished)
+    assert {path.name for path in folder.path.iterdir()} == {path.name for path in finished.path.iterdir()}
 
 
 @pytest.mark.slow
@@ -312,13 +313,13 @@ def test_killed_before_any_change_of_a_file_it_goes_on(
     for count in range(1, 100):
         folder = folder_at(tmp_path / f"{count}")
         hook = KILL_AT.format(folder=str(folder.path), pattern="", event=event, count=count)
-        killed = genas.search(folder.path, before=hook).wait()
+        killed = genas.search(folder.path, before=hook, pictures=True).wait()
         if killed.status == 0:
             assert count > 2
             return
         assert killed.status == -signal.SIGKILL
         resume = (folder.path / "config.yaml").exists()
-        assert genas.search(folder.path, resume=resume).wait().status == 0, count
+        assert genas.search(folder.path, resume=resume, pictures=True).wait().status == 0, count
         folder.assert_same(finished)
     pytest.fail("A search changes fewer files than that.")
 
@@ -331,9 +332,11 @@ def test_a_finished_run_that_is_resumed_only_writes_its_results_again(
     for name in STATE:
         (folder.path / name).write_bytes((finished.path / name).read_bytes())
     written = {name: (folder.path / name).stat().st_mtime_ns for name in STATE}
-    assert genas.search(folder.path, resume=True).wait().status == 0
+    assert genas.search(folder.path, resume=True, pictures=True).wait().status == 0
     assert {name: (folder.path / name).stat().st_mtime_ns for name in STATE} == written
     folder.assert_same(finished)
+    for name in ("search.png", "loss_curves.png"):
+        assert (folder.path / name).read_bytes() == (finished.path / name).read_bytes()
 
 
 # Poisons what matches in the trained supernet, right before the search.

@@ -32,7 +32,7 @@ from genas_plugins.scoring import angle, flatness
 from genas_plugins.search import History, candidate_seed
 from nni_strategy.oneshot import UniformPathModule
 from nni_strategy.samples import SupernetPaths
-from nni_strategy.space import DartsSpace
+from nni_strategy.space import DartsSpace, NasBench201Space
 from nni_strategy.strategy import GeNAS
 from nni_strategy.training import supernet_evaluator
 
@@ -123,18 +123,20 @@ def test_exports_the_best_five_of_any_space(
     build, size = SPACES[name]
     torch.manual_seed(0)
     # The two large spaces are there for what they are made of; how generations follow is the same for all.
-    generations = 1 if name in ("DARTS", "ShuffleNetSpace") else 2
-    space, strategy = build(), Watched(**{**SMALL, "generations": generations})
+    population, generations = (5, 1) if name in ("DARTS", "ShuffleNetSpace") else (6, 2)
+    changes = {"population": population, "generations": generations, "sigmas": (2e-3, 1e-2)}
+    space, strategy = build(), Watched(**{**SMALL, **changes})
     done = experiment(space, strategy, size)
 
     scores = [record["score"] for record in strategy.records]
-    assert len(scores) == 6 * generations
+    assert len(scores) == population * generations
     assert all(record["status"] == "ok" and 0 < record["score"] < math.inf for record in strategy.records)
     models = done.export_top_models(top_k=5)
     assert [model.metric for model in models] == sorted(scores, reverse=True)[:5]
     samples = done.export_top_models(top_k=5, formatter="dict")
     assert samples == [model.sample for model in models]
-    assert all(build().contains(sample) for sample in samples)
+    blank = build()
+    assert all(blank.contains(sample) for sample in samples)
     assert len({str(sorted(sample.items())) for sample in samples}) == 5
     for network in done.export_top_models(top_k=5, formatter="instance"):
         assert network(torch.zeros(2, 3, size, size)).shape == (2, 10)
@@ -162,7 +164,7 @@ def test_same_seed_same_search(tmp_path: Path) -> None:
     results = []
     for seed in (0, 0, 1):
         torch.manual_seed(0)
-        strategy = initialised(GeNAS(**SMALL, seed=seed), NasBench201(4, 1, 10), tmp_path)
+        strategy = initialised(GeNAS(**SMALL, seed=seed, sigmas=(2e-3, 1e-2)), NasBench201(4, 1, 10), tmp_path)
         np.random.seed(seed)
         torch.manual_seed(len(results))
         strategy.search()
@@ -209,9 +211,11 @@ def test_scores_are_those_of_standalone_networks(tmp_path: Path) -> None:
     train = [(torch.randn(8, 3, 8, 8, generator=generator), torch.arange(8)) for _ in range(2)]
     validation = [(torch.randn(50, 3, 8, 8, generator=generator), torch.arange(50) % 10) for _ in range(2)]
     torch.manual_seed(0)
-    strategy = GeNAS(metric="accuracy", recalibration_batches=train, validation_batches=validation, **SMALL)
+    settings = {**SMALL, "generations": 1, "recalibration_batches": train, "validation_batches": validation}
+    strategy = GeNAS(metric="accuracy", **settings)
     initialised(strategy, DartsSpace(10, 4, 2), tmp_path).search()
-    for record in strategy.records[:6]:
+    assert len(strategy.records) == 6
+    for record in strategy.records:
         network = strategy.supernet.freeze(strategy.supernet.to_sample(Genotype.from_code(record["candidate"])))
         plain_statistics(network, train)
         with torch.no_grad():
@@ -241,8 +245,8 @@ def test_noise_goes_on_the_path_alone(tmp_path: Path, mode: str) -> None:
 def test_the_first_images_of_the_loaders_are_used(tmp_path: Path) -> None:
     evaluator = small_evaluator(tmp_path)
     torch.manual_seed(0)
-    space = DartsSpace(10, 4, 2)
-    implicit = GeNAS(**{**SMALL, "validation_images": 20, "recalibration_images": 20})
+    space = NasBench201Space(10, 4, 1)
+    implicit = GeNAS(**{**SMALL, "generations": 1, "validation_images": 20, "recalibration_images": 20})
     initialised(implicit, copy.deepcopy(space), tmp_path).search()
     first, second = list(evaluator.train_dataloaders), list(evaluator.val_dataloaders)
 
@@ -250,7 +254,8 @@ def test_the_first_images_of_the_loaders_are_used(tmp_path: Path) -> None:
         (a, b), (c, d) = batches
         return [(a, b), (c[:4], d[:4])]
 
-    explicit = GeNAS(recalibration_batches=twenty(first), validation_batches=twenty(second), **SMALL)
+    batches = {"recalibration_batches": twenty(first), "validation_batches": twenty(second)}
+    explicit = GeNAS(**{**SMALL, "generations": 1, **batches})
     initialised(explicit, copy.deepcopy(space), tmp_path).search()
     assert [r["score"] for r in implicit.records] == [r["score"] for r in explicit.records]
 
@@ -345,7 +350,7 @@ class StoppedError(Exception):
 @pytest.mark.parametrize(("metric", "records"), [("flatness", 2), ("flatness", 6), ("angle", 9)])
 def test_a_search_goes_on_where_its_state_was_taken(metric: str, records: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    space = DartsSpace(10, 4, 2)
+    space = NasBench201Space(10, 4, 1)
     initial = copy.deepcopy(space)
     whole = initialised(GeNAS(metric=metric, **SMALL), space, tmp_path)
     with torch.no_grad():
@@ -372,7 +377,7 @@ def test_a_search_goes_on_where_its_state_was_taken(metric: str, records: int, t
 
 def test_records_survive_a_resume(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    space = DartsSpace(10, 4, 2)
+    space = NasBench201Space(10, 4, 1)
     whole = initialised(GeNAS(**SMALL), space, tmp_path)
     whole.search()
 
@@ -398,7 +403,7 @@ def test_records_survive_a_resume(tmp_path: Path) -> None:
 
 def test_a_history_spares_the_measurements(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    space = DartsSpace(10, 4, 2)
+    space = NasBench201Space(10, 4, 1)
     first = initialised(GeNAS(history=History(tmp_path / "history.jsonl"), **SMALL), space, tmp_path)
     first.search()
     again = initialised(GeNAS(history=History(tmp_path / "history.jsonl"), **SMALL), space, tmp_path)
@@ -490,14 +495,23 @@ def test_a_choice_of_channels_is_searched_too(tmp_path: Path) -> None:
     assert len({model.metric for model in strategy.list_models(limit=5)}) > 1
 
 
-@pytest.mark.parametrize("settings", [{"metric": "angle+flatness"}, {"common": True}, {"racing": 0.9, "population": 8}])
-def test_candidates_in_flight_have_the_scores_of_one_after_another(settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("build", "settings"),
+    [
+        (lambda: DartsSpace(10, 4, 2), {"metric": "angle+flatness", "generations": 1}),
+        (lambda: NasBench201Space(10, 4, 1), {"common": True}),
+        (lambda: NasBench201Space(10, 4, 1), {"racing": 0.9, "population": 8}),
+    ],
+)
+def test_candidates_in_flight_have_the_scores_of_one_after_another(
+    build: Callable[[], ModelSpace], settings: dict[str, Any], tmp_path: Path
+) -> None:
     found = []
     for in_flight in (1, 3):
         torch.manual_seed(0)
         images = {"validation_images": None, "validation_batches": random_batches(96)}
         strategy = GeNAS(**{**SMALL, **images, **settings}, in_flight=in_flight, device="cpu")
-        initialised(strategy, DartsSpace(10, 4, 2), tmp_path)
+        initialised(strategy, build(), tmp_path)
         before = {name: value.clone() for name, value in strategy.supernet.state_dict().items()}
         generators = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
         strategy.search()

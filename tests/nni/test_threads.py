@@ -53,10 +53,9 @@ def timeless(path: Path) -> list[dict[str, Any]]:
 def test_a_search_ends_the_same_on_any_number_of_cores(count: int, genas: Any, tmp_path: Path) -> None:
     if len(CORES) < count:
         pytest.skip(f"This machine gives {len(CORES)} cores, {count} are needed.")
-    few = ("training.epochs=1", "training.threads=1", "space.num_cells=2")
     for cores in (1, count):
         before = ON_CORES.format(cores=set(CORES[:cores]), count=cores)
-        done = genas.search(tmp_path / str(cores), *few, config=genas.darts, before=before).wait()
+        done = genas.search(tmp_path / str(cores), "training.epochs=1", "training.threads=1", before=before).wait()
         assert done.status == 0, done.stderr
     # To the last bit, with the supernet trained anew.
     assert timeless(tmp_path / str(count)) == timeless(tmp_path / "1")
@@ -91,16 +90,16 @@ def test_correlations_are_the_same_on_any_number_of_threads(run: Path, tmp_path:
     columns = tmp_path / "columns.yaml"
     columns.write_text("- {name: a, metric: angle+flatness, sigmas: [0.01, 0.05]}\n- {name: b, metric: accuracy}\n")
     found = []
-    for available in (1, 2, 3):
+    for available in (1, 3):
         torch.set_num_threads(available)
         trained = Scorer.from_run(run, device="cpu")
         assert trained.in_flight.count == available
         state = torch.get_rng_state()
         settings = load_settings(columns)[0]
-        sample = choose(truth, 5, 0)
+        sample = choose(truth, 4, 0)
         found.append(measure_all(trained, sample, settings, tmp_path / str(available), training_free=True))
         assert torch.equal(torch.get_rng_state(), state)
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
 
 
 def data() -> SearchData:
@@ -140,12 +139,12 @@ def test_the_strategy_chooses(space: Any, own: bool, count: int, each: int | Non
         data(), 1, accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path
     )
     batches = {"validation_batches": Reread(evaluator.val_dataloaders)} if own else {}
-    small = {"population": 3, "generations": 1, "parents": 1, "mutants": 1, "crossovers": 1}
+    small = {"population": 2, "generations": 1, "parents": 1, "mutants": 1, "crossovers": 0, "sigmas": (0.01, 0.02)}
     strategy = Counting(**small, recalibration_images=16, device="cpu", **batches)
     strategy.initialize(RawFormatModelSpace(space, evaluator), SequentialExecutionEngine())
     strategy.search()
     assert (strategy.used.count, strategy.used.threads) == (count, each)
-    assert len(strategy.records) == 3
+    assert len(strategy.records) == 2
 
 
 class Witness(Callback):
@@ -169,15 +168,15 @@ def test_a_training_has_its_threads_and_gives_them_back(
     torch.set_num_threads(2)
     witness = Witness(breaks)
     options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "default_root_dir": tmp_path}
-    evaluator = supernet_evaluator(data(), 2, batch_size=16, threads=threads, callbacks=[witness], **options)
-    strategy = GeNAS(population=2, generations=1, parents=1, mutants=0, crossovers=0, recalibration_images=16)
+    evaluator = supernet_evaluator(data(), 1, batch_size=11, threads=threads, callbacks=[witness], **options)
+    strategy = GeNAS(population=1, generations=1, parents=1, mutants=0, crossovers=0, recalibration_images=16)
     strategy.initialize(RawFormatModelSpace(NasBench201Space(10, 4, 1), evaluator), SequentialExecutionEngine())
     if breaks:
         with pytest.raises(RuntimeError, match="broken"):
             strategy.run()
     else:
         strategy.run()
-    assert witness.seen == [during] * (2 if breaks else 4)
+    assert witness.seen == [during] * (2 if breaks else 3)
     assert torch.get_num_threads() == 2
 
 

@@ -44,7 +44,7 @@ def test_genas_search_finds_the_optimum_of_a_registered_space(
     (tmp_path / "blur.yaml").write_text(yaml.safe_dump(EXPERIMENT))
     before = f"import sys; sys.path.insert(0, {str(installed)!r})"
     run = tmp_path / "run"
-    done = genas("search", "--config", tmp_path / "blur.yaml", "--output", run, before=before)
+    done = genas("search", "--config", tmp_path / "blur.yaml", "--output", run, before=before, pictures=False)
     assert done.status == 0, done.stderr
     scores = {r["candidate"]: r["score"] for r in map(json.loads, (run / "history.jsonl").read_text().splitlines())}
     # The evolution proposes nothing twice, and ends when the space has nothing new.

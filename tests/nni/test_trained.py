@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from genas_plugins import SuperNet
 from genas_plugins.checkpoints import CheckpointError, load_supernet, read_metadata, save_supernet
-from genas_plugins.darts.genotype import Genotype
 from genas_plugins.datasets import DataChangedError
 from genas_plugins.experiment.run_folder import save_trained
 from genas_plugins.experiment.scorer import Scorer
@@ -22,21 +21,21 @@ from genas_plugins.nasbench201 import NasBench201Architecture
 
 
 @pytest.fixture(scope="module")
-def file(darts: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_trained(darts.path, tmp_path_factory.mktemp("file") / "tiny.safetensors", note="a test")
+def file(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_trained(finished.path, tmp_path_factory.mktemp("file") / "tiny.safetensors", note="a test")
 
 
-def test_a_file_scores_what_its_run_scored(darts: Any, file: Path) -> None:
+def test_a_file_scores_what_its_run_scored(finished: Any, file: Path) -> None:
     trained = Scorer.from_run(file, device="cpu")
-    for record in darts.records[:2]:
+    for record in finished.records[:2]:
         # Angle and flatness: the weights before training are there too.
-        measured = trained.measure(Genotype.from_code(record["candidate"]))
+        measured = trained.measure(NasBench201Architecture.from_string(record["candidate"]))
         assert measured.score == pytest.approx(record["score"], rel=1e-12)
         assert measured.to_dict()["losses"] == pytest.approx(record["losses"], rel=1e-12)
 
 
-def test_a_file_has_one_supernet_and_says_how_it_was_trained(darts: Any, file: Path) -> None:
-    state, own = load_supernet(file).state_dict(), load_supernet(darts.path / "supernet.ckpt").state_dict()
+def test_a_file_has_one_supernet_and_says_how_it_was_trained(finished: Any, file: Path) -> None:
+    state, own = load_supernet(file).state_dict(), load_supernet(finished.path / "supernet.ckpt").state_dict()
     assert state.keys() == own.keys()
     assert all(torch.equal(state[name], own[name]) for name in state)
     metadata = read_metadata(file)
@@ -54,7 +53,7 @@ def test_opening_a_file_draws_nothing_from_the_global_generator(file: Path) -> N
 
 
 def test_where_the_first_weights_cannot_be_drawn_again_only_the_angle_is_refused(
-    darts: Any, file: Path, tmp_path: Path
+    finished: Any, file: Path, tmp_path: Path
 ) -> None:
     with safe_open(file, framework="pt") as opened:
         metadata = dict(opened.metadata())
@@ -63,7 +62,7 @@ def test_where_the_first_weights_cannot_be_drawn_again_only_the_angle_is_refused
     other = tmp_path / "other.safetensors"
     save_file(load_file(file), other, metadata)
     trained = Scorer.from_run(other, device="cpu")
-    candidate = Genotype.from_code(darts.records[0]["candidate"])
+    candidate = NasBench201Architecture.from_string(finished.records[0]["candidate"])
     with pytest.raises(ValueError, match="The angle needs the weights before training"):
         trained.measure(candidate)
     flat = type(trained.score)(metric="flatness", sigmas=trained.score.sigmas)
@@ -83,12 +82,12 @@ def test_a_file_is_not_scored_on_other_images(file: Path, tmp_path: Path) -> Non
 
 
 def test_a_file_without_its_experiment_is_refused(tmp_path: Path) -> None:
-    path = save_supernet(SuperNet(10, 4, 3), tmp_path / "bare.safetensors")
+    path = save_supernet(SuperNet(10, 4, 2), tmp_path / "bare.safetensors")
     with pytest.raises(
         CheckpointError, match=r"bare\.safetensors does not say how its supernet was trained: pass the "
     ):
         Scorer.from_run(path)
-    path = save_supernet(SuperNet(10, 4, 3), tmp_path / "odd.safetensors", experiment={"seeed": 1})
+    path = save_supernet(SuperNet(10, 4, 2), tmp_path / "odd.safetensors", experiment={"seeed": 1})
     with pytest.raises(CheckpointError, match=r"odd\.safetensors has an experiment that cannot be read: unknown key"):
         Scorer.from_run(path)
 
