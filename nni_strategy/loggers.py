@@ -86,10 +86,7 @@ class SearchLog:
                 logger.log_metrics(figures)
             else:
                 logger.log_metrics(figures, step=records[0].generation)
-            # A kill must not take what counts as told.
-            logger.save()
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.flush()
+            _flush(logger)
         self.known = count
         if self._on_told is not None:
             self._on_told(count)
@@ -110,6 +107,7 @@ class SearchLog:
                     logger.log_image(f"pictures/{name}", [str(path)])
                 elif isinstance(logger, MLFlowLogger):
                     logger.experiment.log_artifact(logger.run_id, str(path), "pictures")
+            _flush(logger)
 
     def draw(self, records: Sequence[Record], best: Sequence[Any]) -> None:
         """Draw a search that has no folder of its own, and the cells of what it found, where that can be and is wanted.
@@ -126,6 +124,13 @@ class SearchLog:
             if best and isinstance(best[0], Genotype):
                 files["cells"] = plot_cells(best[0], Path(folder, "cells.png"))
             self.pictures(files, records[-1].generation + 1)
+
+
+def _flush(logger: Logger) -> None:
+    """A kill must not take what counts as told."""
+    logger.save()
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.flush()
 
 
 class RunLog:
