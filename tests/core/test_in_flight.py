@@ -89,15 +89,19 @@ def test_after_an_error_nothing_is_begun_and_the_search_goes_on(
     killed_at: int, error: type[BaseException], tmp_path: Path
 ) -> None:
     begun: list[tuple[int, ...]] = []
+    raised = threading.Event()
 
     def watched(genotype: Any) -> Measurement:
         begun.append(genotype.code)
-        # Long enough for the error to come while these are measured.
-        time.sleep(0.3 if len(begun) > killed_at + 1 else 0.0)
+        if len(begun) > killed_at + 1:
+            # The error comes while these are measured, however long a busy disk takes for the records before it.
+            raised.wait(5.0)
+            time.sleep(0.3)
         return measure(genotype)
 
     def kill(record: dict[str, Any]) -> None:
         if record["index"] == killed_at:
+            raised.set()
             raise error
 
     path = tmp_path / "history.jsonl"
