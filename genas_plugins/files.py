@@ -50,10 +50,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp creates private files; results get the permissions of the user's umask.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        # mkstemp creates private files.
+        _open_to_others(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -96,14 +94,20 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+            # Some writers create private files too, safetensors among them.
+            _open_to_others(path)
         check_new_folder(folder)
         # Onto an empty folder too.
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _open_to_others(path: Path) -> None:
+    """Give a result the permissions of the user's umask."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def remove_leftovers(folder: str | Path) -> None:

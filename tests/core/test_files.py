@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from genas_plugins._messages import message_of
-from genas_plugins.files import atomic_path, write_text
+from genas_plugins.files import atomic_folder, atomic_path, write_text
 
 
 def test_text_is_written_as_utf8_and_replaced(tmp_path):
@@ -25,10 +25,15 @@ def test_permissions_follow_the_umask(tmp_path, umask):
     old = os.umask(umask)
     try:
         path = write_text(tmp_path / "result.txt", "x")
+        with atomic_folder(tmp_path / "folder") as folder:
+            # As safetensors writes.
+            os.close(os.open(folder / "weights", os.O_CREAT | os.O_WRONLY, 0o600))
         assert os.umask(umask) == umask
     finally:
         os.umask(old)
-    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    for file in (path, tmp_path / "folder" / "weights"):
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
