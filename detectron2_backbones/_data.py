@@ -14,6 +14,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
+from genas_plugins._messages import one_line
 from genas_plugins.datasets import DATA_FILE, files_identity, read_identity, refuse_change, write_identity
 
 __all__ = ["known_images"]
@@ -21,6 +22,7 @@ __all__ = ["known_images"]
 _logger = logging.getLogger(__name__)
 
 _SAMPLED_RECORDS = 1024
+_UNREAD = "The data set %s cannot be read now, so a resume will not compare its images: %s"
 
 Records = list[dict[str, Any]]
 
@@ -79,7 +81,8 @@ def _read(name: str) -> Records | None:
     try:
         records = DatasetCatalog.get(name)
     # Of users' functions, too. Detectron2 asks again, and says it in its own way.
-    except Exception:
+    except Exception as error:
+        _logger.warning(_UNREAD, name, one_line(error, 300) or type(error).__name__)
         return None
     if not isinstance(records, list):
         return None

@@ -23,7 +23,7 @@ from genas_plugins.files import packaged_configs
 
 __all__ = [
     *("Dotless", "ImageCount", "Listed", "Real", "Reals"),
-    *("checked", "find_file", "read_file", "settings"),
+    *("checked", "find_file", "read_file", "schema_of", "settings"),
 ]
 
 _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
@@ -112,7 +112,7 @@ def _sentence(found: ValidationError, kind: type, data: Any, whole: str) -> str:
     problem, place, context = first["type"], first["loc"], first.get("ctx", {})
     *parents, last = place or [""]
     absent = problem in (*_UNKNOWN, "missing")
-    path, node, data = _find(parents if absent else place, _schema_of(kind), data)
+    path, node, data = _find(parents if absent else place, schema_of(kind), data)
     section, _, name = path.rpartition(".")
     if problem in _UNKNOWN:
         named = f"{path}." * bool(path) + escaped(last) + suggestion(last, node["properties"])
@@ -129,7 +129,8 @@ def _sentence(found: ValidationError, kind: type, data: Any, whole: str) -> str:
 
 
 @cache
-def _schema_of(kind: type) -> dict[str, Any]:
+def schema_of(kind: type) -> dict[str, Any]:
+    """The JSON schema of a type of settings, built once; for reading only."""
     return TypeAdapter(kind).json_schema()
 
 

@@ -174,10 +174,10 @@ def load_supernet(path: str | Path) -> Any:
         state = {name.rpartition(PREFIX)[2]: value for name, value in plain.items()}
         for name in registered_spaces().keys() - set(OWN_SPACES):
             kind = find_space(name).supernet_type
-            if (found := _recognised(kind, state, path, f"a {kind.__name__}")) is not None:
+            if (found := _supernet_of(kind, state, path, f"a {kind.__name__}")) is not None:
                 return found
     state = network_state(tensors, path)
-    found = _recognised(NasBench201SuperNet, state, path, "a NAS-Bench-201 supernet")
+    found = _supernet_of(NasBench201SuperNet, state, path, "a NAS-Bench-201 supernet")
     if found is not None:
         return found
     return _filled(partial(SuperNet, **_arguments(state, path)), state, path, "a supernet")
@@ -242,14 +242,14 @@ def convert_network(
     state = network_state(read_state(source), source)
     auxiliary = auxiliary and any(name.startswith("auxiliary_head.") for name in state)
     if genotype is None and read_metadata(source).get("genotype") is None:
-        network = _recognized(state, source, auxiliary)
+        network = _published_network(state, source, auxiliary)
     else:
         network = load_official_network(source, genotype, auxiliary=auxiliary)
     save_network(network, target, source=Path(source).name)
     return network
 
 
-def _recognized(state: Mapping[str, Tensor], path: str | Path, auxiliary: bool) -> CellNetwork:
+def _published_network(state: Mapping[str, Tensor], path: str | Path, auxiliary: bool) -> CellNetwork:
     for entry in ZOO.values():
         with contextlib.suppress(CheckpointError):
             return _network(state, path, entry.genotype, auxiliary)
@@ -325,7 +325,7 @@ def _resolved_genotype(path: str | Path, genotype: Genotype | None) -> Genotype:
     return own
 
 
-def _recognised(kind: Any, state: Mapping[str, Tensor], path: str | Path, description: str) -> Any:
+def _supernet_of(kind: Any, state: Mapping[str, Tensor], path: str | Path, description: str) -> Any:
     """The supernet of a class that these tensors are; ``None`` if they are another's."""
     try:
         arguments = kind.arguments_of(state)

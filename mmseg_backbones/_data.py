@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from genas_plugins._messages import one_line
 from genas_plugins.datasets import DATA_FILE, check_identity, files_identity, write_identity
 
 __all__ = ["known_class", "leaves", "remember_images", "training_images"]
+
+_logger = logging.getLogger(__name__)
 
 
 def remember_images(folder: Path, cfg: Any, *, resume: bool) -> None:
@@ -51,11 +54,12 @@ def training_images(cfg: Any) -> dict[str, Any] | None:
         kind = known_class(one)
         if not isinstance(kind, type) or not issubclass(kind, BaseSegDataset):
             return None
-        listing = None
-        # Whatever a wrong setting or a user's own class leads to is told by the script, which builds it again.
-        with contextlib.suppress(Exception):
+        try:
             listing = DATASETS.build({**one, "pipeline": [], "lazy_init": False, "serialize_data": False})
-        if listing is None:
+        # Whatever a wrong setting or a user's own class leads to is told by the script, which builds it again.
+        except Exception as error:
+            reason = one_line(error, 300) or type(error).__name__
+            _logger.warning("%s cannot be read now, so a resume will not compare images: %s", kind.__name__, reason)
             return None
         images += [info[key] for key in ("img_path", "img_path2") for info in listing.data_list if key in info]
         masks += [info["seg_map_path"] for info in listing.data_list if "seg_map_path" in info]

@@ -32,8 +32,7 @@ PICTURES = ("search", "loss_curves", "cells")
 """The pictures of a run, each a PNG of that name in its folder."""
 
 _PROJECT = "genas"
-# By the setting: what must be installed, and the errors with which a log says that it cannot begin.
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+# By the setting: the errors with which a log says that it cannot begin.
 _ERRORS = {"wandb": "Error", "mlflow": "MlflowException"}
 _ADVICE = {
     "wandb": " Or set WANDB_MODE=offline, and sync later.",
@@ -155,9 +154,9 @@ class RunLog:
         # Others have nothing to say.
         self.name = name if primary else "csv"
         self._folder, self._primary = folder, primary
-        if self.name in _PACKAGES:
-            package = _PACKAGES[self.name]
-            require(package, install=package, purpose=f"training.logger: {self.name}")
+        if self.name != "csv":
+            # Loggers are called as their packages are.
+            require(self.name, install=self.name, purpose=f"training.logger: {self.name}")
         self._path = folder / "training" / "log.json"
         self._told = self._read()
         self._search: SearchLog | None = None

@@ -8,17 +8,16 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter
+from pydantic import AfterValidator, BeforeValidator, Field
 from timm.utils import ParseKwargs
 
 from genas_plugins._messages import shown, suggestion
 from genas_plugins._reading import user_path
-from genas_plugins._settings import Listed, checked, read_file, settings
+from genas_plugins._settings import Listed, checked, read_file, schema_of, settings
 
 __all__ = ["Settings", "SettingsError", "add_options", "from_options", "read_config", "write_config"]
 
@@ -223,7 +222,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add an option for each setting; what is not given is absent from the namespace."""
     defaults = asdict(Settings())
-    for name, entry in _described().items():
+    for name, entry in schema_of(Settings)["properties"].items():
         text = entry["description"]
         if defaults[name] not in (None, "", {}, ()) and "default:" not in text:
             text += f" (default: {_shown(defaults[name])})"
@@ -233,11 +232,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             arguments = {"action": "store_true"}
         option, text = f"--{name.replace('_', '-')}", text.replace("%", "%%")
         parser.add_argument(option, dest=name, default=argparse.SUPPRESS, help=text, **arguments)
-
-
-@cache
-def _described() -> dict[str, Any]:
-    return TypeAdapter(Settings).json_schema()["properties"]
 
 
 def from_options(options: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> Settings:

@@ -95,7 +95,8 @@ class Evolution(Generic[Candidate]):
         parents: The best so far that mutate and cross.
         mutants: Mutants a generation; ``None`` is half of the population, the paper's 25 of 50, or what the crossovers
             leave of it if that is less.
-        crossovers: Crossovers a generation, by default as many as mutants; the rest of the population is random.
+        crossovers: Crossovers a generation; ``None`` is half of the population, or what the mutants leave of it if that
+            is less. The rest of the population is random.
         mutation_probability: Passed to the space, which says what it applies to (DARTS: an edge).
         max_tries: Draws for one new candidate before the search takes a way to be exhausted.
         seed: Seed of the evolution's random state.

@@ -40,9 +40,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 buffer.uniform_(0.5, 1.5)
-    kwargs = {"genotype": GENOTYPE, **SIZES}
-    kwargs["num_classes"] = 5
-    settings = {"model": "genas_cell", "model_kwargs": kwargs, "img_size": 64}
+    settings = {"model": "genas_cell", "model_kwargs": {"genotype": GENOTYPE, **SIZES}, "img_size": 64}
     settings |= {"mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 0.8, "interpolation": "bicubic"}
     (folder / "args.yaml").write_text(json.dumps(settings))
     torch.save({"epoch": 1, "state_dict": model.state_dict()}, folder / "last.pth.tar")
