@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["exit_status", "interruptible", "pending_signal", "raise_pending"]
+__all__ = ["exit_status", "held", "interruptible", "pending_signal", "raise_pending"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _pending: list[int] = []
+_held = 0
 
 
 @contextmanager
@@ -38,7 +39,8 @@ def interruptible() -> Iterator[None]:
             os.kill(os.getpid(), number)
             return
         _pending.append(number)
-        raise KeyboardInterrupt
+        if not _held:
+            raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     # None: the handler was not set from Python and could not be restored.
@@ -50,6 +52,23 @@ def interruptible() -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, before[number])
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Within :func:`interruptible`, let a signal wait for the end of the block, where KeyboardInterrupt is raised.
+
+    For calls of other packages that an exception from inside would leave in a state that they cannot get out of.
+    """
+    global _held
+    before = len(_pending)
+    _held += 1
+    try:
+        yield
+    finally:
+        _held -= 1
+    if len(_pending) > before:
+        raise KeyboardInterrupt
 
 
 def pending_signal() -> int | None:

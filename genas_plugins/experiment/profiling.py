@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from genas_plugins.files import atomic_path, write_text
+from genas_plugins.interrupts import held
 
 __all__ = ["WARM_UP", "SearchProfile", "StageProfile"]
 
@@ -48,10 +49,12 @@ class StageProfile:
         if self._report is not None:
             return
         self._done += 1
-        if self._profiler is None:
-            self._start()
-            return
-        self._profiler.step()
+        # Between its steps torch's profiler cannot be stopped: it raises, in place of the interruption.
+        with held():
+            if self._profiler is None:
+                self._start()
+                return
+            self._profiler.step()
         if self._done == WARM_UP + self.steps:
             self.end()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import signal
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from genas_plugins.experiment.profiling import StageProfile
+from genas_plugins.experiment.profiling import SearchProfile, StageProfile
+from genas_plugins.interrupts import interruptible, pending_signal
 
 TRACES = ["profile/scoring.json.gz", "profile/training.json.gz"]
 # Time to hit a process in.
@@ -125,6 +127,28 @@ def test_an_interrupted_stage_leaves_no_trace_and_is_profiled_when_it_goes_on(
     recorded = f"scoring: {10 - known - 2} steps after a warm-up of 2, profile/scoring.json.gz\n"
     assert text.startswith(f"training: not profiled, because this run had nothing left to do.\n\n{recorded}")
     folder.assert_same(finished)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_amid_a_step_of_the_profiler_is_an_interruption(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter = torch.profiler.record_function.__enter__
+
+    def signalled(region: Any) -> Any:
+        if region.name == "ProfilerStep#2":
+            os.kill(os.getpid(), number)
+        return enter(region)
+
+    monkeypatch.setattr(torch.profiler.record_function, "__enter__", signalled)
+    told = []
+    with interruptible(), pytest.raises(KeyboardInterrupt), SearchProfile(tmp_path, 9) as profile:
+        for step in range(9):
+            told.append(step)
+            profile.candidate()
+    # Three that begin the profiler and its first two steps.
+    assert told == [0, 1, 2] and pending_signal() == number
+    assert written(tmp_path) == []
 
 
 def test_a_finished_run_and_too_few_steps_say_that_there_is_nothing_to_profile(

@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 import timm_models  # noqa: F401
-from genas_plugins import ZOO, CellNetwork, SuperNet
+from genas_plugins import CellNetwork, SuperNet
 from genas_plugins.checkpoints import save_network, save_supernet
 from genas_plugins.cli import main
+from genas_plugins.darts.zoo import find_genotype
 from genas_plugins.experiment import config
 from timm_models.export import Features, run
 
@@ -26,7 +27,8 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-GENOTYPE = "genas_flatness_c10"
+# Few convolutions, each of which the exporter takes its time for.
+GENOTYPE = "4 3 1 0 3 3 2 0 0 3 0 6 0 0 1 3 4 0 3 2 0 3 0 0 7 0 3 0"
 SIZES = {"init_channels": 4, "num_cells": 3, "num_classes": 5}
 
 
@@ -89,7 +91,7 @@ def test_logits_in_any_batch_with_what_a_user_must_know_beside_them(
         with torch.no_grad():
             torch.testing.assert_close(computed(target, x)["logits"], network(training)(x), rtol=1e-4, atol=1e-5)
     stored = {each.key: each.value for each in onnx.load(target).metadata_props}
-    assert stored["genotype"] == str(ZOO[GENOTYPE].genotype)
+    assert stored["genotype"] == str(find_genotype(GENOTYPE))
     assert (json.loads(stored["mean"]), json.loads(stored["crop_pct"])) == ([0.5] * 3, 0.8)
     assert json.loads(stored["input_size"]) == [3, 64, 64]
 
@@ -175,7 +177,7 @@ def test_bad_input(training: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     empty.mkdir()
     detector = {f"backbone.bottom_up.{name}": value for name, value in network(training).state_dict().items()}
     torch.save({"model": {**detector, "head.cls_score.weight": torch.zeros(2)}}, tmp_path / "model_final.pth")
-    cifar = save_network(CellNetwork(ZOO[GENOTYPE].genotype, 4, 3, 5, stem="cifar"), tmp_path / "cifar.safetensors")
+    cifar = save_network(CellNetwork(find_genotype(GENOTYPE), 4, 3, 5, stem="cifar"), tmp_path / "cifar.safetensors")
     supernet = save_supernet(SuperNet(10, 4, 3), tmp_path / "supernet.safetensors")
     for arguments, message in (
         ([tmp_path / "model_final.pth", target], "holds a detector or a segmentor"),
@@ -195,7 +197,7 @@ def test_bad_input(training: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_int8_needs_to_know_how_images_are_normalised(tmp_path: Path, pictures: Path, capsys: Any) -> None:
-    path = save_network(CellNetwork(ZOO[GENOTYPE].genotype, 4, 3, 5, stem="cifar"), tmp_path / "cifar.safetensors")
+    path = save_network(CellNetwork(find_genotype(GENOTYPE), 4, 3, 5, stem="cifar"), tmp_path / "cifar.safetensors")
     told = refused([path, tmp_path / "n.onnx", "--int8", pictures], capsys)
     assert "does not say how its images are normalised" in told
 
