@@ -16,7 +16,9 @@ from types import FrameType
 __all__ = ["exit_status", "held", "interruptible", "pending_signal", "raise_pending"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Those of the block that runs, and the first of the last one that has ended.
 _pending: list[int] = []
+_ended_by: int | None = None
 _held = 0
 
 
@@ -26,7 +28,7 @@ def interruptible() -> Iterator[None]:
 
     Signals that the process ignores, for instance as a background job, stay ignored.
     """
-    _pending.clear()
+    global _ended_by
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -52,6 +54,9 @@ def interruptible() -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, before[number])
+        # What comes next in this process has not been interrupted.
+        _ended_by = pending_signal()
+        _pending.clear()
 
 
 @contextmanager
@@ -72,7 +77,7 @@ def held() -> Iterator[None]:
 
 
 def pending_signal() -> int | None:
-    """The first signal received in the last block of :func:`interruptible`, or None."""
+    """The first signal received in the block of :func:`interruptible` that runs, or None."""
     return _pending[0] if _pending else None
 
 
@@ -83,5 +88,5 @@ def raise_pending() -> None:
 
 
 def exit_status() -> int:
-    """Exit status of an interrupted command, by the shell's convention: 130 after Ctrl-C, 143 after SIGTERM."""
-    return 128 + (pending_signal() or signal.SIGINT)
+    """Exit status after an interrupted block, by the shell's convention: 130 after Ctrl-C, 143 after SIGTERM."""
+    return 128 + (_ended_by or signal.SIGINT)

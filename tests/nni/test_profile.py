@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from genas_plugins.experiment.profiling import SearchProfile, StageProfile
-from genas_plugins.interrupts import interruptible, pending_signal
+from genas_plugins.interrupts import exit_status, interruptible
 
 TRACES = ["profile/scoring.json.gz", "profile/training.json.gz"]
 # Time to hit a process in.
@@ -147,7 +147,7 @@ def test_a_signal_amid_a_step_of_the_profiler_is_an_interruption(
             told.append(step)
             profile.candidate()
     # Three that begin the profiler and its first two steps.
-    assert told == [0, 1, 2] and pending_signal() == number
+    assert told == [0, 1, 2] and exit_status() == 128 + number
     assert written(tmp_path) == []
 
 
