@@ -142,10 +142,15 @@ def test_a_signal_amid_a_step_of_the_profiler_is_an_interruption(
 
     monkeypatch.setattr(torch.profiler.record_function, "__enter__", signalled)
     told = []
-    with interruptible(), pytest.raises(KeyboardInterrupt), SearchProfile(tmp_path, 9) as profile:
-        for step in range(9):
-            told.append(step)
-            profile.candidate()
+    # In the background a shell lets its jobs ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with interruptible(), pytest.raises(KeyboardInterrupt), SearchProfile(tmp_path, 9) as profile:
+            for step in range(9):
+                told.append(step)
+                profile.candidate()
+    finally:
+        signal.signal(signal.SIGINT, before)
     # Three that begin the profiler and its first two steps.
     assert told == [0, 1, 2] and exit_status() == 128 + number
     assert written(tmp_path) == []
