@@ -142,6 +142,8 @@ def _find(place: Iterable[str | int], schema: dict[str, Any], data: Any) -> tupl
         if inner is None:
             # Of several types that a setting may have, pydantic names the one that it tried.
             break
+        # A section that may be written in another way as well.
+        inner = next((form for form in inner.get("anyOf", []) if "$ref" in form), inner)
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
         node, data = schema["$defs"][inner["$ref"].rpartition("/")[2]] if "$ref" in inner else inner, data[part]
     return path, node, data

@@ -18,9 +18,17 @@ from genas_plugins.darts.genotype import Genotype
 from genas_plugins.darts.network import MAX_CHANNELS, CellNetwork
 from genas_plugins.scoring.batchnorm import evaluation_mode
 
-__all__ = ["count_macs", "count_parameters", "fit_channels"]
+__all__ = ["Size", "count_macs", "count_parameters", "fit_channels", "height_and_width"]
+
+Size = int | tuple[int, int]
+"""Height and width in pixels; a number for both."""
 
 _LARGEST_IMAGE = 2**16
+
+
+def height_and_width(size: Size) -> tuple[int, int]:
+    """Both, also where one number stands for them."""
+    return (size, size) if isinstance(size, int) else size
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -28,8 +36,8 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_macs(model: nn.Module, image_size: int = 224, channels: int = 3) -> int:
-    """Multiply-adds of one image ``(1, channels, image_size, image_size)`` in evaluation mode.
+def count_macs(model: nn.Module, image_size: Size = 224, channels: int = 3) -> int:
+    """Multiply-adds of one image ``(1, channels, height, width)`` in evaluation mode.
 
     Counts convolutions and linear layers (:mod:`torch.utils.flop_counter`, halved), as the paper's tables do.
     The model's mode is restored.
@@ -41,7 +49,7 @@ def count_macs(model: nn.Module, image_size: int = 224, channels: int = 3) -> in
         221184
     """
     first = next(model.parameters())
-    image = torch.empty((1, channels, image_size, image_size), device=first.device, dtype=first.dtype)
+    image = torch.empty((1, channels, *height_and_width(image_size)), device=first.device, dtype=first.dtype)
     counter = FlopCounterMode(display=False)
     with evaluation_mode(model), torch.no_grad(), counter, _WithoutMultiplications():
         model(image)

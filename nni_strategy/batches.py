@@ -16,11 +16,33 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from genas_plugins.experiment.parts import BatchParts, find_parts
+from genas_plugins.scoring.data import Batches, TensorBatches
+from genas_plugins.scoring.paths import Paths
+from genas_plugins.search import InFlight
 from genas_plugins.training.batches import TrainBatches
 
-__all__ = ["EvaluatorBatches"]
+__all__ = ["EvaluatorBatches", "flight_of"]
 
 _HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+def flight_of(wanted: int | InFlight | None, paths: Paths, device: torch.device, *batches: Batches | None) -> InFlight:
+    """How many candidates are measured at a time, and on how many threads each.
+
+    Args:
+        wanted: What the user says; ``None`` chooses.
+        paths: The supernet's paths.
+        device: Where candidates are measured.
+        *batches: What they are measured on.
+    """
+    if isinstance(wanted, InFlight):
+        return wanted
+    if wanted is not None or not paths.side_by_side:
+        return InFlight(wanted or 1, device)
+    chosen = InFlight(None, device)
+    # A loader of somebody's own may not bear several readers at a time.
+    shared = all(part is None or isinstance(part, TensorBatches | list | tuple) for part in batches)
+    return chosen if shared else InFlight(1, device, chosen.threads)
 
 
 class EvaluatorBatches:

@@ -16,6 +16,7 @@ from genas_plugins.cli.shared import table, told_how_to_go_on
 from genas_plugins.correlation.report import LEAST_SLOPE
 from genas_plugins.experiment import config
 from genas_plugins.experiment.progress import Bar
+from genas_plugins.search.budget import in_units
 from genas_plugins.training import workers
 from nni_strategy.run import Outcome, run_experiment
 
@@ -95,8 +96,12 @@ def quiet_hosts() -> None:
 def _report(outcome: Outcome) -> Iterable[str]:
     failed = f", {outcome.failed} failed" if outcome.failed else ""
     failed += f", {outcome.dropped} dropped" if outcome.dropped else ""
-    yield f"\nThe best {len(outcome.best)} of {outcome.scored} architectures{failed}:\n"
-    rows = [("", "score", "slope", "losses at the sigmas", "test top-1", "code")]
+    if outcome.front:
+        yield f"\n{len(outcome.front)} of {outcome.scored} architectures{failed} are on the front; some of it:\n"
+    else:
+        yield f"\nThe best {len(outcome.best)} of {outcome.scored} architectures{failed}:\n"
+    costs = list(outcome.best[0].record.costs or {})
+    rows = [("", "score", *costs, "slope", "losses at the sigmas", "test top-1", "code")]
     for rank, found in enumerate(outcome.best, 1):
         record = found.record
         slope = (record.shares or {}).get("slope")
@@ -104,6 +109,7 @@ def _report(outcome: Outcome) -> Iterable[str]:
             (
                 f"{rank}",
                 f"{record.score:.6g}",
+                *(in_units((record.costs or {})[name]) for name in costs),
                 "-" if slope is None else f"{slope:.1%}",
                 " ".join(f"{loss:.4f}" for loss in record.losses or ()) or "-",
                 "-" if found.test_top1 is None else f"{found.test_top1:.1%}",
@@ -120,4 +126,6 @@ def _report(outcome: Outcome) -> Iterable[str]:
         )
     if outcome.spared is not None:
         yield f"Racing saved {outcome.spared:.1%} of the image evaluations."
+    if outcome.front:
+        yield f"The whole front is in {outcome.folder / 'pareto.csv'} and drawn in {outcome.folder / 'pareto.png'}."
     yield f"The best architecture, the history and pictures are in {outcome.folder}."

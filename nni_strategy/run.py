@@ -186,7 +186,7 @@ def _strategy(
         recalibration=score.recalibration,
         recalibration_batches=recalibration,
         validation_batches=validation,
-        **{**vars(experiment.search), "in_flight": in_flight},
+        **{**vars(experiment.search), "constraints": vars(experiment.search.constraints), "in_flight": in_flight},
         seed=experiment.seed,
         history=history,
         on_record=listen,

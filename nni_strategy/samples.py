@@ -20,6 +20,7 @@ from genas_plugins.scoring.batchnorm import evaluation_mode, preserve_batchnorm
 from genas_plugins.scoring.losses import check_classes, read_images
 from genas_plugins.scoring.paths import SubnetPaths
 from genas_plugins.scoring.precision import in_parameter_type, parameter_types_alone
+from genas_plugins.search import NoCandidateError
 
 __all__ = ["SampleSpace", "SupernetPaths", "active_parameters", "fix_path"]
 
@@ -92,7 +93,9 @@ class SampleSpace:
                     mutable.random(memo=sample, random_state=state)
             if self._all.check_contains(sample) is None:
                 return json.dumps(sample, sort_keys=True)
-        raise ValueError(f"No valid sample of the space found in {_MAX_TRIES} draws; are its constraints too narrow?")
+        raise NoCandidateError(
+            f"No valid sample of the space found in {_MAX_TRIES} draws; are its constraints too narrow?"
+        )
 
 
 class SupernetPaths:
@@ -113,6 +116,11 @@ class SupernetPaths:
         self._choices = [module for module in space.modules() if isinstance(module, BaseSuperNetModule)]
         self.search_space: Any = SampleSpace(space) if self._subnets is None else space.search_space
         self.initial = initial
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """The supernet's, of a space of this package."""
+        return {} if self._subnets is None else self._subnets.arguments
 
     @property
     def side_by_side(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,17 +16,18 @@ from torch import Tensor
 from genas_plugins._keywords import keywords_of
 from genas_plugins.checks import MOST_IMAGES, check_count, check_device
 from genas_plugins.devices import check_float64
+from genas_plugins.experiment.costs import COSTS_FILE, Budget, Counted
 from genas_plugins.experiment.parts import BatchParts, check_loss
 from genas_plugins.experiment.preflight import Preflight
 from genas_plugins.experiment.racing import check_race
 from genas_plugins.experiment.resuming import check_scores
 from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.scoring import CombinedScore, Recalibration
-from genas_plugins.scoring.data import Batches, TensorBatches
+from genas_plugins.scoring.data import Batches
 from genas_plugins.scoring.losses import Loss, loss_of_image
 from genas_plugins.search import Evolution, History, InFlight, Record, SharedSearch, run_search
-from genas_plugins.spaces import DartsSearchSpace
-from nni_strategy.batches import EvaluatorBatches
+from genas_plugins.search.pareto import evolution_for
+from nni_strategy.batches import EvaluatorBatches, flight_of
 from nni_strategy.loggers import SearchLog, loggers_of
 from nni_strategy.oneshot import UniformPathModule
 from nni_strategy.samples import SupernetPaths
@@ -79,6 +80,16 @@ class GeNAS(RandomOneShot):
             on one of them, so that scores do not depend on how many these are; on a GPU 1. Several are for
             :class:`DartsSpace` and :class:`NasBench201Space`, whose candidates are networks of their own; candidates
             of other spaces are measured one after another, on all of PyTorch's threads.
+        constraints: The budget of all that the search proposes (the training samples all paths): limits of ``params``,
+            ``macs``, ``latency`` (milliseconds) and of what is in ``costs``, as :meth:`genas_plugins.search.Limits.of`
+            reads them: ``{"macs": "600M", "params": (4e6, None)}``.
+        objectives: Two or more of what the score measures and of costs, for instance ``("flatness", "macs")``, for a
+            search by :class:`genas_plugins.search.ParetoEvolution`, whose front :meth:`list_models` gives. None for the
+            score alone.
+        costs: Costs of your own by name, functions of a candidate (a :class:`~genas_plugins.Genotype`, say, or NNI's
+            sample).
+        counted: Which network's parameters, multiply-adds and latency are meant in a space of this package, by default
+            those of the network that is trained after the search.
         seed: Seed of paths, noise and evolution.
         history: Records of the candidates on disk; a search that finds them there goes on after them.
         on_record: Called with each candidate's record, for progress.
@@ -107,6 +118,10 @@ class GeNAS(RandomOneShot):
         loss: Loss | None = None,
         racing: float | None = None,
         in_flight: int | InFlight | None = None,
+        constraints: Mapping[str, Any] | None = None,
+        objectives: Sequence[str] = (),
+        costs: Mapping[str, Callable[[Any], float]] | None = None,
+        counted: Counted | None = None,
         seed: int = 0,
         history: History | None = None,
         on_record: Callable[[Record], None] | None = None,
@@ -127,14 +142,8 @@ class GeNAS(RandomOneShot):
         check_count("recalibration_images", recalibration_images, 0, MOST_IMAGES)
         if validation_images is not None and check_count("validation_images", validation_images, 0, MOST_IMAGES) == 0:
             raise ValueError("validation_images must be at least 1, or None for all, got 0.")
-        if device is not None:
-            check_device(device)
-        if racing is not None:
-            check_race(racing, self.score)
+        _check(device, racing, in_flight, self.score)
         self.racing = racing
-        if in_flight is not None and not isinstance(in_flight, InFlight):
-            # Refuses what is no number of candidates; the device is known when the search begins.
-            InFlight(in_flight)
         self.in_flight = in_flight
         self.recalibration_images = recalibration_images
         self.validation_images = validation_images
@@ -152,8 +161,10 @@ class GeNAS(RandomOneShot):
         self.scorer: Scorer | None = None
         self.search_log: SearchLog | None = None
         self._paths: SupernetPaths | None = None
-        # The experiment's space takes the place of this one; wrong settings are refused before it starts.
-        self._evolution: Evolution[Any] = Evolution(DartsSearchSpace(), seed=seed, **settings)
+        self._measured: dict[tuple[str, str], float] = {}
+        self._budget = Budget(constraints, objectives, costs, counted, self.score.metrics)
+        # The experiment's space takes the place of its; wrong settings are refused before it starts.
+        self._evolution = evolution_for(self._budget.objectives, racing, seed=seed, **settings)
 
     def extra_repr(self) -> str:
         return f"score={self.score}, population={self._evolution.population}, generations={self._evolution.generations}"
@@ -243,8 +254,11 @@ class GeNAS(RandomOneShot):
                 recalibration=recalibration,
                 seed=self.seed,
                 loss=self.loss,
-                in_flight=self._flight(device, recalibration, validation),
+                in_flight=flight_of(self.in_flight, self.paths, device, recalibration, validation),
             )
+            shared = SharedSearch.current()
+            image, _ = next(iter(validation))
+            self._evolution.space = self._costed(device, image[0], shared)
             # A generation that was cut off is measured anew.
             del self.records[self._evolution.scored :]
             # What the history has was told by the process that measured it.
@@ -256,7 +270,7 @@ class GeNAS(RandomOneShot):
                 history=self.history,
                 on_record=self._remember,
                 race=None if self.racing is None else scorer.race(self.racing, self._evolution.parents),
-                shared=SharedSearch.current(),
+                shared=shared,
                 in_flight=scorer.in_flight,
                 on_generation=lambda records: log.generation(records, self._best_score),
             )
@@ -265,20 +279,15 @@ class GeNAS(RandomOneShot):
         finally:
             supernet.to(home)
 
-    def _flight(self, device: torch.device, *batches: Batches | None) -> InFlight:
-        """How many candidates are measured at a time, and on how many threads each."""
-        if isinstance(self.in_flight, InFlight):
-            return self.in_flight
-        if self.in_flight is not None or not self.paths.side_by_side:
-            return InFlight(self.in_flight or 1, device)
-        chosen = InFlight(None, device)
-        # A loader of somebody's own may not bear several readers at a time.
-        shared = all(part is None or isinstance(part, TensorBatches | list | tuple) for part in batches)
-        return chosen if shared else InFlight(1, device, chosen.threads)
+    def _costed(self, device: torch.device, image: Tensor, shared: SharedSearch | None) -> Any:
+        file = None if self.history is None else self.history.path.with_name(COSTS_FILE)
+        read_only = self.history is not None and self.history.read_only
+        kept = {"memory": self._measured, "file": file, "read_only": read_only}
+        return self._budget.space(self.paths, image.shape, device=self.device or device, shared=shared, **kept)
 
     @property
     def _best_score(self) -> float | None:
-        return next((score for _, score in self._evolution.best(1)), None)
+        return max((record.score for record in self.records if record.score is not None), default=None)
 
     def _remember(self, record: Record) -> None:
         self.records.append(record)
@@ -290,6 +299,9 @@ class GeNAS(RandomOneShot):
 
         Models of :class:`DartsSpace` carry the supernet's weights. Those of other spaces are rebuilt with
         fresh weights: NNI's ``freeze`` on a supernet raises or loses the weights for many of them.
+
+        After a search of several objectives they are the front, the best in the first objective first; ``limit`` takes
+        so many of it that lie far from one another.
 
         Args:
             sort: Must be true.
@@ -319,6 +331,7 @@ class GeNAS(RandomOneShot):
             **super().state_dict(),
             "evolution": self._evolution.state_dict(),
             "records": [record.to_dict() for record in self.records],
+            "measured": [[*key, value] for key, value in self._measured.items()],
         }
         if self._paths is not None and "angle" in self.score.metrics:
             state["initial"] = self._paths.initial
@@ -329,6 +342,7 @@ class GeNAS(RandomOneShot):
         super().load_state_dict(state_dict)
         self._evolution.load_state_dict(state_dict["evolution"])
         self.records = [Record.of(record) for record in state_dict["records"]]
+        self._measured.update({(name, plain): value for name, plain, value in state_dict.get("measured", ())})
         if "initial" in state_dict:
             self.load_initial_weights(state_dict["initial"])
 
@@ -340,7 +354,7 @@ class GeNAS(RandomOneShot):
         device = next(self.supernet.parameters()).device
         dtypes = (parameter.dtype for parameter in self.supernet.parameters())
         check_float64(dtypes, torch.device(self.device or device))
-        Preflight(
+        image = Preflight(
             paths=self.paths,
             score=self.score,
             source=self._source(evaluator, device),
@@ -352,6 +366,8 @@ class GeNAS(RandomOneShot):
             loss=self.loss,
             seed=self.seed,
         )()
+        if image is not None:
+            self._budget.check(self._costed(device, image, None), self.seed)
 
     def _source(self, evaluator: Lightning, device: torch.device) -> EvaluatorBatches:
         return EvaluatorBatches(evaluator, device, self.batch_parts, self.seed, may_be_fewer=self._may_be_fewer)
@@ -364,3 +380,13 @@ class GeNAS(RandomOneShot):
         if validation is None:
             validation = source.collect(False, self.validation_images)
         return recalibration, validation
+
+
+def _check(device: Any, racing: float | None, in_flight: int | InFlight | None, score: CombinedScore) -> None:
+    if device is not None:
+        check_device(device)
+    if racing is not None:
+        check_race(racing, score)
+    if in_flight is not None and not isinstance(in_flight, InFlight):
+        # Refuses what is no number of candidates; the device is known when the search begins.
+        InFlight(in_flight)

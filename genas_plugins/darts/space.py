@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import comb
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from genas_plugins.darts.genotype import EDGES_PER_CELL, NODES, OPERATIONS, Genotype, cell_edges, node_edges
 
 if TYPE_CHECKING:
+    from genas_plugins.counting import Size
     from genas_plugins.darts.network import CellNetwork
     from genas_plugins.darts.supernet import SuperNet
 
@@ -46,6 +48,10 @@ class DartsSearchSpace:
 
     candidate = Genotype
     choices = _choices()
+    trained = MappingProxyType(
+        {"init_channels": 48, "num_cells": 14, "stem": "imagenet", "num_classes": 1000, "image_size": 224}
+    )
+    """Sizes of the network that is trained after a search, unless somebody says otherwise."""
 
     @property
     def supernet_type(self) -> type[SuperNet]:
@@ -171,6 +177,13 @@ class DartsSearchSpace:
         from genas_plugins.darts.network import CellNetwork
 
         return CellNetwork(genotype, **arguments)
+
+    def costs(self, genotype: Genotype, arguments: Mapping[str, Any], image_size: Size) -> tuple[int, int]:
+        """Parameters and multiply-adds of :meth:`network`; see :class:`genas_plugins.darts.costs.DartsCosts`."""
+        from genas_plugins.darts.costs import darts_costs
+
+        sizes = (arguments[name] for name in ("init_channels", "num_cells", "num_classes", "stem"))
+        return darts_costs(*sizes, image_size)(genotype)
 
 
 def _all_node_edges() -> Iterator[list[int]]:

@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from genas_plugins._messages import one_line, shown
 from genas_plugins._reading import ReadingError, parse_yaml
-from genas_plugins._settings import Dotless, ImageCount, Real, Reals, checked, find_file, read_file, settings
+from genas_plugins._settings import Dotless, ImageCount, Listed, Real, Reals, checked, find_file, read_file, settings
 from genas_plugins.checks import MOST, MOST_IMAGES, MOST_SEED
-from genas_plugins.darts.network import MAX_CELLS, MAX_CHANNELS
+from genas_plugins.darts.network import MAX_CELLS, MAX_CHANNELS, MAX_CLASSES
+from genas_plugins.experiment.costs import COSTS, Counted
 from genas_plugins.files import packaged_configs
 from genas_plugins.scoring import METRICS, CombinedScore, Recalibration
-from genas_plugins.search import Evolution, InFlight
+from genas_plugins.search import InFlight
+from genas_plugins.search.budget import Limits, amount
+from genas_plugins.search.pareto import check_objectives, evolution_for
 from genas_plugins.search.racing import check_confidence
-from genas_plugins.spaces import OWN_SPACES, DartsSearchSpace, find_space
+from genas_plugins.spaces import OWN_SPACES, find_space
 from genas_plugins.training.rates import final_rate
 
 __all__ = [
@@ -155,9 +158,63 @@ class Score(Measured):
         return Recalibration(**count, batch_size=self.recalibration_batch_size, momentum=self.recalibration_momentum)
 
 
+def _limit(value: Any) -> Any:
+    """A limit as a section, in which way it ever is written."""
+    if value is None or isinstance(value, str | int | float):
+        return {} if value is None else {"max": amount(value)}
+    return value
+
+
+def _or_amount(schema: dict[str, Any]) -> None:
+    schema["anyOf"] = [{"$ref": schema.pop("$ref")}, *({"type": kind} for kind in ("number", "string", "null"))]
+
+
+_Amount = Annotated[float | None, BeforeValidator(lambda value: None if value is None else amount(value))]
+
+
+@settings(ConfigError)
+class Limit(Limits):
+    """From where to where a cost may be, both ends included, ``null`` for any; an amount alone is the most."""
+
+    min: _Amount = None
+    max: _Amount = None
+
+
+_Limit = Annotated[Limit, BeforeValidator(_limit), Field(json_schema_extra=_or_amount)]
+
+
+@settings(ConfigError)
+class Constraints:
+    """The budget of a search: what it proposes is within these limits.
+
+    ``params`` are parameters, ``macs`` multiply-adds of one image, as numbers or like ``600M``; ``latency`` is in
+    milliseconds on the device of the search.
+    """
+
+    params: _Limit = dataclasses.field(default_factory=Limit)
+    macs: _Limit = dataclasses.field(default_factory=Limit)
+    latency: _Limit = dataclasses.field(default_factory=Limit)
+
+
+@settings(ConfigError)
+class CountedNetwork(Counted):
+    """Which network costs are those of; see :class:`genas_plugins.experiment.costs.Counted`."""
+
+    init_channels: Annotated[int, Field(ge=1, le=MAX_CHANNELS)] | None = None
+    num_cells: _Cells | None = None
+    cells_per_stage: _Cells | None = None
+    num_classes: Annotated[int, Field(ge=1, le=MAX_CLASSES)] | None = None
+    image_size: _Pixels | None = None
+    latency_batch: _Count = 1
+
+
 @settings(ConfigError)
 class Search:
     """The evolution; see :class:`genas_plugins.search.Evolution`.
+
+    With two or more ``objectives`` it is :class:`genas_plugins.search.ParetoEvolution`. ``parents`` of ``null`` are 10,
+    and as many as the population where there are objectives. ``constraints``, and objectives such as ``macs``, are
+    those of the network that ``counted`` says.
 
     ``mutants`` and ``crossovers`` of ``null`` are half of the population each, the paper's 25 of 50. ``racing`` is a
     confidence such as 0.999, with which candidates that cannot be parents are not measured on all images
@@ -167,21 +224,24 @@ class Search:
 
     population: int = 50
     generations: int = 20
-    parents: int = 10
+    parents: int | None = None
     mutants: int | None = None
     crossovers: int | None = None
     mutation_probability: Real = 0.1
     racing: Real | None = None
     in_flight: int | None = None
+    constraints: Constraints = dataclasses.field(default_factory=Constraints)
+    objectives: Annotated[tuple[str, ...], Listed] = ()
+    counted: CountedNetwork = dataclasses.field(default_factory=CountedNetwork)
 
     def __post_init__(self) -> None:
-        evolution = dataclasses.asdict(self)
-        InFlight(evolution.pop("in_flight"))
-        if (racing := evolution.pop("racing")) is not None:
-            check_confidence(racing)
-        built = Evolution(DartsSearchSpace(), **evolution)
+        InFlight(self.in_flight)
+        if self.racing is not None:
+            check_confidence(self.racing)
+        names = ("population", "generations", "parents", "mutants", "crossovers", "mutation_probability")
+        built = evolution_for(self.objectives, self.racing, **{name: getattr(self, name) for name in names})
         # As numbers, which is what a run is stored and compared with.
-        for name in ("mutants", "crossovers"):
+        for name in ("parents", "mutants", "crossovers"):
             object.__setattr__(self, name, getattr(built, name))
 
 
@@ -196,6 +256,12 @@ class Experiment:
     training: Training = dataclasses.field(default_factory=Training)
     score: Score = dataclasses.field(default_factory=Score)
     search: Search = dataclasses.field(default_factory=Search)
+
+    def __post_init__(self) -> None:
+        if self.search.objectives:
+            check_objectives(self.search.objectives, self.score.metrics, COSTS)
+        space = find_space(self.space.name)
+        self.search.counted.arguments(space, space.supernet_arguments(1, self.space), 32)
 
 
 def config_names() -> dict[str, Path]:

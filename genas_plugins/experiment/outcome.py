@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,13 @@ import torch
 import genas_plugins
 from genas_plugins.darts.genotype import Genotype
 from genas_plugins.experiment import config
-from genas_plugins.experiment.run_folder import ARCHITECTURE_FILE, GENOTYPE_FILE
+from genas_plugins.experiment.run_folder import ARCHITECTURE_FILE, FRONT_FILE, GENOTYPE_FILE
 from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.files import write_text
-from genas_plugins.plotting import LossCurve, plot_cells, plot_loss_curves, plot_search
+from genas_plugins.plotting import LossCurve, plot_cells, plot_front, plot_loss_curves, plot_search
 from genas_plugins.scoring import mean_loss
-from genas_plugins.search import Evolution, Record
+from genas_plugins.search import Evolution, ParetoEvolution, Record
+from genas_plugins.search.pareto import objective
 from genas_plugins.search.racing import spared_images
 
 __all__ = ["Found", "Outcome", "SearchFailedError", "hand_over"]
@@ -54,6 +57,7 @@ class Outcome:
         failed: Number of candidates without a finite score.
         dropped: Number of candidates that a race did not measure on all images.
         spared: Fraction of the image evaluations of all candidates that racing saved; ``None`` without racing.
+        front: Of a search of several objectives, all that no other dominates, the best in the first objective first.
     """
 
     folder: Path
@@ -62,6 +66,7 @@ class Outcome:
     failed: int
     dropped: int = 0
     spared: float | None = None
+    front: tuple[Record, ...] = ()
 
 
 class SearchFailedError(RuntimeError):
@@ -92,7 +97,7 @@ def hand_over(
     """
     plain = scorer.paths.search_space.to_json
     by_candidate = {json.dumps(record.candidate): record for record in records}
-    best = []
+    best: list[Found] = []
     curves: list[LossCurve] = []
     # Behind the parents, a race may have dropped what would come next.
     raced = experiment.search.racing is not None
@@ -111,21 +116,19 @@ def hand_over(
             f"None of the {len(records)} candidates has a finite score; the first failed because: {records[0].reason}"
         )
     plot_search(records, folder / "search.png", title=f"Search by {experiment.score.metric}")
+    front: tuple[Record, ...] = ()
+    if isinstance(evolution, ParetoEvolution):
+        front = tuple(by_candidate[json.dumps(plain(candidate))] for candidate, _ in evolution.front())
+        _write_front(folder, records, front, evolution.objectives)
     if curves:
         plot_loss_curves(curves, folder / "loss_curves.png", title="Loss around the weights of the best five")
     found = best[0]
     details = {
         "record": found.record.to_dict(),
         "test_top1": found.test_top1,
-        "top": [{"code": plain(f.genotype), "score": f.record.score, "test_top1": f.test_top1} for f in best],
+        "top": [_in_short(found, plain) for found in best],
         "provenance": {
-            "genas_plugins": genas_plugins.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": str(scorer.device),
-            "data": experiment.data.name,
-            "metric": experiment.score.metric,
-            "seed": experiment.seed,
+            **_provenance(experiment, scorer),
             "candidates": len(records),
             "failed": failed,
             **({} if spared is None else {"dropped": dropped, "spared": round(spared, 4)}),
@@ -133,13 +136,48 @@ def hand_over(
         },
     }
     if isinstance(found.genotype, Genotype):
-        plot_cells(found.genotype, folder / "cells.svg", title="Best architecture")
-        plot_cells(found.genotype, folder / "cells.png", title="Best architecture")
+        for name in ("cells.svg", "cells.png"):
+            plot_cells(found.genotype, folder / name, title="Best architecture")
         found.genotype.save(folder / GENOTYPE_FILE, **details)
     else:
         content = {"architecture": plain(found.genotype), **details}
         write_text(folder / ARCHITECTURE_FILE, json.dumps(content, indent=2) + "\n")
-    return Outcome(folder, tuple(best), len(records), failed, dropped, spared)
+    return Outcome(folder, tuple(best), len(records), failed, dropped, spared, front)
+
+
+def _provenance(experiment: config.Experiment, scorer: Scorer) -> dict[str, Any]:
+    return {
+        "genas_plugins": genas_plugins.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": str(scorer.device),
+        "data": experiment.data.name,
+        "metric": experiment.score.metric,
+        "seed": experiment.seed,
+    }
+
+
+def _in_short(found: Found, plain: Callable[[Any], Any]) -> dict[str, Any]:
+    costs = {} if found.record.costs is None else {"costs": found.record.costs}
+    return {"code": plain(found.genotype), "score": found.record.score, "test_top1": found.test_top1, **costs}
+
+
+def _write_front(folder: Path, records: Sequence[Record], front: Sequence[Record], objectives: Sequence[str]) -> None:
+    """A picture, and ``pareto.csv``: a line for each candidate of the front, its objectives, costs and architecture."""
+    plot_front(records, front, objectives, folder / "pareto.png", title=f"Search by {' and '.join(objectives)}")
+    costs = [name for name in front[0].costs or {} if name not in objectives]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["candidate", *objectives, *costs, "architecture"])
+    for record in front:
+        code = record.candidate
+        # As the commands take it.
+        code = (
+            " ".join(map(str, code)) if isinstance(code, list) else code if isinstance(code, str) else json.dumps(code)
+        )
+        numbers = [objective(record, name) for name in objectives] + [(record.costs or {})[name] for name in costs]
+        table.writerow([record.index, *numbers, code])
+    write_text(folder / FRONT_FILE, text.getvalue())
 
 
 def _looked_at(scorer: Scorer, label: str, genotype: Any, record: Record) -> tuple[Found, LossCurve | None]:

@@ -74,8 +74,11 @@ class Preflight:
     loss: Loss | None
     seed: int
 
-    def __call__(self) -> None:
+    def __call__(self) -> Tensor | None:
         """Check all that can be.
+
+        Returns:
+            A validation image ``(C, H, W)``, or ``None`` where looking at one would take it from the search.
 
         Raises:
             ValueError: The images, their number, their labels or the loss do not fit the network or the search.
@@ -87,7 +90,7 @@ class Preflight:
             recalibration = self._seen(True, self.recalibration, self.recalibration_images)
         if validation is None:
             # A loader that can be read once is left for the search.
-            return
+            return None
         if self.racing and validation.all_labels is not None and self.loss is None:
             check_race_images(validation.all_labels)
         # The whole batch, too, for a network that is made for its size.
@@ -108,6 +111,7 @@ class Preflight:
                     f"{' '.join(str(error).split())}. What training_step makes of them is not seen here: do it in "
                     "on_after_batch_transfer, or in batch_parts= as a function of the batch."
                 ) from error
+        return validation.images[0]
 
     def _measure(self, validation: _Seen, recalibration: _Seen | None, count: int) -> None:
         candidate = self.paths.search_space.sample(np.random.default_rng(self.seed))

@@ -19,6 +19,7 @@ from genas_plugins.experiment.resuming import check_began, state_digest
 __all__ = [
     "ARCHITECTURE_FILE",
     "CONFIG_FILE",
+    "FRONT_FILE",
     "GENOTYPE_FILE",
     "HISTORY_FILE",
     "INITIAL_FILE",
@@ -34,6 +35,7 @@ SUPERNET_FILE = "supernet.ckpt"
 HISTORY_FILE = "history.jsonl"
 GENOTYPE_FILE = "genotype.json"
 ARCHITECTURE_FILE = "architecture.json"
+FRONT_FILE = "pareto.csv"
 
 
 def load_data(experiment: config.Experiment) -> SearchData:

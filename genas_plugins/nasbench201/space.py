@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from genas_plugins.nasbench201.architecture import EDGES, OPERATIONS, NasBench201Architecture
 
 if TYPE_CHECKING:
+    from genas_plugins.counting import Size
     from genas_plugins.nasbench201.networks import NasBench201Network, NasBench201SuperNet
 
 __all__ = ["NasBench201SearchSpace"]
@@ -33,6 +35,8 @@ class NasBench201SearchSpace:
 
     candidate = NasBench201Architecture
     choices = dict.fromkeys(_LABELS, (OPERATIONS, 1))
+    trained = MappingProxyType({"init_channels": 16, "cells_per_stage": 5, "image_size": 32})
+    """Sizes of the benchmark's networks."""
 
     @property
     def supernet_type(self) -> type[NasBench201SuperNet]:
@@ -127,3 +131,17 @@ class NasBench201SearchSpace:
         from genas_plugins.nasbench201.networks import NasBench201Network
 
         return NasBench201Network(architecture, **{name: arguments[name] for name in arguments if name != "affine"})
+
+    def costs(
+        self, architecture: NasBench201Architecture, arguments: Mapping[str, Any], image_size: Size
+    ) -> tuple[int, int]:
+        """Parameters and multiply-adds of :meth:`network`, without building it.
+
+        The multiply-adds are those of :func:`genas_plugins.counting.count_macs`; the benchmark's FLOPs add the
+        classifier's bias.
+        """
+        from genas_plugins.nasbench201.costs import nasbench201_costs
+
+        sizes = {name: arguments[name] for name in ("init_channels", "cells_per_stage", "num_classes")}
+        costs = nasbench201_costs(architecture, **sizes, image_size=image_size)
+        return costs.parameters, costs.flops - arguments["num_classes"]

@@ -50,6 +50,10 @@ class Paths(Protocol):
     """Owns the parameters of all candidates."""
 
     @property
+    def arguments(self) -> Mapping[str, Any]:
+        """The supernet's, where the space builds its networks from them."""
+
+    @property
     def side_by_side(self) -> bool:
         """Whether several candidates may be open at the same time, in threads of their own."""
 
@@ -95,6 +99,11 @@ class SubnetPaths:
         self.search_space = supernet.search_space
         self.initial = initial
         self._before: tuple[Mapping[str, Tensor], torch.device, Any] | None = None
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """The supernet's."""
+        return self.supernet.arguments
 
     @contextmanager
     def open(self, candidate: Any, example: Tensor) -> Iterator[tuple[nn.Module, frozenset[str] | None]]:

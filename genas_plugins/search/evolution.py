@@ -6,7 +6,6 @@ calls the measurement itself.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -14,15 +13,23 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import numpy as np
 
 from genas_plugins.checks import check_count, check_real, check_seed
+from genas_plugins.search.record import Record
 
-__all__ = ["Evolution", "Origin", "Proposal", "SearchSpace", "mixture"]
+__all__ = ["Evolution", "NoCandidateError", "Origin", "Proposal", "SearchSpace", "mixture"]
 
 Candidate = TypeVar("Candidate", bound=Hashable)
 Origin = Literal["random", "mutation", "crossover"]
 
 
+class NoCandidateError(ValueError):
+    """A space found no candidate that it may give."""
+
+
 class SearchSpace(Protocol[Candidate]):
-    """What the evolution needs of a space. Candidates are hashable; all randomness comes from ``rng``."""
+    """What the evolution needs of a space. Candidates are hashable; all randomness comes from ``rng``.
+
+    A :class:`NoCandidateError` ends a way to new candidates, or the search if it comes before the first.
+    """
 
     def sample(self, rng: np.random.Generator) -> Candidate: ...
 
@@ -92,7 +99,7 @@ class Evolution(Generic[Candidate]):
         space: What is searched.
         population: Candidates a generation.
         generations: Number of generations, the random first one included.
-        parents: The best so far that mutate and cross.
+        parents: The best so far that mutate and cross; ``None`` is the paper's 10.
         mutants: Mutants a generation; ``None`` is half of the population, the paper's 25 of 50, or what the crossovers
             leave of it if that is less.
         crossovers: Crossovers a generation; ``None`` is half of the population, or what the mutants leave of it if that
@@ -113,13 +120,14 @@ class Evolution(Generic[Candidate]):
         *,
         population: int = 50,
         generations: int = 20,
-        parents: int = 10,
+        parents: int | None = None,
         mutants: int | None = None,
         crossovers: int | None = None,
         mutation_probability: float = 0.1,
         max_tries: int = 200,
         seed: int = 0,
     ) -> None:
+        parents = 10 if parents is None else parents
         counts = {
             "population": population,
             "generations": generations,
@@ -178,11 +186,15 @@ class Evolution(Generic[Candidate]):
         if self._pending is None or len(scores) != len(self._pending):
             expected = "but no generation was asked for" if self._pending is None else f"expected {len(self._pending)}"
             raise ValueError(f"tell() got {len(scores)} scores, {expected}.")
-        if any(score is not None and math.isnan(score) for score in scores):
+        if any(score is not None and bool(np.isnan(score).any()) for score in scores):
             raise ValueError("tell() got NaN; pass None for a candidate that failed.")
         self._scored += [(proposal.candidate, score) for proposal, score in zip(self._pending, scores, strict=True)]
         self._pending = None
         self.generation += bool(scores)
+
+    def value_of(self, record: Record) -> Any:
+        """What :meth:`tell` takes of a candidate: its score, ``None`` if it failed or was dropped."""
+        return record.score
 
     def best(self, count: int | None = None) -> list[tuple[Candidate, float]]:
         """The best candidates so far with their scores, best first; of equals, the earlier first."""
@@ -221,7 +233,7 @@ class Evolution(Generic[Candidate]):
         self._seen = {candidate for candidate, _ in scored} | {p.candidate for p in pending or ()}
 
     def _propose(self) -> list[Proposal[Candidate]]:
-        parents = [candidate for candidate, _ in self.best(self.parents)]
+        parents = self._parents()
         proposals: list[Proposal[Candidate]] = []
         if parents:
             proposals += self._new(self.mutants, "mutation", lambda: self._mutant(parents))
@@ -232,20 +244,29 @@ class Evolution(Generic[Candidate]):
     def _new(self, count: int, origin: Origin, draw: Callable[[], Candidate]) -> list[Proposal[Candidate]]:
         found: list[Proposal[Candidate]] = []
         while len(found) < count:
-            for _ in range(self.max_tries):
-                candidate = draw()
-                if candidate not in self._seen:
-                    break
-            else:
+            try:
+                drawn = (draw() for _ in range(self.max_tries))
+                candidate = next(candidate for candidate in drawn if candidate not in self._seen)
+            except StopIteration:
+                break
+            except NoCandidateError:
+                if not self._seen:
+                    raise
                 break
             self._seen.add(candidate)
             found.append(Proposal(candidate, origin))
         return found
 
+    def _parents(self) -> list[Candidate]:
+        """Who mutates and crosses, best first."""
+        return [candidate for candidate, _ in self.best(self.parents)]
+
+    def _pick(self, parents: Sequence[Candidate]) -> Candidate:
+        return parents[self._rng.integers(len(parents))]
+
     def _mutant(self, parents: Sequence[Candidate]) -> Candidate:
-        parent = parents[self._rng.integers(len(parents))]
-        return self.space.mutate(parent, self.mutation_probability, self._rng)
+        return self.space.mutate(self._pick(parents), self.mutation_probability, self._rng)
 
     def _crossover(self, parents: Sequence[Candidate]) -> Candidate:
-        first, second = (parents[self._rng.integers(len(parents))] for _ in range(2))
+        first, second = self._pick(parents), self._pick(parents)
         return self.space.crossover(first, second, self._rng)

@@ -13,6 +13,7 @@ from typing import Any
 
 from genas_plugins.scoring.combined import Measurement
 from genas_plugins.scoring.flatness import MeasurementError
+from genas_plugins.search.budget import CostedSpace
 from genas_plugins.search.evolution import Candidate, Evolution, Proposal
 from genas_plugins.search.history import History, HistoryError
 from genas_plugins.search.in_flight import InFlight
@@ -114,13 +115,14 @@ def _run(
         at_a_time = shared.size * min(count for _, count in told)
     index = evolution.scored
     while not evolution.finished:
-        scores: list[float | None] = []
+        scores: list[Any] = []
         proposals = evolution.ask()
-        new = _new_records(evolution, proposals, index, len(known) - index, measure, race, shared, in_flight, at_a_time)
+        named = _named(evolution, proposals, index)
+        new = _new_records(evolution, named, len(known) - index, measure, race, shared, in_flight, at_a_time)
         # Closed at once when something fails: what is in flight is waited for, and no more is begun.
         with contextlib.closing(new):
-            for proposal in proposals:
-                candidate = evolution.space.to_json(proposal.candidate)
+            for name, _ in named:
+                candidate = name["candidate"]
                 if index < len(known):
                     record = known[index]
                     if record.candidate != candidate:
@@ -135,7 +137,7 @@ def _run(
                     if history is not None:
                         history.append(record)
                 records.append(record)
-                scores.append(record.score)
+                scores.append(evolution.value_of(record))
                 if on_record is not None:
                     on_record(record)
                 index += 1
@@ -148,8 +150,7 @@ def _run(
 
 def _new_records(
     evolution: Evolution[Candidate],
-    proposals: Sequence[Proposal[Candidate]],
-    index: int,
+    named: Sequence[tuple[dict[str, Any], Candidate]],
     known: int,
     measure: Callable[[Candidate], Measurement],
     race: Race[Candidate] | None,
@@ -158,33 +159,45 @@ def _new_records(
     at_a_time: int,
 ) -> Generator[Record, None, None]:
     """Records of a generation's candidates behind the ``known`` first, each measured when it is asked for."""
-    numbered = list(enumerate(proposals, index))[max(0, known) :]
+    left = named[max(0, known) :]
     if race is not None:
         best = [candidate for candidate, _ in evolution.best(race.keep)]
-        finishes = race.run([proposal.candidate for proposal in proposals], best, shared)
-        for (number, proposal), finish in zip(numbered, finishes[max(0, known) :], strict=True):
-            yield _finished(_named(evolution, proposal, number), finish)
+        finishes = race.run([candidate for _, candidate in named], best, shared)
+        for (name, _), finish in zip(left, finishes[max(0, known) :], strict=True):
+            yield _finished(name, finish)
         return
 
-    def measured(item: tuple[int, Proposal[Candidate]]) -> Record:
-        return _measured(_named(evolution, item[1], item[0]), item[1].candidate, measure)
+    def measured(item: tuple[dict[str, Any], Candidate]) -> Record:
+        return _measured(*item, measure)
 
     if shared is None:
-        yield from in_flight.map(measured, numbered)
+        yield from in_flight.map(measured, left)
         return
-    for start in range(0, len(numbered), at_a_time):
-        own = list(in_flight.map(measured, numbered[start : start + at_a_time][shared.rank :: shared.size]))
+    for start in range(0, len(left), at_a_time):
+        own = list(in_flight.map(measured, left[start : start + at_a_time][shared.rank :: shared.size]))
         told = (record for records in shared.exchange(own) for record in records)
         yield from sorted(told, key=attrgetter("index"))
 
 
-def _named(evolution: Evolution[Candidate], proposal: Proposal[Candidate], index: int) -> dict[str, Any]:
-    return {
-        "index": index,
-        "generation": evolution.generation,
-        "origin": proposal.origin,
-        "candidate": evolution.space.to_json(proposal.candidate),
-    }
+def _named(
+    evolution: Evolution[Candidate], proposals: Sequence[Proposal[Candidate]], first: int
+) -> list[tuple[dict[str, Any], Candidate]]:
+    """What is known of proposals before they are measured, and the proposals."""
+    # Now, not when each is measured: latency is taken alone, and of all processes by the first.
+    costed = isinstance(evolution.space, CostedSpace)
+    return [
+        (
+            {
+                "index": index,
+                "generation": evolution.generation,
+                "origin": proposal.origin,
+                "candidate": evolution.space.to_json(proposal.candidate),
+                "costs": evolution.space.costs(proposal.candidate) if costed else None,
+            },
+            proposal.candidate,
+        )
+        for index, proposal in enumerate(proposals, first)
+    ]
 
 
 def _measured(named: dict[str, Any], candidate: Candidate, measure: Callable[[Candidate], Measurement]) -> Record:

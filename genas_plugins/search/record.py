@@ -46,6 +46,7 @@ class Record(Mapping[str, Any]):
         estimate: Score of a dropped candidate on the images that it has seen.
         standard_error: Standard error of the estimate.
         images: Number of images that a dropped candidate has seen.
+        costs: Parameters, multiply-adds and the like by name, where the search has constraints or objectives.
         seconds: Time that measuring it took.
     """
 
@@ -68,6 +69,7 @@ class Record(Mapping[str, Any]):
     estimate: float | None = None
     standard_error: float | None = None
     images: int | None = None
+    costs: Mapping[str, float] | None = None
     seconds: float = 0.0
 
     @classmethod
@@ -87,6 +89,8 @@ class Record(Mapping[str, Any]):
                 raise ValueError(f"lacks {key}")
             if not fits(line[key]):
                 raise ValueError(f"has {shown(line[key], 60)} as {key}")
+        if not _is_shares(costs := line.get("costs", {})):
+            raise ValueError(f"has {shown(costs, 60)} as costs")
         losses, sigmas = (line.get(key) for key in ("losses", "sigmas"))
         counted = _are_numbers(losses) and _are_numbers(sigmas) and len(losses) == len(sigmas)
         if (losses is not None or sigmas is not None) and not counted:

@@ -110,14 +110,6 @@ def data() -> SearchData:
     return SearchData(images, images, images, None, third, third, 10, "digits", 8)
 
 
-class Counting(GeNAS):
-    """Remembers how its candidates were measured."""
-
-    def _flight(self, device: torch.device, *batches: Any) -> Any:
-        self.used = super()._flight(device, *batches)
-        return self.used
-
-
 class Reread:
     """Batches of somebody's own."""
 
@@ -140,10 +132,10 @@ def test_the_strategy_chooses(space: Any, own: bool, count: int, each: int | Non
     )
     batches = {"validation_batches": Reread(evaluator.val_dataloaders)} if own else {}
     small = {"population": 2, "generations": 1, "parents": 1, "mutants": 1, "crossovers": 0, "sigmas": (0.01, 0.02)}
-    strategy = Counting(**small, recalibration_images=16, device="cpu", **batches)
+    strategy = GeNAS(**small, recalibration_images=16, device="cpu", **batches)
     strategy.initialize(RawFormatModelSpace(space, evaluator), SequentialExecutionEngine())
     strategy.search()
-    assert (strategy.used.count, strategy.used.threads) == (count, each)
+    assert (strategy.scorer.in_flight.count, strategy.scorer.in_flight.threads) == (count, each)
     assert len(strategy.records) == 2
 
 
