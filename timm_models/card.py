@@ -11,7 +11,7 @@ from typing import Any
 from genas_plugins._messages import one_line
 from genas_plugins.counting import count_macs, count_parameters
 from genas_plugins.darts.genotype import Genotype
-from genas_plugins.darts.zoo import ZOO
+from genas_plugins.darts.zoo import OFFICIAL, ZOO
 from timm_models.network import GenasNet
 from timm_models.searches import FoundGenotype
 from timm_models.trained import TrainedNetwork
@@ -106,8 +106,9 @@ def _search(genotype: Genotype, search: FoundGenotype | None) -> str:
     published = next((entry for entry in ZOO.values() if entry.genotype == genotype), None)
     if search is None or not (search.record or search.provenance or search.settings):
         if published is not None:
+            where = "with the GeNAS paper" if published.source == OFFICIAL else f"in {published.source}"
             return (
-                f"The cells are those of `{published.name}`, published with the GeNAS paper: searched on "
+                f"The cells are those of `{published.name}`, published {where}: searched on "
                 f"{published.search_dataset}, metric {published.metric}."
             )
         return "Unknown: nothing of the search came with the weights."

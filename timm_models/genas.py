@@ -7,7 +7,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
-from genas_plugins.darts.zoo import ZOO
+from genas_plugins.darts.zoo import OFFICIAL, ZOO
 from timm_models.network import GenasFeatures, GenasNet
 from timm_models.weights import check_pretrained
 
@@ -17,10 +17,15 @@ __all__ = ["GenasNet"]
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if pretrained and not (cfg.has_weights or cfg.state_dict):
+        advice = (
+            "the authors of GeNAS publish ImageNet checkpoints in the model zoo of https://github.com/clovaai/GeNAS "
+            "(Google Drive). Download one"
+        )
+        if variant in ZOO and ZOO[variant].source != OFFICIAL:
+            advice = "GeNAS's model zoo does not have it. Train it (python -m timm_models.train)"
         raise RuntimeError(
-            f"There is nothing to download for {variant}: the authors of GeNAS publish ImageNet checkpoints in the "
-            "model zoo of https://github.com/clovaai/GeNAS (Google Drive). Download one and pass "
-            "checkpoint_path=FILE instead of pretrained=True."
+            f"There is nothing to download for {variant}: {advice} and pass checkpoint_path=FILE instead of "
+            "pretrained=True."
         )
     return build_model_with_cfg(
         GenasNet,
@@ -53,8 +58,15 @@ def _cfg(**changes: Any) -> dict[str, Any]:
     }
 
 
+def _origin(name: str) -> dict[str, Any]:
+    """Where a genotype is from that is not in the official code; whose licence is that of weights there are none of."""
+    if name not in ZOO or ZOO[name].source == OFFICIAL:
+        return {}
+    return {"origin_url": f"https://github.com/{ZOO[name].source.partition('@')[0]}", "license": None}
+
+
 # Before the registration, which reads them.
-default_cfgs = generate_default_cfgs({name: _cfg() for name in (*ZOO, "genas_cell")})
+default_cfgs = generate_default_cfgs({name: _cfg(**_origin(name)) for name in (*ZOO, "genas_cell")})
 
 
 def _register(name: str) -> None:

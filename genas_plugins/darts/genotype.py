@@ -1,4 +1,4 @@
-"""Genotypes of the DARTS search space: two cells, each of four nodes with two incoming operations.
+"""Genotypes of the DARTS search space: two cells, each of four nodes with one or two incoming operations.
 
 The space is that of DARTS (Liu et al., ICLR 2019); the 28-integer code is the one that RLNAS (Zhang et al.,
 CVPR 2021) and GeNAS (Jeong et al., IJCAI 2023) use: one operation number per edge, 14 edges of the normal
@@ -39,7 +39,7 @@ OPERATIONS: tuple[str, ...] = (
     "dil_conv_3x3",
     "dil_conv_5x5",
 )
-"""Operation names; the position is the operation's number in the code."""
+"""Operation names; the position is the operation's number in the code. ``none`` is an edge that is missing."""
 
 NODES: tuple[int, ...] = (2, 3, 4, 5)
 """Intermediate nodes of a cell; 0 and 1 are its inputs, the outputs of the two cells before."""
@@ -72,14 +72,16 @@ class Genotype:
     """A normal and a reduction cell.
 
     Genotypes are equal if their codes are, whatever the order of a node's two edges. The order is kept, because
-    published checkpoints number a network's operations by it.
+    published checkpoints number a network's operations by it. A node may have one input, as in FairDARTS: its other
+    pair is ``("none", input)``, with any input but that one. It takes a number and nothing else.
 
     Attributes:
         normal: Eight pairs ``(operation, input)``; pairs ``2k`` and ``2k + 1`` enter node ``2 + k``.
         reduce: Eight such pairs for the cell that halves the resolution.
 
     Raises:
-        ValueError: An unknown operation, an input that does not exist, or a node whose two inputs coincide.
+        ValueError: An unknown operation, an input that does not exist, a node whose two inputs coincide, or one without
+            any operation but ``none``.
         TypeError: A cell is not a sequence of eight pairs.
 
     Example:
@@ -104,7 +106,7 @@ class Genotype:
         """Build a genotype from its 28 operation numbers.
 
         Raises:
-            ValueError: Not 28 integers, a number outside 0..7, or a node without exactly two incoming edges.
+            ValueError: Not 28 integers, a number outside 0..7, or a node without one or two incoming edges.
         """
         numbers = _checked_code(code)
         return cls(
@@ -195,9 +197,10 @@ class Genotype:
 
 
 def cell_edges(cell: CellGene) -> Iterator[tuple[int, str, int]]:
-    """Iterate over a cell's eight edges as ``(node, operation, source)``."""
+    """Iterate over a cell's edges, without those that are missing, as ``(node, operation, source)``."""
     for position, (operation, source) in enumerate(cell):
-        yield NODES[position // 2], operation, source
+        if operation != "none":
+            yield NODES[position // 2], operation, source
 
 
 def _checked_cell(cell: Any, name: str) -> CellGene:
@@ -210,10 +213,10 @@ def _checked_cell(cell: Any, name: str) -> CellGene:
     for position, node in enumerate(NODES):
         inputs = pairs[2 * position : 2 * position + 2]
         for operation, source in inputs:
-            if operation not in OPERATIONS[1:]:
+            if operation not in OPERATIONS:
                 raise ValueError(
                     f"Unknown operation {shown(operation)} in the {name} cell; "
-                    f"valid operations: {', '.join(OPERATIONS[1:])}."
+                    f"valid operations: {', '.join(OPERATIONS[1:])}; none for an edge that is missing."
                 )
             if _integer(source) not in range(node):
                 raise ValueError(
@@ -222,6 +225,10 @@ def _checked_cell(cell: Any, name: str) -> CellGene:
         if inputs[0][1] == inputs[1][1]:
             raise ValueError(
                 f"Node {node} of the {name} cell takes input {inputs[0][1]} twice; its two inputs must differ."
+            )
+        if inputs[0][0] == inputs[1][0] == "none":
+            raise ValueError(
+                f"Node {node} of the {name} cell has no input: at most one of its two operations may be none."
             )
     return tuple((operation, int(source)) for operation, source in pairs)
 
@@ -251,16 +258,18 @@ def _cell_from_code(numbers: Sequence[int], name: str) -> CellGene:
     cell: list[tuple[str, int]] = []
     for node in NODES:
         edges = [(OPERATIONS[numbers[edge]], EDGES[edge][0]) for edge in node_edges(node) if numbers[edge]]
-        if len(edges) != 2:
+        if len(edges) not in (1, 2):
             raise ValueError(
-                f"Node {node} of the {name} cell has {len(edges)} incoming edges that are not none, expected exactly 2."
+                f"Node {node} of the {name} cell has {len(edges)} incoming edges that are not none, expected 1 or 2."
             )
-        cell += edges
+        # The first input that is not taken, of which there is always one.
+        missing = [("none", 1 if edges[0][1] == 0 else 0)]
+        cell += (edges + missing)[:2]
     return tuple(cell)
 
 
 def path_counts(gene: CellGene) -> tuple[int, ...]:
-    """For each of a cell's eight edges, how many of its input-to-node paths run through it."""
+    """For each of a cell's edges, as :func:`cell_edges` has them, how many input-to-node paths run through it."""
     arriving = {0: 1, 1: 1}
     for node in NODES:
         arriving[node] = sum(arriving[source] for target, _, source in cell_edges(gene) if target == node)

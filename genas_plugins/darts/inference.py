@@ -64,9 +64,11 @@ def _cell(network: InferenceNetwork, cell: nn.Module, last: bool) -> Callable[[P
     inputs = [network.branch(cell.preprocess0), network.branch(cell.preprocess1)]
     if not all(branch.rectified for branch in inputs):
         raise UnknownLayersError("A preprocessing without ReLU is not one of these networks' layers.")
-    edges = [(network.branch(op), source) for op, source in zip(cell._ops, cell._sources, strict=True)]
-    # The second of a pair adds the first to its result.
-    pairs = [sorted(edges[k : k + 2], key=lambda edge: edge[0].adds) for k in range(0, len(edges), 2)]
+    slots = [(network.branch(op), source) for op, source in zip(cell._ops, cell._sources, strict=True)]
+    pairs = [[edge for edge in slots[k : k + 2] if edge[1] >= 0] for k in range(0, len(slots), 2)]
+    edges = [edge for pair in pairs for edge in pair]
+    for pair in pairs:  # The last adds the other, where there is one, to its result.
+        pair.sort(key=lambda edge: edge[0].adds)
     rectified = {source for branch, source in edges if branch.rectified}
     plain = {source for branch, source in edges if not branch.rectified}
     (plain if last else rectified).update(range(2, 2 + len(pairs)))
@@ -85,9 +87,11 @@ def _cell(network: InferenceNetwork, cell: nn.Module, last: bool) -> Callable[[P
             if number < 2:
                 state = inputs[number]((s0, s1)[number], rectify=rectify)
             else:
-                (first, a), (second, b) = pairs[number - 2]
-                out = first(read(first, a))
-                state = second(read(second, b), out, rectify=rectify, reuse=first.fresh)
+                *others, (branch, source) = pairs[number - 2]
+                out, fresh = None, False
+                for other, a in others:
+                    out, fresh = other(read(other, a)), other.fresh
+                state = branch(read(branch, source), out, rectify=rectify, reuse=fresh)
             plains.append(state)
             behind.append(state.relu() if number in plain and number in rectified else state)
         states = tuple((plains if last else behind)[2:])

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from genas_plugins._messages import shown
 from genas_plugins.darts.genotype import NODES, CellGene, Genotype, cell_edges
-from genas_plugins.darts.operations import FactorizedReduce, Identity, Layers, ReLUConvBN, build_operation, drop_path
+from genas_plugins.darts.operations import (
+    FactorizedReduce,
+    Identity,
+    Layers,
+    NoEdge,
+    ReLUConvBN,
+    build_operation,
+    drop_path,
+)
 
 if TYPE_CHECKING:
     from genas_plugins.scoring.inference import InferenceNetwork
@@ -131,12 +139,12 @@ def cell_shapes(
 
 
 class Cell(nn.Module):
-    """A cell: two preprocessed inputs, and four nodes that add two operations each and are concatenated.
+    """A cell: two preprocessed inputs, and four nodes that add one or two operations each and are concatenated.
 
     Args:
         preprocess0: Brings ``c_{k-2}`` to the cell's channels and to the resolution of ``c_{k-1}``.
         preprocess1: Brings ``c_{k-1}`` to the cell's channels.
-        operations: The eight operations in the order of ``gene``.
+        operations: The operations in the order of :func:`~genas_plugins.darts.genotype.cell_edges`.
         gene: Eight pairs ``(operation, input)``.
     """
 
@@ -146,8 +154,10 @@ class Cell(nn.Module):
         super().__init__()
         self.preprocess0 = preprocess0
         self.preprocess1 = preprocess1
-        self._ops = nn.ModuleList(operations)
-        self._sources = [source for _, source in gene]
+        built = iter(operations)
+        # A missing edge keeps its place, which numbers the operations behind it; its source is -1.
+        self._ops = nn.ModuleList(NoEdge() if name == "none" else next(built) for name, _ in gene)
+        self._sources = [-1 if name == "none" else source for name, source in gene]
         self._droppable = [not isinstance(operation, Identity) for operation in self._ops]
 
     @classmethod
@@ -174,16 +184,17 @@ class Cell(nn.Module):
             ``(N, 4 C, H', W')``, halved (rounded up) in a reduction cell.
         """
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        first = states[0]
+        node = states[0]
         # One loop over the operations, because TorchScript unrolls it; pairs of them enter the same node.
         for position, operation in enumerate(self._ops):
-            out = operation(states[self._sources[position]])
-            if self.training and drop_path_prob > 0.0 and self._droppable[position]:
-                out = drop_path(out, drop_path_prob)
-            if position % 2 == 0:
-                first = out
-            else:
-                states.append(first + out)
+            source = self._sources[position]
+            if source >= 0:
+                out = operation(states[source])
+                if self.training and drop_path_prob > 0.0 and self._droppable[position]:
+                    out = drop_path(out, drop_path_prob)
+                node = node + out if position % 2 == 1 and self._sources[position - 1] >= 0 else out
+            if position % 2 == 1:
+                states.append(node)
         return torch.cat(states[2:], dim=1)
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "FactorizedReduce",
     "Identity",
     "Layers",
+    "NoEdge",
     "ReLUConvBN",
     "SepConv",
     "build_operation",
@@ -73,6 +74,10 @@ _DEFAULT = Layers()
 
 class Identity(nn.Identity):
     """Skip connection of stride 1; drop path leaves it alone."""
+
+
+class NoEdge(nn.Identity):
+    """Holds the place of an edge that is missing; it is not run."""
 
 
 class ReLUConvBN(nn.Module):

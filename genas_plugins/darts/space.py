@@ -1,4 +1,8 @@
-"""The DARTS space as GeNAS searches it: each node takes two distinct inputs, each through one of seven operations."""
+"""The DARTS space as GeNAS searches it: each node takes two distinct inputs, each through one of seven operations.
+
+Genotypes whose nodes have one input are not in it: they can be read and measured, mutation and crossover give them a
+second one, and histories and samples of a search have none of them.
+"""
 
 from __future__ import annotations
 
@@ -124,12 +128,17 @@ class DartsSearchSpace:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            ValueError: Not a valid code.
+            ValueError: Not a valid code, or a node has one input: no search of this space proposes that.
         """
-        return Genotype.from_code(data)
+        return _checked(Genotype.from_code(data))
 
     def to_sample(self, genotype: Genotype) -> dict[str, Any]:
-        """For each node its two inputs, in increasing order, and their operations, as in NNI's samples."""
+        """For each node its two inputs, in increasing order, and their operations, as in NNI's samples.
+
+        Raises:
+            ValueError: A node has one input, which NNI's samples cannot say.
+        """
+        _checked(genotype)
         sample: dict[str, Any] = {}
         for cell, gene in zip(_CELLS, (genotype.normal, genotype.reduce), strict=True):
             for node in NODES:
@@ -152,7 +161,7 @@ class DartsSearchSpace:
                 inputs = enumerate(sample[f"{cell}/inputs_{node}"])
                 pairs += [(sample[f"{cell}/op_{node}_{position}"], int(source)) for position, source in inputs]
             cells.append(tuple(pairs))
-        return Genotype(*cells)
+        return _checked(Genotype(*cells))
 
     def read(self, text: str) -> Genotype:
         """See :func:`genas_plugins.darts.zoo.find_genotype`."""
@@ -190,6 +199,17 @@ def _all_node_edges() -> Iterator[list[int]]:
     for first in (0, EDGES_PER_CELL):
         for node in NODES:
             yield [first + edge for edge in node_edges(node)]
+
+
+def _checked(genotype: Genotype) -> Genotype:
+    for cell, gene in zip(_CELLS, (genotype.normal, genotype.reduce), strict=True):
+        for number, (operation, _) in enumerate(gene):
+            if operation == "none":
+                raise ValueError(
+                    f"Node {NODES[number // _INPUTS]} of the {cell} cell has one input, and the nodes of this space "
+                    "have two: such a genotype can be scored (genas score), but is none of a search."
+                )
+    return genotype
 
 
 def _replaced(code: Sequence[int], changes: dict[int, int]) -> Genotype:

@@ -6,6 +6,8 @@ load by name. Unlike fixed networks, the supernet normalises after every pooling
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -59,14 +61,13 @@ class _SuperCell(nn.Module):
     def forward(self, s0: Tensor, s1: Tensor, gene: CellGene) -> Tensor:
         """Compute the concatenated nodes from inputs that are already rectified."""
         states = [self.preprocess0.after_relu(s0), self.preprocess1.after_relu(s1)]
-        added: list[Tensor] = []
-        for node, name, source in cell_edges(gene):
-            added.append(self.operation(name, source, node)(states[source]))
-            if len(added) == 2:
-                states.append(added[0] + added[1])
-                added = []
-                if states[-1].requires_grad:
-                    states[-1].register_hook(_dense)
+        for _, edges in itertools.groupby(cell_edges(gene), key=operator.itemgetter(0)):
+            out, *others = [self.operation(name, source, node)(states[source]) for node, name, source in edges]
+            for other in others:
+                out = out + other
+            if out.requires_grad:
+                out.register_hook(_dense)
+            states.append(out)
         return torch.cat(states[2:], dim=1)
 
 

@@ -1,7 +1,7 @@
 """Published genotypes, with the channels, counts and figures of the GeNAS paper.
 
-Four genotypes of GeNAS and seven that the paper compares with, from its tables and from genotypes.py of the
-official code (clovaai/GeNAS@fd3cba8). They are data, in ``zoo.json`` beside this module.
+Four genotypes of GeNAS and twelve that the paper compares with, or that come with one of these, from its tables, from
+genotypes.py of the official code and from their authors' code. They are data, in ``zoo.json`` beside this module.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from genas_plugins.darts.network import CellNetwork
 __all__ = ["ZOO", "ZooEntry", "find_genotype"]
 
 IMAGENET_CELLS = 14
+OFFICIAL = "clovaai/GeNAS@fd3cba8, retrain_architecture/genotypes.py"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ZooEntry:
     Attributes:
         name: Key of the entry in :data:`ZOO`.
         genotype: The two cells, their pairs in the published order.
-        init_channels: C of the ImageNet network, chosen by the paper for about 600 M multiply-adds.
+        init_channels: C of the ImageNet network, chosen by the paper for about 600 M multiply-adds, or by the authors.
         params: Parameters of the network, without the auxiliary head, for 1000 classes.
         macs_million: Multiply-adds in millions at 224x224, convolutions and linear layers.
         search_dataset: Data set of the search, for instance ``"CIFAR-100"``.
@@ -40,6 +41,7 @@ class ZooEntry:
             ImageNet ``top1``, ``top5``, ``imagenet_v2`` and ``imagenet_a``, ``coco_ap`` (RetinaNet),
             ``cityscapes_miou`` (DeepLab-v3).
         note: Further remarks, or None.
+        source: Repository, commit and file that the genotype is from.
 
     Example:
         >>> from genas_plugins import ZOO
@@ -57,6 +59,7 @@ class ZooEntry:
     metric: str
     paper: Mapping[str, float] = field(hash=False)
     note: str | None = None
+    source: str = OFFICIAL
 
     def network(self, num_classes: int = 1000, auxiliary: bool = False) -> CellNetwork:
         """Build the ImageNet network with fresh weights.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from genas_plugins.darts.genotype import NODES, CellGene, Genotype
+from genas_plugins.darts.genotype import NODES, CellGene, Genotype, cell_edges
 from genas_plugins.plotting._layout import (
     LABEL_SIZE,
     NODE_SIZE,
@@ -116,12 +116,14 @@ def _draw_cell(axes: Axes, cell: CellGene, layout: CellLayout, origin: Point, pi
 
     for points in layout.concat.values():
         line(points, 0.0, mutation_scale=9, color=FAINT, linewidth=1.2, zorder=1)
-    for edge, ((operation, _), label) in enumerate(zip(cell, layout.labels, strict=True)):
+    lines = list(zip(cell_edges(cell), layout.edges, layout.labels, strict=True))
+    for (target, operation, _), points, label in lines:
         _, colour, dashes = _FAMILIES[operation]
-        # The two arrows into a node end apart, the one that comes from above at the top.
-        entry = math.copysign(0.07, layout.edges[edge][-2][1] - layout.edges[edge ^ 1][-2][1])
+        # Two arrows into a node end apart, the one that comes from above at the top.
+        others = [other[-2][1] for (node, _, _), other, _ in lines if node == target and other is not points]
+        entry = math.copysign(0.07, points[-2][1] - others[0]) if others else 0.0
         style = {"color": colour, "linewidth": 1.5, "linestyle": dashes, "zorder": 2}
-        line(layout.edges[edge], entry, mutation_scale=10, **style)
+        line(points, entry, mutation_scale=10, **style)
         style = {"facecolor": "white", "edgecolor": colour, "linewidth": 0.8, "zorder": 3}
         box(label, LABEL_SIZE, 0.07, operation, {"color": colour, "fontsize": 8.5}, **style)
     looks = {0: ("$c_{k-2}$", "#e9edf2", "#7c8794"), 1: ("$c_{k-1}$", "#e9edf2", "#7c8794")}
