@@ -19,7 +19,7 @@ from genas_plugins.darts.genotype import NODES, CellGene, cell_edges
 __all__ = ["LABEL_SIZE", "NODE_SIZE", "OUTPUT", "CellLayout", "Point", "bends", "cell_layout"]
 
 Point = tuple[float, float]
-# One place in one rank of the layered graph: (kind, number, rank), kind "node", "edge" or "concat".
+# One place in one rank of the layered graph: (kind, number, rank), kind "node", "edge", "concat" or "unseen".
 Item = tuple[str, int, int]
 Segment = tuple[Item, Item]
 Orders = tuple[tuple[Item, ...], ...]
@@ -78,7 +78,10 @@ def cell_layout(cell: CellGene) -> CellLayout:
     edges = [chain("edge", i, source, node) for i, (node, _, source) in enumerate(cell_edges(cell))]
     # The four lines into the concatenation share one lane: they mean the same and would only add clutter.
     concat = {node: chain("concat", 0, node, OUTPUT) for node in NODES}
-    chains = [*edges, *concat.values()]
+    # An input that no node reads has no line to be placed by; node 2 is always in the column behind it.
+    read = {source for _, _, source in cell_edges(cell)}
+    unseen = [chain("unseen", source, source, NODES[0]) for source in (0, 1) if source not in read]
+    chains = [*edges, *concat.values(), *unseen]
     segments = sorted({pair for path in chains for pair in itertools.pairwise(path)})
     labels = _label_items(edges)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from genas_plugins import Genotype, SuperNet
+from genas_plugins import ZOO, Genotype, SuperNet
 from genas_plugins.darts.genotype import path_counts
 from genas_plugins.scoring import angle, parameter_angle
 from genas_plugins.spaces import DartsSearchSpace
@@ -34,6 +34,9 @@ TO_5 += [
 PATHS = TO_2 + TO_3 + TO_4 + TO_5
 OFFSETS = {2: 0, 3: 2, 4: 5, 5: 9}
 CELLS = 3
+# One input a node, skips of skips, and a reduction cell that does not read its second input.
+THIN = (3, 0, 0, 0, 3, 0, 1, 0, 0, 0, 0, 0, 5, 0, 2, 0, 3, 0, 0, 0, 0, 7, 0, 0, 0, 0, 3, 0)
+ONE_INPUT = [ZOO["fairdarts_b_c10"].genotype, Genotype.from_code(THIN)]
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -87,13 +90,13 @@ def test_angle_by_brute_force(stem):
     trained = random_supernet(stem, 1, around=initial)
     rng = np.random.default_rng(3)
     seen = set()
-    for genotype in [DartsSearchSpace().sample(rng) for _ in range(8)]:
+    for genotype in [*(DartsSearchSpace().sample(rng) for _ in range(8)), *ONE_INPUT]:
         a, b = vector(initial, genotype.code), vector(trained, genotype.code)
         expected = math.acos(a @ b / math.sqrt((a @ a) * (b @ b)))
         assert angle(initial, trained, genotype) == pytest.approx(expected, rel=1e-10)
         assert angle(initial, trained, genotype, normalize=True) == pytest.approx(expected / math.pi, rel=1e-10)
         seen.add(expected)
-    assert len(seen) == 8 and 0.1 < min(seen) < max(seen) < 1.5
+    assert len(seen) == 10 and 0.1 < min(seen) < max(seen) < 1.5
 
 
 def test_every_operation_counts_its_weight_and_bias():
@@ -136,7 +139,7 @@ def test_equal_weights_have_no_angle_and_the_classifier_bias_and_statistics_none
 
 def test_path_counts_by_enumeration():
     rng = np.random.default_rng(1)
-    for genotype in [DartsSearchSpace().sample(rng) for _ in range(30)]:
+    for genotype in [*(DartsSearchSpace().sample(rng) for _ in range(30)), *ONE_INPUT]:
         half = genotype.code[:14]
         counts = dict.fromkeys([edge for edge in range(14) if half[edge]], 0)
         for path in PATHS:

@@ -75,7 +75,7 @@ def test_no_two_published_networks_fit_one_file():
             # Of the same width, since the width is read off the file.
             state = CellNetwork(entry.genotype, 8, 3, 1000).state_dict()
         fitted[name] = {(key, tuple(value.shape)) for key, value in state.items()}
-    assert len(fitted) == 11
+    assert len(fitted) == 16
     for one, other in itertools.combinations(fitted, 2):
         assert fitted[one] != fitted[other], (one, other)
 

@@ -78,6 +78,14 @@ def test_the_file_computes_what_the_network_computes_in_evaluation_mode(
     assert [(each.domain, each.version) for each in stored.opset_import] == [("", 18)]
 
 
+def test_nodes_of_one_input(tmp_path: Path) -> None:
+    model = CellNetwork(ZOO["fairdarts_b_c10"].genotype, 2, 3, 5, stem="cifar")
+    export_onnx(model, tmp_path / "n.onnx", 16)
+    x = drawn(1, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "n.onnx", x)[0], model.eval()(x))
+
+
 def test_batch_height_and_width_may_be_free(tmp_path: Path) -> None:
     model = small().eval()
     export_onnx(model, tmp_path / "n.onnx", (40, 48), dynamic_batch=True, dynamic_size=True)

@@ -76,7 +76,7 @@ def test_integers_of_any_kind_make_a_code(kind):
     [
         (CODE[:27], "28 operation numbers.*got 27"),
         ([*CODE, 0], "28 operation numbers.*got 29"),
-        (changed(1, 0), "Node 2 of the normal cell has 1 incoming"),
+        ([0, 0, *CODE[2:]], "Node 2 of the normal cell has 0 incoming"),
         (changed(2, 4), "Node 3 of the normal cell has 3 incoming"),
         (changed(27, 1), "Node 5 of the reduce cell has 3 incoming"),
         (changed(0, 8), "from 0 to 7, got 8"),
@@ -96,7 +96,9 @@ def test_a_wrong_code_is_refused(code, message):
     ("position", "pair", "error", "message"),
     [
         (0, ("conv_7x7", 0), ValueError, "conv_7x7.*valid operations: max_pool_3x3"),
-        (0, ("none", 0), ValueError, "none.*valid operations"),
+        (0, ("None", 0), ValueError, "'None'.*valid operations: .*dil_conv_5x5; none for an edge that is missing"),
+        (0, ("none", 1), ValueError, "Node 2.*input 1 twice"),
+        (0, ("none", 2), ValueError, "Node 2.*valid inputs: 0 to 1"),
         (0, ("skip_connect", 2), ValueError, "Node 2.*valid inputs: 0 to 1"),
         (0, ("skip_connect", -1), ValueError, "Node 2.*valid inputs: 0 to 1"),
         (0, ("skip_connect", 0.0), ValueError, "Node 2.*valid inputs: 0 to 1"),
@@ -112,6 +114,30 @@ def test_a_wrong_cell_is_refused(position, pair, error, message):
         Genotype(normal, cell(FLATNESS_C100[2]))
     with pytest.raises(TypeError, match="8 pairs"):
         Genotype(cell(FLATNESS_C100[1]), cell(FLATNESS_C100[2])[:7])
+
+
+def test_a_node_without_input_is_refused():
+    normal = [["none", 0], ["none", 1], *cell(FLATNESS_C100[1])[2:]]
+    with pytest.raises(ValueError, match=r"Node 2 of the normal cell has no input: at most one .* may be none"):
+        Genotype(normal, cell(FLATNESS_C100[2]))
+
+
+@pytest.mark.parametrize("position", range(8))
+def test_any_edge_may_be_missing(position, tmp_path):
+    normal = cell(FLATNESS_C100[1])
+    node, source = 2 + position // 2, normal[position][1]
+    normal[position][0] = "none"
+    genotype = Genotype(normal, cell(FLATNESS_C100[2]))
+    # Zero in the code, where the edge was, and the pair keeps its place.
+    assert list(genotype.code) == changed({2: 0, 3: 2, 4: 5, 5: 9}[node] + source, 0)
+    loaded = Genotype.load(genotype.save(tmp_path / "genotype.json"))
+    assert loaded.normal == genotype.normal == tuple(map(tuple, normal)) and loaded == genotype
+    # From its code the same architecture, the edge that is there first.
+    other = Genotype.from_code(genotype.code)
+    first, second = other.normal[2 * node - 4 : 2 * node - 2]
+    assert other == genotype and hash(other) == hash(genotype)
+    assert first == tuple(normal[position ^ 1]) and second[0] == "none" and second[1] in range(node)
+    assert other != Genotype.from_code(CODE)
 
 
 def test_json_round_trip_keeps_cells_and_ignores_provenance(tmp_path):

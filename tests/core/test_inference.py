@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genas_plugins import ZOO, CellNetwork, SuperNet
+from genas_plugins import ZOO, CellNetwork, Genotype, SuperNet
 from genas_plugins.nasbench201 import OPERATIONS, NasBench201Architecture, NasBench201Network, NasBench201SuperNet
 from genas_plugins.scoring import flatness, layers, mean_loss, recalibrate_batchnorm
 from genas_plugins.scoring.inference import InferenceNetwork
@@ -20,6 +20,9 @@ from genas_plugins.scoring.noise import perturbations
 from genas_plugins.scoring.perturbation import Perturbation
 from genas_plugins.spaces import DartsSearchSpace
 
+# FairDARTS-B, with one and with two inputs a node; and one input a node, skips of skips, a cell that reads one input.
+THIN = (3, 0, 0, 0, 3, 0, 1, 0, 0, 0, 0, 0, 5, 0, 2, 0, 3, 0, 0, 0, 0, 7, 0, 0, 0, 0, 3, 0)
+ONE_INPUT = {"fairdarts": ZOO["fairdarts_b_c10"].genotype, "thin": Genotype.from_code(THIN)}
 SIGMAS = (1e-5, 5e-5, 1e-4)
 
 
@@ -54,6 +57,18 @@ def test_subnets_of_the_darts_space(seed: int, size: int) -> None:
     supernet = SuperNet(10, init_channels=4, num_cells=4).double()
     x = images(size)
     assert_same_logits(prepared(supernet.subnet(DartsSearchSpace().sample(np.random.default_rng(seed))), x), x)
+
+
+@pytest.mark.parametrize("name", ONE_INPUT)
+def test_nodes_of_one_input(name: str) -> None:
+    torch.manual_seed(0)
+    x = images(17)
+    assert_same_logits(prepared(SuperNet(10, init_channels=4, num_cells=4).double().subnet(ONE_INPUT[name]), x), x)
+    assert_same_logits(prepared(CellNetwork(ONE_INPUT[name], 4, 5, 7, stem="cifar").double(), x), x)
+    # And where convolutions are oneDNN's, which write onto what they add to.
+    fused, x = prepared(CellNetwork(ONE_INPUT[name], 4, 5, 7, stem="cifar"), x.float()).eval(), x.float()
+    with torch.no_grad():
+        torch.testing.assert_close(InferenceNetwork(fused)(x), fused(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("stem", "size"), [("imagenet", 64), ("imagenet", 65), ("cifar", 16)])

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
-from genas_plugins import CellNetwork, Genotype
+from genas_plugins import ZOO, CellNetwork, Genotype
 from genas_plugins.counting import count_macs, count_parameters
 from genas_plugins.darts.network import AuxiliaryHead, cell_shapes
+from genas_plugins.darts.operations import Identity, drop_path
 
 FLATNESS_C100 = Genotype.from_code([3, 5, 0, 4, 4, 0, 0, 4, 5, 0, 4, 0, 0, 7, 6, 3, 2, 0, 5, 0, 5, 0, 7, 0, 1, 1, 0, 0])
 ANGLE_FLATNESS_C100 = Genotype.from_code(
     [3, 5, 1, 4, 0, 0, 4, 0, 4, 0, 4, 0, 0, 5, 6, 4, 0, 7, 2, 1, 3, 0, 0, 0, 4, 0, 0, 7]
 )
+FAIR = ZOO["fairdarts_b_c10"].genotype
 # DARTS, second order (Liu et al., ICLR 2019): normal and reduction cell of its repository's DARTS_V2.
 DARTS_V2 = Genotype(
     [("sep_conv_3x3", 0), ("sep_conv_3x3", 1)] * 2
@@ -44,6 +48,56 @@ def test_published_count_on_cifar():
     # The DARTS repository prints "param size = 3.349342MB" for this network.
     with torch.device("meta"):
         assert count_parameters(CellNetwork(DARTS_V2, 36, 20, 10, stem="cifar")) == 3_349_342
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_missing_edge_costs_nothing(position):
+    # Node 2 of the normal cell is a skip connection of input 0 and a 5x5 separable convolution of input 1.
+    with torch.device("meta"):
+        whole = CellNetwork(FLATNESS_C100, 46, 14, 1000)
+        pairs = list(FLATNESS_C100.normal)
+        pairs[position] = ("none", pairs[position][1])
+        network = CellNetwork(Genotype(pairs, FLATNESS_C100.reduce), 46, 14, 1000)
+    # 4 normal cells each of 46, 92 and 184 channels, of 28, 14 and 7 pixels.
+    sizes = [(46, 28), (92, 14), (184, 7)]
+    kernels = sum(4 * 2 * (25 * c + c * c) for c, _ in sizes) * position
+    scales = sum(4 * 2 * 2 * c for c, _ in sizes) * position
+    macs = sum(4 * 2 * (25 * c + c * c) * pixels**2 for c, pixels in sizes) * position
+    assert count_parameters(whole) - count_parameters(network) == kernels + scales
+    assert count_macs(whole) - count_macs(network) == macs
+    # What is left keeps its number.
+    convolution = re.compile(r"cells\.(?!4\.|9\.)\d+\._ops\.1\.")
+    left = {name for name in whole.state_dict() if not (position and convolution.match(name))}
+    assert set(network.state_dict()) == left
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_a_node_of_one_input_is_that_operation(drop):
+    network = CellNetwork(FAIR, 4, 3, 5, stem="cifar")
+    network.drop_path_prob = drop
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def by_hand():
+        s0, s1 = network.stem_states(x)
+        for cell, gene in zip(network.cells, (FAIR.normal, FAIR.reduce, FAIR.reduce), strict=True):
+            states = {0: cell.preprocess0(s0), 1: cell.preprocess1(s1)}
+            for number, (name, source) in enumerate(gene):
+                if name != "none":
+                    out = cell._ops[number](states[source])
+                    if drop and not isinstance(cell._ops[number], Identity):
+                        out = drop_path(out, drop)
+                    node = 2 + number // 2
+                    states[node] = states[node] + out if node in states else out
+            s0, s1 = s1, torch.cat([states[node] for node in (2, 3, 4, 5)], 1)
+        return network.head(s1)
+
+    results = []
+    for forward in (by_hand, lambda: network(x)):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            logits = forward()
+        results.append((logits, *torch.autograd.grad(logits.square().sum(), list(network.parameters()))))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(("stem", "size"), [("imagenet", 32), ("imagenet", 97), ("cifar", 32), ("cifar", 13)])

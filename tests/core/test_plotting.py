@@ -47,6 +47,10 @@ def flat_cell() -> list[tuple[str, int]]:
 
 
 CELLS = [chain_cell(), flat_cell(), *map(random_cell, range(12))]
+# FairDARTS-B; one input a node in a chain; and a cell that reads one input.
+FAIR = [list(pair) for pair in ZOO["fairdarts_b_c10"].genotype.normal]
+CHAIN = [pair for node in range(2, 6) for pair in (("sep_conv_3x3", node - 1), ("none", 0))]
+CELLS += [FAIR, CHAIN, [pair for _ in range(4) for pair in (("none", 1), ("skip_connect", 0))]]
 GENOTYPE = Genotype(chain_cell(), flat_cell())
 
 
@@ -81,11 +85,16 @@ def svg_texts(path: Path) -> list[str]:
 # Layout
 
 
+def present(cell: list[tuple[str, int]]) -> list[tuple[int, str, int]]:
+    """Node, operation and source of the edges that are not missing."""
+    return [(2 + place // 2, name, source) for place, (name, source) in enumerate(cell) if name != "none"]
+
+
 def longest_paths(cell: list[tuple[str, int]]) -> dict[int, int]:
     """Brute force: the longest of all walks back from a node to an input."""
 
     def longest(node: int) -> int:
-        return 0 if node < 2 else 1 + max(longest(source) for _, source in cell[2 * node - 4 : 2 * node - 2])
+        return 0 if node < 2 else 1 + max(longest(source) for target, _, source in present(cell) if target == node)
 
     return {node: longest(node) for node in range(6)}
 
@@ -111,8 +120,8 @@ def test_columns_are_longest_paths_and_edges_go_forward(cell: list[tuple[str, in
     expected = longest_paths(cell)
     assert {node: layout.nodes[node][0] for node in range(6)} == expected
     assert layout.nodes[6][0] > max(expected.values())
-    for edge, ((_, source), points) in enumerate(zip(cell, layout.edges, strict=True)):
-        assert (points[0], points[-1]) == (layout.nodes[source], layout.nodes[2 + edge // 2])
+    for edge, ((node, _, source), points) in enumerate(zip(present(cell), layout.edges, strict=True)):
+        assert (points[0], points[-1]) == (layout.nodes[source], layout.nodes[node])
         assert all(a[0] < b[0] for a, b in itertools.pairwise(points))
         assert layout.labels[edge] in points[1:-1]
     assert [(path[0], path[-1]) for path in layout.concat.values()] == [
@@ -128,9 +137,8 @@ def test_boxes_do_not_overlap_and_lines_avoid_them(cell: list[tuple[str, int]]) 
     placed = boxes(layout, pitch)
     for (_, a), (_, b) in itertools.combinations(placed.items(), 2):
         assert a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] or b[3] <= a[2]
-    lines = [
-        (points, {source, 2 + e // 2, f"label {e}"}) for e, points in enumerate(layout.edges) for source in [cell[e][1]]
-    ]
+    edges = enumerate(zip(present(cell), layout.edges, strict=True))
+    lines = [(points, {source, node, f"label {e}"}) for e, ((node, _, source), points) in edges]
     lines += [(points, {node, 6}) for node, points in layout.concat.items()]
     for points, own in lines:
         x, y = bezier(bends(points, pitch, 0.0)).T
@@ -178,12 +186,14 @@ def test_spread_keeps_order_clearance_and_range() -> None:
 # Files
 
 
-def test_svg_is_xml_and_names_every_operation_and_node(tmp_path: Path) -> None:
-    drawn = Genotype(random_cell(3), chain_cell())
+@pytest.mark.parametrize("normal", [random_cell(3), FAIR])
+def test_svg_is_xml_and_names_every_operation_and_node(tmp_path: Path, normal: list[tuple[str, int]]) -> None:
+    drawn = Genotype(normal, chain_cell())
     texts = svg_texts(plot_cells(drawn, tmp_path / "cells.svg", title="Cells & <more> $x"))
     for operation in NAMES:
         count = sum(name == operation for name, _ in (*drawn.normal, *drawn.reduce))
         assert texts.count(operation) == count
+    assert "none" not in texts
     assert [texts.count(node) for node in "2345"] == [2, 2, 2, 2]
     assert {"Cells & <more> $x", "Normal cell", "Reduction cell", "pooling", "skip connection"} <= set(texts)
 

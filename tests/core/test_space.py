@@ -134,6 +134,21 @@ def test_repair_is_uniform_and_changes_no_more_than_needed():
     assert is_valid(SPACE.repair([0] * 28, rng)) and is_valid(SPACE.repair([7] * 28, rng))
 
 
+def test_one_input_is_read_and_repaired_and_none_of_a_search():
+    fair = SPACE.read("fairdarts_b_c10")
+    assert [sum(op > 0 for op in ops) for ops in slices(fair.code)] == [2, 1, 2, 1, 2, 2, 2, 2]
+    rng = np.random.default_rng(0)
+    for child in (SPACE.mutate(fair, 0.0, rng), SPACE.crossover(fair, fair, rng)):
+        assert is_valid(child)
+        assert all(new == old for new, old in zip(child.code, fair.code, strict=True) if old)
+    assert SPACE.to_json(fair) == list(fair.code)
+    message = "Node 3 of the normal cell has one input, and the nodes of this space have two.*genas score"
+    sample = SPACE.to_sample(child) | {f"normal/op_3_{position}": "none" for position in (0,)}
+    for call, value in ((SPACE.from_json, fair.code), (SPACE.to_sample, fair), (SPACE.from_sample, sample)):
+        with pytest.raises(ValueError, match=message):
+            call(value)
+
+
 def test_neighbours_by_brute_force():
     for genotype in samples(4, seed=2):
         nodes = slices(genotype.code)

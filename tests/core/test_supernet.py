@@ -8,11 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genas_plugins import CellNetwork, Genotype, SuperNet
+from genas_plugins import ZOO, CellNetwork, Genotype, SuperNet
 from genas_plugins.scoring import recalibrate_batchnorm
 from genas_plugins.spaces import DartsSearchSpace
 
 OFFSETS = {2: 0, 3: 2, 4: 5, 5: 9}
+# One input a node, skips of skips, and a reduction cell that does not read its second input.
+THIN = (3, 0, 0, 0, 3, 0, 1, 0, 0, 0, 0, 0, 5, 0, 2, 0, 3, 0, 0, 0, 0, 7, 0, 0, 0, 0, 3, 0)
+# FairDARTS-B, with one and with two inputs, and that.
+ONE_INPUT = [ZOO["fairdarts_b_c10"].genotype, Genotype.from_code(THIN)]
 
 
 def genotypes(count: int, seed: int = 0) -> list[Genotype]:
@@ -100,7 +104,7 @@ def restated(state: dict[str, Tensor], x: Tensor, code: tuple[int, ...], stem: s
 def test_forward_is_the_subnet_is_the_restatement(stem, cells, size):
     net, x = supernet(stem, cells), images(size=size)
     state = net.state_dict()
-    for genotype in genotypes(6, seed=cells):
+    for genotype in [*genotypes(6, seed=cells), *ONE_INPUT]:
         expected = restated(state, x, genotype.code, stem, cells)
         torch.testing.assert_close(net(x, genotype), expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(net.subnet(genotype)(x), expected, rtol=1e-9, atol=1e-9)
@@ -114,7 +118,7 @@ def test_gradients_are_those_of_the_restatement_and_in_training_those_of_the_sub
     def gradients(out):
         return torch.autograd.grad(out.square().sum(), list(parameters.values()), allow_unused=True)
 
-    for genotype in genotypes(4, seed=cells):
+    for genotype in [*genotypes(4, seed=cells), *ONE_INPUT]:
         expected = gradients(restated({**net.state_dict(), **parameters}, x, genotype.code, stem, cells))
         pairs = [(gradients(net(x, genotype)), expected)]
         pairs.append((gradients(net.train()(x, genotype)), gradients(net.subnet(genotype)(x))))
@@ -130,7 +134,7 @@ def test_gradients_are_those_of_the_restatement_and_in_training_those_of_the_sub
 
 def test_the_modules_of_a_path_hold_the_parameters_of_its_subnet():
     net = supernet()
-    for genotype in genotypes(4):
+    for genotype in [*genotypes(4), *ONE_INPUT]:
         listed = [parameter for module in net.path_modules(genotype) for parameter in module.parameters()]
         assert len(set(listed)) == len(listed)
         assert set(listed) == set(net.subnet(genotype).parameters())
@@ -138,7 +142,8 @@ def test_the_modules_of_a_path_hold_the_parameters_of_its_subnet():
 
 def test_a_path_without_pooling_is_the_fixed_network():
     code = [3, 4, 5, 0, 6, 7, 0, 4, 0, 0, 3, 0, 0, 5]
-    net, x, genotype = supernet(cells=4), images(), Genotype.from_code(code + code[::1])
+    thin = [0, 4, 3, 0, 0, 0, 0, 6, 3, 0, 0, 5, 0, 0]
+    net, x, genotype = supernet(cells=4), images(), Genotype.from_code(code + thin)
     network = CellNetwork(genotype, 4, 4, 6, stem="cifar").double().eval()
     network.load_state_dict(net.subnet(genotype).state_dict())
     torch.testing.assert_close(network(x), net(x, genotype), rtol=1e-12, atol=1e-12)

@@ -40,7 +40,7 @@ def test_the_import_registers_the_zoo_and_nothing_of_timm_gives_way(warm, tmp_pa
     assert (done.status, done.stderr) == (0, "")
     new, count, module = json.loads(done.stdout)
     assert new == module == sorted([*NAMES, "genas_cell"])
-    assert count == len(NAMES) + 1 == 12
+    assert count == len(NAMES) + 1 == 17
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -65,6 +65,13 @@ def test_a_model_is_what_its_entry_and_its_configuration_say(name):
     # Two reductions double the channels, and a cell gives four times its own.
     assert model.num_features == model.head_hidden_size == 16 * entry["init_channels"]
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+
+
+def test_the_configuration_says_where_cells_are_from():
+    official, other, any_cells = (timm.get_pretrained_cfg(name) for name in (NAMES[0], "rlnas_c10", "genas_cell"))
+    assert other.origin_url == "https://github.com/megvii-model/RLNAS" and other.license is None
+    assert official.origin_url == any_cells.origin_url == "https://github.com/clovaai/GeNAS"
+    assert official.license == "mit"
 
 
 def test_the_data_configuration_is_that_of_the_official_training():

@@ -88,6 +88,26 @@ def test_symbolic_trace(network, logits, mode, output_stride):
         assert_close(traced(x), expected)
 
 
+# One input a node, skips of skips, and a reduction cell that does not read its second input.
+THIN = (3, 0, 0, 0, 3, 0, 1, 0, 0, 0, 0, 0, 5, 0, 2, 0, 3, 0, 0, 0, 0, 7, 0, 0, 0, 0, 3, 0)
+CHANGES = {
+    "script": lambda model, x: torch.jit.script(model),
+    "trace": torch.jit.trace,
+    "fx": lambda model, x: torch.fx.symbolic_trace(model),
+    "export": lambda model, x: torch.export.export(model, (x,)).module(),
+    "compile": lambda model, x: torch.compile(model, backend="eager", fullgraph=True),
+    "channels last": lambda model, x: model.to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("genotype", [THIN, "fairdarts_b_c10"], ids=["thin", "fairdarts"])
+def test_nodes_of_one_input(network, logits, genotype, change):
+    model = network(num_cells=3, genotype=genotype)
+    x, expected = logits(model)
+    assert_close(CHANGES[change](copy.deepcopy(model), x)(x), expected)
+
+
 @pytest.mark.filterwarnings("ignore:The TorchScript type system doesn't support:UserWarning")
 @pytest.mark.parametrize("mode", ["plain", "auxiliary"])
 def test_a_traced_network_can_be_scripted(network, logits, mode):

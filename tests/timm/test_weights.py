@@ -262,8 +262,13 @@ def test_a_folder_for_the_hub(tmp_path, small, randomize, images):
 
 
 def test_there_is_nothing_to_download():
-    for name in (NAME, "genas_cell"):
-        with pytest.raises(RuntimeError, match=rf"nothing to download for {name}: .*checkpoint_path=FILE"):
+    where = {
+        NAME: "the authors of GeNAS publish",
+        "genas_cell": "the authors of GeNAS",
+        "rlnas_c10": "does not have it",
+    }
+    for name, told in where.items():
+        with pytest.raises(RuntimeError, match=rf"nothing to download for {name}: .*{told}.*checkpoint_path=FILE"):
             timm.create_model(name, genotype=NAME, init_channels=4, num_cells=CELLS, pretrained=True)
     assert timm.list_pretrained("*genas*") == []
 
