@@ -74,7 +74,7 @@ def test_counts(name):
 
 
 def test_counts_are_those_that_were_printed():
-    # Two of the paper's differ in their last digit, and the entries say so: RLNAS counts more, FairDARTS cuts.
+    # Two of the paper's differ in their last digit, and the notes of their entries say so.
     differing = {("rlnas_c10", "macs"): (0.59, 0.58), ("fairdarts_b_c10", "params"): (4.8, 4.9)}
     printed = 0
     for name, entry in ZOO.items():

@@ -77,6 +77,21 @@ def test_features_are_those_of_the_timm_model(
         torch.testing.assert_close(ours, theirs)
 
 
+def test_nodes_of_one_input(randomize: Callable[..., nn.Module]) -> None:
+    name = "fairdarts_b_c10"
+    backbone = randomize(GeNASBackbone(name, init_channels=2, out_features=FEATURES, freeze_at=2)).eval()
+    reference = timm.create_model(name, init_channels=2, features_only=True).eval()
+    reference.load_state_dict({f"model.{key}": value for key, value in backbone.network.state_dict().items()})
+    x = images(2, 3, 97, 65)
+    for found in (backbone(x), torch.jit.script(backbone)(x)):
+        for ours, theirs in zip(found.values(), reference(x), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    loss(backbone.train()(x)).backward()
+    trained = {key.split(".")[2] for key, parameter in backbone.named_parameters() if parameter.grad is not None}
+    # Frozen are the stem and the first four cells.
+    assert trained == {str(cell) for cell in range(4, 14)}
+
+
 @pytest.mark.parametrize(
     "names", [names for count in range(1, 5) for names in itertools.combinations(FEATURES, count)], ids="-".join
 )

@@ -60,6 +60,20 @@ def test_features_are_those_of_the_timm_model(stride: int, size: tuple[int, int]
         assert tuple(ours.shape) == (2, channels, *(-(-length // reduction) for length in size))
 
 
+@pytest.mark.parametrize("stride", [8, 32])
+def test_nodes_of_one_input(stride: int) -> None:
+    torch.manual_seed(0)
+    name = "fairdarts_b_c10"
+    backbone = build(arch=name, output_stride=stride).eval()
+    reference = timm.create_model(name, init_channels=4, features_only=True, output_stride=stride).eval()
+    reference.load_state_dict({f"model.{key}": value for key, value in backbone.network.state_dict().items()})
+    images = torch.randn(2, 3, 97, 65)
+    for ours, theirs in zip(backbone(images), reference(images), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    sum(feature.square().mean() for feature in backbone.train()(images)).backward()
+    assert all(parameter.grad is not None for parameter in backbone.network.cells.parameters())
+
+
 def test_strides_agree_before_the_first_reduction_that_changes() -> None:
     torch.manual_seed(0)
     strided = build(output_stride=32).eval()

@@ -20,7 +20,9 @@ def random_genotypes(count: int) -> list[Genotype]:
     return [DartsSearchSpace().sample(rng) for _ in range(count)]
 
 
-RANDOM = random_genotypes(10)
+# One input a node, skips of skips, and a reduction cell that does not read its second input.
+THIN = (3, 0, 0, 0, 3, 0, 1, 0, 0, 0, 0, 0, 5, 0, 2, 0, 3, 0, 0, 0, 0, 7, 0, 0, 0, 0, 3, 0)
+RANDOM = [*random_genotypes(10), Genotype.from_code(THIN)]
 # Every operation on every edge of a reduction cell, where strides are replaced.
 UNIFORM = [Genotype([(name, 0), (name, 1)] * 4, [(name, 0), (name, 1)] * 4) for name in OPERATIONS[1:]]
 
