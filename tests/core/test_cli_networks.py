@@ -26,8 +26,13 @@ def test_zoo_shows_our_counts_beside_the_papers(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if "params_million" in entry.paper])
 def test_our_counts_round_to_the_papers(name: str) -> None:
     entry = ZOO[name]
-    assert round(entry.params / 1e6, 1) == entry.paper["params_million"]
-    assert round(entry.macs_million / 1e3, 2) == entry.paper["macs_giga"]
+    found = {"params_million": round(entry.params / 1e6, 1), "macs_giga": round(entry.macs_million / 1e3, 2)}
+    # Two of the paper's differ in their last digit, which the notes of their entries say.
+    paper = {"rlnas_c10": ("macs_giga", 0.59, 0.58), "fairdarts_b_c10": ("params_million", 4.8, 4.9)}
+    if name in paper:
+        key, printed, ours = paper[name]
+        assert (entry.paper[key], found.pop(key)) == (printed, ours) and str(printed) in entry.note
+    assert found == {key: entry.paper[key] for key in found}
 
 
 def test_fit_prints_the_widest_network_within_the_budget(capsys: pytest.CaptureFixture[str]) -> None:

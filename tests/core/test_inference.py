@@ -96,11 +96,12 @@ def test_a_cell_of_one_operation(operation: str) -> None:
 
 
 @pytest.mark.parametrize("noise", ["cumulative", "independent", "shared"])
-@pytest.mark.parametrize("space", ["darts", "nasbench201"])
+@pytest.mark.parametrize("space", ["darts", "one input", "nasbench201"])
 def test_losses_under_noise_are_those_of_a_float64_brute_force(space: str, noise: str) -> None:
     torch.manual_seed(0)
-    if space == "darts":
-        subnet = SuperNet(10, 8, 8).subnet(ZOO["genas_flatness_c100"].genotype)
+    if space != "nasbench201":
+        genotype = ONE_INPUT["fairdarts"] if space == "one input" else ZOO["genas_flatness_c100"].genotype
+        subnet = SuperNet(10, 8, 8).subnet(genotype)
     else:
         subnet = NasBench201SuperNet(8, 1, 10).subnet(NasBench201Architecture((*OPERATIONS, "nor_conv_3x3")))
     x = images(16, 64, torch.float32)

@@ -344,6 +344,9 @@ def test_score_takes_names_and_codes_metrics_and_sigmas(genas: Any, darts: Any, 
     assert (by_name.status, by_name.stderr) == (0, "")
     assert by_name.stdout == by_code.stdout
     assert "validation top-1" in by_name.stdout
+    # A node may have one input, though the search has none of these.
+    fair = genas("score", "fairdarts_b_c10", "--run", darts.path, "--metric", "accuracy")
+    assert (fair.status, fair.stderr) == (0, "") and "validation top-1" in fair.stdout
     assert "loss at sigma" not in by_name.stdout
     other = genas("score", ARCHITECTURE, "--run", finished.path, "--metric", "flatness", "--sigmas", "0.5", "1.5")
     assert [line.split()[3] for line in other.stdout.splitlines() if line.startswith("loss")] == ["0.5", "1.5"]

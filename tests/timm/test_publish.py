@@ -199,6 +199,19 @@ def test_what_is_not_known_is_said_to_be_unknown(tmp_path: Path, capsys: pytest.
     assert "`genas_flatness_c10`, published with the GeNAS paper: searched on CIFAR-10" in card
 
 
+def test_nodes_of_one_input(tmp_path: Path) -> None:
+    network = CellNetwork(ZOO["fairdarts_b_c10"].genotype, 4, 3, 7)
+    out = tmp_path / "out"
+    assert main(["publish", str(save_network(network, tmp_path / "network.safetensors")), str(out)]) == 0
+    card = (out / "README.md").read_text()
+    assert "`fairdarts_b_c10`, published in xiaomi-automl/FairDARTS@270cfc9, " in card
+    assert str(network.genotype) in card and "github.com" not in (out / "config.json").read_text()
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), network.eval()(x))
+
+
 def test_a_search_may_be_named_and_must_be_that_of_the_network(
     trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
