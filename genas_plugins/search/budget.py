@@ -135,8 +135,6 @@ class CostedSpace(Generic[Candidate]):
         self.functions = dict(functions)
         self.limits = {name: limits[name] for name in functions if not limits.get(name, Limits()).free}
         self.tries = tries
-        self.to_json = space.to_json
-        self.from_json = space.from_json
 
     def costs(self, candidate: Candidate) -> dict[str, float]:
         """All costs of a candidate by name."""
@@ -157,6 +155,14 @@ class CostedSpace(Generic[Candidate]):
     def crossover(self, first: Candidate, second: Candidate, rng: np.random.Generator) -> Candidate:
         """Cross as the space does, within the budget; see :meth:`sample` for the error."""
         return self._within(lambda: self.space.crossover(first, second, rng))
+
+    def to_json(self, candidate: Candidate) -> Any:
+        """As the space does."""
+        return self.space.to_json(candidate)
+
+    def from_json(self, data: Any) -> Candidate:
+        """As the space does."""
+        return self.space.from_json(data)
 
     def _within(self, draw: Callable[[], Candidate]) -> Candidate:
         seen: dict[str, list[float]] = {}

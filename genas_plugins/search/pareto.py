@@ -87,23 +87,26 @@ def pareto_ranks(values: Any) -> np.ndarray:
 def crowding_distances(values: Any) -> np.ndarray:
     """How far the neighbours of each candidate of a front are from one another, summed over the objectives.
 
-    Each objective counts as a share of its range; the ends of the front are infinitely far.
+    Each objective counts as a share of its range; the ends of the front are infinitely far. Of candidates that are equal
+    in all objectives the first has the distance, and the others 0.
 
-    >>> crowding_distances([(0, 4), (1, 2), (4, 0)]).tolist()
-    [inf, 2.0, inf]
+    >>> crowding_distances([(0, 4), (1, 2), (4, 0), (1, 2)]).tolist()
+    [inf, 2.0, inf, 0.0]
 
     Args:
         values: ``(candidates, objectives)`` of one front.
     """
-    values = np.asarray(values, dtype=float)
-    distances = np.zeros(len(values))
-    for column in values.T:
+    different, first = np.unique(np.asarray(values, dtype=float), axis=0, return_index=True)
+    distances = np.zeros(len(different))
+    for column in different.T:
         order = np.argsort(column, kind="stable")
         ordered = column[order]
-        if (span := ordered[-1] - ordered[0]) > 0:
+        if (span := ordered[-1] - ordered[0]) > 0 or len(different) == 1:
             distances[order[1:-1]] += (ordered[2:] - ordered[:-2]) / span
-        distances[order[[0, -1]]] = np.inf
-    return distances
+            distances[order[[0, -1]]] = np.inf
+    every = np.zeros(len(values))
+    every[first] = distances
+    return every
 
 
 class ParetoEvolution(Evolution[Candidate]):
