@@ -36,6 +36,7 @@ from genas_plugins.experiment.scorer import search_batches
 from genas_plugins.files import atomic_path
 from genas_plugins.interrupts import raise_pending
 from genas_plugins.locking import lock_folder
+from genas_plugins.scoring.paths import SubnetPaths
 from genas_plugins.search import InFlight, Record
 from genas_plugins.spaces import find_space
 from nni_strategy.loggers import RunLog
@@ -134,6 +135,9 @@ def _run(
     listen = listener(shown, total, profiler, len(history.records))
     kind = _TrainingOnly if train_only else GeNAS
     strategy = _strategy(kind, experiment, data, device, history, listen, profile)
+    if primary:
+        shape = data.validation.images.shape[1:]
+        strategy.budget.check(SubnetPaths(space.supernet), shape, device, experiment.seed)
     # Only now: a run that cannot start leaves nothing behind that would have to be resumed or removed.
     evaluator.trainer.logger = log.open(config.plain(experiment))
     strategy.search_log = log.search

@@ -162,9 +162,9 @@ class GeNAS(RandomOneShot):
         self.search_log: SearchLog | None = None
         self._paths: SupernetPaths | None = None
         self._measured: dict[tuple[str, str], float] = {}
-        self._budget = Budget(constraints, objectives, costs, counted, self.score.metrics)
+        self.budget = Budget(constraints, objectives, costs, counted, self.score.metrics)
         # The experiment's space takes the place of its; wrong settings are refused before it starts.
-        self._evolution = evolution_for(self._budget.objectives, racing, seed=seed, **settings)
+        self._evolution = evolution_for(self.budget.objectives, racing, seed=seed, **settings)
 
     def extra_repr(self) -> str:
         return f"score={self.score}, population={self._evolution.population}, generations={self._evolution.generations}"
@@ -283,7 +283,7 @@ class GeNAS(RandomOneShot):
         file = None if self.history is None else self.history.path.with_name(COSTS_FILE)
         read_only = self.history is not None and self.history.read_only
         kept = {"memory": self._measured, "file": file, "read_only": read_only}
-        return self._budget.space(self.paths, image.shape, device=self.device or device, shared=shared, **kept)
+        return self.budget.space(self.paths, image.shape, device=self.device or device, shared=shared, **kept)
 
     @property
     def _best_score(self) -> float | None:
@@ -367,7 +367,7 @@ class GeNAS(RandomOneShot):
             seed=self.seed,
         )()
         if image is not None:
-            self._budget.check(self._costed(device, image, None), self.seed)
+            self.budget.check(self.paths, image.shape, self.device or device, self.seed)
 
     def _source(self, evaluator: Lightning, device: torch.device) -> EvaluatorBatches:
         return EvaluatorBatches(evaluator, device, self.batch_parts, self.seed, may_be_fewer=self._may_be_fewer)

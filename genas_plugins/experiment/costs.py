@@ -109,7 +109,8 @@ class Budget:
 
     def __post_init__(self) -> None:
         known = (*COSTS, *(self.costs or {}))
-        for name in self.constraints or {}:
+        for name, value in (self.constraints or {}).items():
+            Limits.of(value)
             if name not in known:
                 near = suggestion(name, known)
                 raise ValueError(f"There is no cost {shown(name)} to limit{near}; there are: {listed(known, 20)}.")
@@ -136,13 +137,13 @@ class Budget:
             return paths.search_space
         return Costs(paths, example, counted=self.counted, own=self.costs, **settings).space(names, limits, shared)
 
-    @staticmethod
-    def check(space: SearchSpace[Any], seed: int) -> None:
-        """Raise if nothing in a space of :meth:`space` is within its limits, or a candidate's costs are no numbers.
+    def check(self, paths: Any, example: Sequence[int], device: torch.device | str, seed: int) -> None:
+        """Raise if nothing is within the limits, or a candidate's costs are no numbers; nothing is remembered.
 
         Raises:
             BudgetError: The message has the smallest and the largest costs that were seen.
         """
+        space = self.space(paths, example, device=device)
         if isinstance(space, CostedSpace):
             space.costs(space.sample(np.random.default_rng(seed)))
 

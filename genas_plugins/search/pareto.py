@@ -87,8 +87,8 @@ def pareto_ranks(values: Any) -> np.ndarray:
 def crowding_distances(values: Any) -> np.ndarray:
     """How far the neighbours of each candidate of a front are from one another, summed over the objectives.
 
-    Each objective counts as a share of its range; the ends of the front are infinitely far. Of candidates that are equal
-    in all objectives the first has the distance, and the others 0.
+    Each objective counts as a share of its range; the ends of the front are infinitely far. Of candidates that are
+    equal in all objectives the first has the distance, and the others 0.
 
     >>> crowding_distances([(0, 4), (1, 2), (4, 0), (1, 2)]).tolist()
     [inf, 2.0, inf, 0.0]

@@ -43,7 +43,7 @@ TINY: dict[str, Any] = {
 # Drawing takes a third of the tiny search, and none of what goes on or compares numbers looks at pictures.
 _NO_PICTURES = """
 import genas_plugins.correlation.report, genas_plugins.experiment.outcome
-for name in ("plot_search", "plot_loss_curves", "plot_cells"):
+for name in ("plot_search", "plot_loss_curves", "plot_cells", "plot_front"):
     setattr(genas_plugins.experiment.outcome, name, lambda *arguments, **named: None)
 genas_plugins.correlation.report.plot_scatter = lambda *arguments, **named: None
 """
