@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
+from nni.common.serializer import is_traceable
 from nni.mutable import Mutable
 from nni.nas.hub.pytorch.nasnet import NDSStagePathSampling
 from nni.nas.nn.pytorch import ChosenInputs, ModelSpace, Repeat
@@ -26,13 +27,13 @@ from nni.nas.oneshot.pytorch.supermodule.sampling import (
     PathSamplingInput,
     PathSamplingLayer,
 )
-from nni.nas.space import model_context
+from nni.nas.space import ExecutableModelSpace, RawFormatModelSpace, SimplifiedModelSpace, model_context
 from torch import Tensor, nn
 
 from genas_plugins._messages import listed
 from nni_strategy.samples import SampleSpace, SupernetPaths
 
-__all__ = ["FixedCell", "FixedStage", "build_network", "fixed_network"]
+__all__ = ["FixedCell", "FixedStage", "PathModel", "build_network", "fixed_network"]
 
 _logger = logging.getLogger(__name__)
 
@@ -102,6 +103,37 @@ def fixed_network(supernet: ModelSpace, sample: Mapping[str, Any]) -> nn.Module:
             listed(sorted(fixer.fresh), 10),
         )
     return network
+
+
+class _WithWeights:
+    """A frozen model space whose network is a path of a supernet that is in this process."""
+
+    supernet: ModelSpace | None = None
+    sample: Any
+
+    def executable_model(self) -> nn.Module:
+        """The network, see :func:`fixed_network`; one with fresh weights in a process that read this from a file."""
+        if self.supernet is None:
+            return super().executable_model()  # type: ignore[misc]
+        return fixed_network(self.supernet, self.sample)
+
+
+class PathModel(_WithWeights, SimplifiedModelSpace):
+    """A path of a supernet as one of NNI's models, which carries the weights that the supernet then has."""
+
+    @classmethod
+    def of(cls, supernet: ModelSpace, sample: dict[str, Any]) -> ExecutableModelSpace:
+        """The model of a sample; it cannot be stored where NNI cannot build the space anew from its arguments."""
+        if is_traceable(supernet):
+            model = cls(supernet, supernet.simplify(), None).freeze(sample)
+        else:
+            model = _UntracedModel(supernet, None).freeze(sample)
+        model.supernet = supernet
+        return model
+
+
+class _UntracedModel(_WithWeights, RawFormatModelSpace):
+    pass
 
 
 class FixedCell(nn.Module):
@@ -230,6 +262,8 @@ class _Fixer:
         first = next(iter(own.values()), torch.empty(0))
         with model_context(self.sample), torch.device("meta" if first.is_meta else "cpu"):
             made = mixed.bound_type(**arguments).to(first.device, first.dtype)
+        if first.is_meta:
+            return made.train(mixed.training)
         carried = {key: value for key, value in mixed.freeze_weight(**arguments).items() if value is not None}
         targets = {**dict(made.named_parameters()), **dict(made.named_buffers())}
         for key, target in targets.items():

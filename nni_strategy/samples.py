@@ -12,15 +12,17 @@ import torch
 from nni.mutable import MutableDict, MutableSymbol
 from nni.nas.nn.pytorch import ModelSpace
 from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
-from nni.nas.oneshot.pytorch.supermodule.operation import MixedBatchNorm2d
+from nni.nas.oneshot.pytorch.supermodule.operation import MixedOperation
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from genas_plugins.scoring import CommonNoise, parameter_angle
 from genas_plugins.scoring.batchnorm import evaluation_mode, preserve_batchnorm
 from genas_plugins.scoring.losses import check_classes, read_images
 from genas_plugins.scoring.paths import SubnetPaths
 from genas_plugins.scoring.precision import in_parameter_type, parameter_types_alone
-from genas_plugins.search import NoCandidateError
+from genas_plugins.search import NoCandidateError, candidate_seed
+from nni_strategy.supermodules import adopt
 
 __all__ = ["SampleSpace", "SupernetPaths", "active_parameters", "fix_path"]
 
@@ -113,6 +115,7 @@ class SupernetPaths:
         self.supernet = space
         self._subnets = SubnetPaths(space.supernet) if hasattr(space, "subnet") else None
         # A training step does not have the time to look through thousands of modules.
+        adopt(space)
         self._choices = [module for module in space.modules() if isinstance(module, BaseSuperNetModule)]
         self.search_space: Any = SampleSpace(space) if self._subnets is None else space.search_space
         self.initial = initial
@@ -147,7 +150,14 @@ class SupernetPaths:
             with self._subnets.open(candidate, example) as opened:
                 yield opened
             return
-        with preserve_batchnorm(self.supernet), _own_momentum(self.supernet):
+        # What a network draws in its forward pass is a function of the candidate, and nobody else's draws are changed.
+        devices = [example.device] if example.is_cuda else []
+        with preserve_batchnorm(self.supernet), torch.random.fork_rng(devices=devices):
+            seed = candidate_seed(0, self.search_space.to_json(candidate))
+            torch.default_generator.manual_seed(seed)
+            if example.is_cuda:
+                with torch.cuda.device(example.device):
+                    torch.cuda.manual_seed(seed)
             self.fix(candidate)
             yield self.supernet, active_parameters(self.supernet, example[:2])
 
@@ -174,7 +184,8 @@ class SupernetPaths:
     def angle(self, candidate: Any, names: frozenset[str] | None) -> float:
         """Angle between initial and present weights of the candidate as a fraction of pi.
 
-        For spaces without an angle of their own: that of the parameters that take part, each counted once.
+        For spaces without an angle of their own: that of the parameters that take part, each counted once, and of an
+        operation with a choice in its arguments the part that the path uses.
 
         Raises:
             ValueError: The initial weights are not known.
@@ -184,7 +195,36 @@ class SupernetPaths:
             return self._subnets.angle(candidate)
         if self.initial is None:
             raise ValueError("The angle needs the weights before training, which this supernet comes without.")
-        return parameter_angle(self.initial, self.supernet, names, normalize=True)
+        sample = self.to_sample(candidate)
+        before, after = (
+            self._on_path(sample, weights) for weights in (self.initial, dict(self.supernet.named_parameters()))
+        )
+        return parameter_angle(before, after, names, normalize=True)
+
+    def _on_path(self, sample: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of parameters by name those parts that the path of ``sample`` uses."""
+        found = dict(weights)
+        for name, mixed in self.supernet.named_modules():
+            if not isinstance(mixed, MixedOperation) or not mixed.mutable_arguments:
+                continue
+            arguments = {key: choice.freeze(sample) for key, choice in mixed.mutable_arguments.items()}
+            keys = [key for key, _ in mixed.named_parameters() if f"{name}.{key}" in weights]
+            own = {f"mixed.{key}": weights[f"{name}.{key}"] for key in keys}
+            parts = functional_call(_Parts(mixed), own, kwargs={**mixed.init_arguments, **arguments})
+            found |= {f"{name}.{key}": part for key, part in parts.items() if f"{name}.{key}" in weights}
+        return found
+
+
+class _Parts(nn.Module):
+    """The weights that an operation of a supernet uses on a path, as something to be called with other weights."""
+
+    def __init__(self, mixed: MixedOperation) -> None:
+        super().__init__()
+        self.mixed = mixed
+
+    def forward(self, **arguments: Any) -> dict[str, Tensor | None]:
+        """Its parts by name; ``None`` for what it does not have."""
+        return self.mixed.freeze_weight(**arguments)
 
 
 def fix_path(modules: Iterable[nn.Module], sample: dict[str, Any]) -> None:
@@ -217,33 +257,3 @@ def active_parameters(model: nn.Module, images: Tensor) -> frozenset[str]:
     if not used:
         raise ValueError(f"The output of {type(model).__name__} depends on none of its parameters.")
     return used
-
-
-@contextmanager
-def _own_momentum(space: nn.Module) -> Iterator[None]:
-    """Let batch normalisation with a choice of channels average as its attribute ``momentum`` says.
-
-    NNI's class reads the momentum that it was constructed with, and so takes no part in a recalibration.
-    """
-    norms = [
-        module
-        for module in space.modules()
-        if isinstance(module, MixedBatchNorm2d) and "momentum" not in module.mutable_arguments
-    ]
-    before = [norm.init_arguments["momentum"] for norm in norms]
-    hooks = [norm.register_forward_pre_hook(_update_momentum) for norm in norms]
-    try:
-        yield
-    finally:
-        for norm, momentum, hook in zip(norms, before, hooks, strict=True):
-            hook.remove()
-            norm.init_arguments["momentum"] = momentum
-
-
-def _update_momentum(norm: MixedBatchNorm2d, inputs: Any) -> None:
-    if not norm.training:
-        return
-    norm.num_batches_tracked.add_(1)
-    # Read from the device only where it must be.
-    given = norm.momentum
-    norm.init_arguments["momentum"] = 1.0 / float(norm.num_batches_tracked) if given is None else given

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from nni.nas.evaluator.pytorch import Lightning, LightningModule
 from nni.nas.oneshot.pytorch.strategy import MutationHook, RandomOneShot, is_supernet
-from nni.nas.space import ExecutableModelSpace, RawFormatModelSpace, SimplifiedModelSpace
-from torch import Tensor
+from nni.nas.oneshot.pytorch.supermodule.operation import MixedOperation
+from nni.nas.space import ExecutableModelSpace
+from torch import Tensor, nn
 
 from genas_plugins._keywords import keywords_of
 from genas_plugins.checks import MOST_IMAGES, check_count, check_device
@@ -28,9 +29,11 @@ from genas_plugins.scoring.losses import Loss, loss_of_image
 from genas_plugins.search import Evolution, History, InFlight, Record, SharedSearch, run_search
 from genas_plugins.search.pareto import evolution_for
 from nni_strategy.batches import EvaluatorBatches, flight_of
+from nni_strategy.export import PathModel
 from nni_strategy.loggers import SearchLog, loggers_of
 from nni_strategy.oneshot import UniformPathModule
 from nni_strategy.samples import SupernetPaths
+from nni_strategy.supermodules import HOOKS, check_choices, check_forward, inherit
 
 __all__ = ["GeNAS"]
 
@@ -199,21 +202,35 @@ class GeNAS(RandomOneShot):
             check_loss(evaluator.module, self.loss)
         return super().mutate_evaluator(evaluator)
 
+    def default_mutation_hooks(self) -> list[MutationHook]:
+        """NNI's, after those that can do more than they."""
+        return [*HOOKS, *super().default_mutation_hooks()]
+
+    def run_hook(self, hook: MutationHook, name: str, module: nn.Module, memo: dict[str, Any]) -> Any:
+        """Replace a module, if the hook is for it; what was set on it stays."""
+        made = super().run_hook(hook, name, module, memo)
+        if isinstance(made, MixedOperation):
+            inherit(made, module)
+        return made
+
     def mutate_model(self, model: Any) -> Any:
         """Turn a model space into a supernet, in place.
 
         Raises:
-            TypeError: NNI cannot turn this space into a supernet.
-            ValueError: Its paths cannot be measured several at a time, as ``in_flight`` asks.
+            TypeError: NNI cannot turn this space into a supernet, or its forward needs more than images.
+            ValueError: It has a choice that its supernet does not follow, or its paths cannot be measured several at a
+                time, as ``in_flight`` asks.
         """
+        check_forward(model)
         try:
             # A supernet that another one-shot strategy has trained is searched as it is.
             model = model if is_supernet(model) else super().mutate_model(model)
-        except TypeError as error:
+        except (TypeError, ValueError, NotImplementedError) as error:
             raise TypeError(
                 f"{type(model).__name__} cannot be turned into a weight-sharing supernet, so GeNAS cannot search it: "
                 f"{error}"
             ) from error
+        check_choices(model)
         initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         paths = SupernetPaths(model, initial)
         several = self.in_flight.count if isinstance(self.in_flight, InFlight) else self.in_flight or 1
@@ -297,8 +314,8 @@ class GeNAS(RandomOneShot):
     def list_models(self, sort: bool = True, limit: int | None = None) -> Iterator[ExecutableModelSpace]:
         """The best architectures, best first, with their scores as metric.
 
-        Models of :class:`DartsSpace` carry the supernet's weights. Those of other spaces are rebuilt with
-        fresh weights: NNI's ``freeze`` on a supernet raises or loses the weights for many of them.
+        Models carry the weights and statistics that the supernet has on their path, see
+        :func:`nni_strategy.export.fixed_network`: in evaluation mode they compute what it does.
 
         After a search of several objectives they are the front, the best in the first objective first; ``limit`` takes
         so many of it that lie far from one another.
@@ -316,12 +333,7 @@ class GeNAS(RandomOneShot):
         if limit is not None and len(best) < limit:
             _logger.warning("Only %d architectures were scored, but %d are asked for.", len(best), limit)
         for candidate, score in best:
-            frozen_space: ExecutableModelSpace
-            if hasattr(self.supernet, "subnet"):
-                frozen_space = RawFormatModelSpace(self.supernet, None)
-            else:
-                frozen_space = SimplifiedModelSpace(self.supernet, self.supernet.simplify(), None)
-            model = frozen_space.freeze(self.paths.to_sample(candidate))
+            model = PathModel.of(self.supernet, self.paths.to_sample(candidate))
             model.metrics.final = score
             yield model
 

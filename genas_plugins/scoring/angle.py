@@ -72,7 +72,7 @@ def angle(
 
 def parameter_angle(
     initial: Mapping[str, Tensor],
-    model: nn.Module,
+    model: nn.Module | Mapping[str, Tensor],
     names: Collection[str] | None = None,
     normalize: bool = False,
 ) -> float:
@@ -80,7 +80,7 @@ def parameter_angle(
 
     Args:
         initial: Initial values by parameter name.
-        model: The trained network.
+        model: The trained network, or its parameters by name.
         names: Parameters to compare; ``None`` for all of the model's.
         normalize: Divide by pi, to [0, 1].
 
@@ -89,7 +89,8 @@ def parameter_angle(
         MeasurementError: Weights are not finite, or all zero.
     """
     pieces = []
-    for name, parameter in model.named_parameters():
+    named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
+    for name, parameter in named:
         if names is not None and name not in names:
             continue
         if name not in initial:
