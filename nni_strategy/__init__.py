@@ -11,6 +11,8 @@ with warnings.catch_warnings():
         require(_package, extra="nni", purpose="nni_strategy")
 
 from nni_strategy.evaluators import CombinedEvaluator, FlatnessEvaluator
+from nni_strategy.export import build_network, fixed_network
+from nni_strategy.hub import genotype_from_hub, genotype_to_hub, published_genotypes
 from nni_strategy.space import DartsSpace, NasBench201Space
 from nni_strategy.strategy import GeNAS
 from nni_strategy.training import SupernetModule, supernet_evaluator
@@ -22,5 +24,10 @@ __all__ = [
     "GeNAS",
     "NasBench201Space",
     "SupernetModule",
+    "build_network",
+    "fixed_network",
+    "genotype_from_hub",
+    "genotype_to_hub",
+    "published_genotypes",
     "supernet_evaluator",
 ]
