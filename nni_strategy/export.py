@@ -51,7 +51,8 @@ def build_network(space: SupernetPaths | ModelSpace, candidate: Any) -> nn.Modul
     7246
 
     Nothing is copied and no random number is drawn, so a search may call it for every proposal. It is the network that
-    is exported: what NNI's supernet of the space computes, with its cells' outputs all joined.
+    is exported, with the outputs of all nodes of a cell joined, as NNI's supernets do; of the spaces of this package,
+    the one that is trained afterwards, without normalisation after pooling.
 
     Args:
         space: The paths of a supernet (``strategy.paths``), or a model space; one that is no supernet yet is built by
@@ -63,7 +64,11 @@ def build_network(space: SupernetPaths | ModelSpace, candidate: Any) -> nn.Modul
         sample = dict(candidate)
     else:
         sample = SampleSpace(space).to_sample(candidate) if paths is None else paths.to_sample(candidate)
-    if not is_supernet(space) or hasattr(space, "subnet"):
+    if hasattr(space, "subnet"):
+        with torch.device("meta"):
+            return space.search_space.network(space.from_sample(sample), space.supernet.arguments)
+    if not is_supernet(space):
+        # On the CPU first: a constructor may compute with tensors.
         with torch.random.fork_rng(devices=[]), model_context(sample):
             return space.trace_copy().get(traceable=False).to("meta")
     if space not in _hollow:
@@ -88,10 +93,18 @@ def fixed_network(supernet: ModelSpace, sample: Mapping[str, Any]) -> nn.Module:
         sample: A value for each label.
 
     Raises:
-        TypeError: A module of your own cannot be fixed; the message names it.
+        TypeError: The space is not mutated, or a module of your own cannot be fixed; the message names it.
+        ValueError: The sample lacks a label, or has a value that is none of its choices.
     """
     if hasattr(supernet, "subnet"):
         return supernet.freeze(dict(sample))
+    if not is_supernet(supernet):
+        raise TypeError(
+            f"{type(supernet).__name__} is no supernet: GeNAS().mutate_model(space) makes one of it, and "
+            "build_network(space, sample) shows the network of a sample without values."
+        )
+    if (problem := supernet.check_contains(dict(sample))) is not None:
+        raise ValueError(f"This is no sample of {type(supernet).__name__}: {problem}")
     with torch.random.fork_rng(devices=[]):
         fixer = _Fixer(sample)
         network = fixer.copy(supernet)

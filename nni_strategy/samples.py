@@ -114,9 +114,12 @@ class SupernetPaths:
     def __init__(self, space: ModelSpace, initial: Mapping[str, Tensor] | None = None) -> None:
         self.supernet = space
         self._subnets = SubnetPaths(space.supernet) if hasattr(space, "subnet") else None
-        # A training step does not have the time to look through thousands of modules.
         adopt(space)
-        self._choices = [module for module in space.modules() if isinstance(module, BaseSuperNetModule)]
+        # A training step does not have the time to look through thousands of modules, most of them without a choice.
+        supernet = [module for module in space.modules() if isinstance(module, BaseSuperNetModule)]
+        same = {module for module in supernet if isinstance(module, MixedOperation) and not module.mutable_arguments}
+        fix_path(same, {})
+        self._choices = [module for module in supernet if module not in same]
         self.search_space: Any = SampleSpace(space) if self._subnets is None else space.search_space
         self.initial = initial
 

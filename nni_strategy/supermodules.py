@@ -44,6 +44,12 @@ class Convolution(MixedConv2d):
             return _largest(mutable_expr)
         return super().super_init_argument(name, mutable_expr)
 
+    def freeze_weight(self, *arguments: Any, **named: Any) -> dict[str, Tensor | None]:
+        """The part of weight and bias that the path uses."""
+        if not self.mutable_arguments:
+            return {"weight": self.weight, "bias": self.bias}
+        return super().freeze_weight(*arguments, **named)
+
     def forward_with_args(
         self,
         in_channels: int,
