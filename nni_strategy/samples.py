@@ -137,6 +137,18 @@ class SupernetPaths:
         """The NNI sample of a candidate."""
         return (self.search_space if self._subnets is None else self.supernet).to_sample(candidate)
 
+    def network(self, candidate: Any) -> nn.Module:
+        """The candidate as a network of its own, see :func:`nni_strategy.export.fixed_network`.
+
+        Under ``torch.device("meta")`` it is one without values, for its costs
+        (:func:`nni_strategy.export.build_network`).
+        """
+        from nni_strategy.export import build_network, fixed_network
+
+        if torch.get_default_device().type == "meta":
+            return build_network(self, candidate)
+        return fixed_network(self.supernet, self.to_sample(candidate))
+
     def fix(self, candidate: Any) -> None:
         """Make the supernet run the candidate's path from now on."""
         fix_path(self._choices, self.to_sample(candidate))

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from nni.nas.evaluator.pytorch import Lightning, LightningModule
-from nni.nas.oneshot.pytorch.strategy import MutationHook, RandomOneShot, is_supernet
-from nni.nas.oneshot.pytorch.supermodule.operation import MixedOperation
+from nni.nas.oneshot.pytorch.strategy import MutationHook
 from nni.nas.space import ExecutableModelSpace
-from torch import Tensor, nn
+from torch import Tensor
 
 from genas_plugins._keywords import keywords_of
 from genas_plugins.checks import MOST_IMAGES, check_count, check_device
@@ -33,7 +32,7 @@ from nni_strategy.export import PathModel
 from nni_strategy.loggers import SearchLog, loggers_of
 from nni_strategy.oneshot import UniformPathModule
 from nni_strategy.samples import SupernetPaths
-from nni_strategy.supermodules import HOOKS, check_choices, check_forward, inherit
+from nni_strategy.supermodules import UniformPaths
 
 __all__ = ["GeNAS"]
 
@@ -42,7 +41,7 @@ _logger = logging.getLogger(__name__)
 _SCORING = (*(item.name for item in dataclasses.fields(CombinedScore)), "momentum")
 
 
-class GeNAS(RandomOneShot):
+class GeNAS(UniformPaths):
     """Search for the flattest architecture (Jeong et al., IJCAI 2023) as an NNI one-shot strategy.
 
     The supernet is trained by uniform path sampling with whatever Lightning evaluator it is given. Then an
@@ -202,17 +201,6 @@ class GeNAS(RandomOneShot):
             check_loss(evaluator.module, self.loss)
         return super().mutate_evaluator(evaluator)
 
-    def default_mutation_hooks(self) -> list[MutationHook]:
-        """NNI's, after those that can do more than they."""
-        return [*HOOKS, *super().default_mutation_hooks()]
-
-    def run_hook(self, hook: MutationHook, name: str, module: nn.Module, memo: dict[str, Any]) -> Any:
-        """Replace a module, if the hook is for it; what was set on it stays."""
-        made = super().run_hook(hook, name, module, memo)
-        if isinstance(made, MixedOperation):
-            inherit(made, module)
-        return made
-
     def mutate_model(self, model: Any) -> Any:
         """Turn a model space into a supernet, in place.
 
@@ -221,16 +209,7 @@ class GeNAS(RandomOneShot):
             ValueError: It has a choice that its supernet does not follow, or its paths cannot be measured several at a
                 time, as ``in_flight`` asks.
         """
-        check_forward(model)
-        try:
-            # A supernet that another one-shot strategy has trained is searched as it is.
-            model = model if is_supernet(model) else super().mutate_model(model)
-        except (TypeError, ValueError, NotImplementedError) as error:
-            raise TypeError(
-                f"{type(model).__name__} cannot be turned into a weight-sharing supernet, so GeNAS cannot search it: "
-                f"{error}"
-            ) from error
-        check_choices(model)
+        model = super().mutate_model(model)
         initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         paths = SupernetPaths(model, initial)
         several = self.in_flight.count if isinstance(self.in_flight, InFlight) else self.in_flight or 1

@@ -9,8 +9,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+# First of all, see space.py: else the hub's NDS spaces do not know this strategy for one of NNI's.
+import nni.nas.strategy  # noqa: F401
 import torch.nn.functional as F
 from nni.mutable import MutableExpression, MutableSymbol
+from nni.nas.oneshot.pytorch.strategy import MutationHook, RandomOneShot, is_supernet
 from nni.nas.oneshot.pytorch.supermodule.operation import (
     MixedBatchNorm2d,
     MixedConv2d,
@@ -23,17 +26,7 @@ from torch import Tensor, nn
 
 from genas_plugins._messages import listed
 
-__all__ = [
-    "HOOKS",
-    "BatchNorm",
-    "Convolution",
-    "LayerNorm",
-    "Repetition",
-    "adopt",
-    "check_choices",
-    "check_forward",
-    "inherit",
-]
+__all__ = ["BatchNorm", "Convolution", "LayerNorm", "Repetition", "UniformPaths", "adopt"]
 
 
 class Convolution(MixedConv2d):
@@ -132,8 +125,38 @@ class Repetition(PathSamplingRepeat):
 
 _MENDED = {cls.__base__: cls for cls in (Convolution, BatchNorm, LayerNorm, Repetition)}
 
-HOOKS = [cls.mutate for cls in _MENDED.values()]
-"""For NNI's strategies: mutation hooks that come before its own."""
+
+class UniformPaths(RandomOneShot):
+    """NNI's strategy of uniform path sampling, with supernets of these operations."""
+
+    def default_mutation_hooks(self) -> list[MutationHook]:
+        """NNI's, after those that can do more than they."""
+        return [*(cls.mutate for cls in _MENDED.values()), *super().default_mutation_hooks()]
+
+    def run_hook(self, hook: MutationHook, name: str, module: nn.Module, memo: dict[str, Any]) -> Any:
+        """Replace a module, if the hook is for it; what was set on it stays."""
+        made = super().run_hook(hook, name, module, memo)
+        if isinstance(made, MixedOperation):
+            _inherit(made, module)
+        return made
+
+    def mutate_model(self, model: Any) -> Any:
+        """Turn a model space into a supernet, in place; one that another one-shot strategy has made stays as it is.
+
+        Raises:
+            TypeError: NNI cannot turn this space into a supernet, or its forward needs more than images.
+            ValueError: A choice is known to the space itself only; or NNI cannot compute an attention with it.
+        """
+        _check_forward(model)
+        try:
+            model = model if is_supernet(model) else super().mutate_model(model)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise TypeError(
+                f"{type(model).__name__} cannot be turned into a weight-sharing supernet, so GeNAS cannot search it: "
+                f"{error}"
+            ) from error
+        _check_choices(model)
+        return model
 
 
 def adopt(supernet: nn.Module) -> None:
@@ -143,7 +166,7 @@ def adopt(supernet: nn.Module) -> None:
             module.__class__ = _MENDED[type(module)]
 
 
-def inherit(mixed: MixedOperation, module: nn.Module) -> None:
+def _inherit(mixed: MixedOperation, module: nn.Module) -> None:
     """Give an operation of a supernet what was set on the space's module: NNI builds it from its arguments alone.
 
     That is type, device and mode; whether parameters are trained; eps and momentum that were set later, as
@@ -167,7 +190,7 @@ def inherit(mixed: MixedOperation, module: nn.Module) -> None:
     mixed.train(module.training)
 
 
-def check_forward(space: nn.Module) -> None:
+def _check_forward(space: nn.Module) -> None:
     """Refuse a space that takes more than images.
 
     Raises:
@@ -184,7 +207,7 @@ def check_forward(space: nn.Module) -> None:
         ) from error
 
 
-def check_choices(supernet: Any) -> None:
+def _check_choices(supernet: Any) -> None:
     """Refuse a supernet whose paths do not differ where samples do, or cannot run.
 
     Raises:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import nni
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,9 +47,9 @@ from torch import Tensor, nn
 from genas_plugins.datasets import load_search_data
 from genas_plugins.scoring import recalibrate_batchnorm
 from genas_plugins.scoring.data import TensorBatches
-from nni_strategy import FlatnessEvaluator, GeNAS
+from nni_strategy import FlatnessEvaluator, GeNAS, fixed_network
 from nni_strategy.evaluators import CombinedEvaluator
-from nni_strategy.samples import fix_path
+from nni_strategy.samples import SampleSpace, fix_path
 from nni_strategy.training import supernet_evaluator
 
 IMAGES: dict[str, Any] = {
@@ -290,3 +291,19 @@ def test_an_unmutated_space_is_scored_with_a_checkpoint_of_its_supernet(tmp_path
     assert not any(hasattr(module, "_sampled") for module in space.modules())
     combined = CombinedEvaluator(tmp_path / "supernet.pt", "angle", **common, initial=tmp_path / "initial.pt")
     assert combined.measure(best.sample).score == pytest.approx(record["angle"])
+
+
+def test_a_budget_holds_in_a_space_of_somebodys_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    space = GeNAS().mutate_model(Everything())
+    samples = SampleSpace(space)
+    rng = np.random.default_rng(0)
+    drawn = [samples.to_sample(samples.sample(rng)) for _ in range(40)]
+    sizes = sorted(sum(p.numel() for p in fixed_network(space, sample).parameters()) for sample in drawn)
+    most = sizes[len(sizes) // 2]
+    assert sizes[0] < most < sizes[-1]
+    strategy = searched(Everything(), 16, "flatness", tmp_path, constraints={"params": (None, most)}, population=6)
+    assert len(strategy.records) == 6
+    for model in strategy.list_models():
+        network = model.executable_model()
+        assert sum(parameter.numel() for parameter in network.parameters()) <= most
