@@ -7,6 +7,7 @@ archived, and so is not mended at its source.)
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 # First of all, see space.py: else the hub's NDS spaces do not know this strategy for one of NNI's.
@@ -35,7 +36,10 @@ class Convolution(MixedConv2d):
     def super_init_argument(self, name: str, mutable_expr: MutableExpression) -> Any:
         if name in ("kernel_size", "padding"):
             return _largest(mutable_expr)
-        return super().super_init_argument(name, mutable_expr)
+        with warnings.catch_warnings():
+            # Groups beside a choice of channels are a problem for differentiable strategies.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            return super().super_init_argument(name, mutable_expr)
 
     def freeze_weight(self, *arguments: Any, **named: Any) -> dict[str, Tensor | None]:
         """The part of weight and bias that the path uses."""

@@ -10,8 +10,9 @@ import nni
 import numpy as np
 import pytest
 import torch
+from nni.mutable import Mutable
 from nni.nas.hub.pytorch import DARTS, ENAS, AutoFormer, MobileNetV3Space, NasBench201, ProxylessNAS
-from nni.nas.nn.pytorch import LayerChoice, ModelSpace, MutableBatchNorm2d, MutableConv2d, MutableLinear, Repeat
+from nni.nas.nn.pytorch import Cell, LayerChoice, ModelSpace, MutableBatchNorm2d, MutableConv2d, MutableLinear, Repeat
 from nni.nas.oneshot.pytorch.strategy import RandomOneShot
 from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
 from torch import Tensor, nn
@@ -270,6 +271,67 @@ def test_a_model_stored_in_a_file_is_built_with_fresh_weights() -> None:
     assert shapes(network) == shapes(fresh)
     assert not torch.equal(network.first.weight, fresh.first.weight)
     assert torch.equal(network.first.weight, paths.supernet.first.weight[:4])
+
+
+class Stack(ModelSpace):
+    """A body of the test's between a stem and a classifier."""
+
+    def __init__(self, body: Callable[[], nn.Module], features: int = 4) -> None:
+        super().__init__()
+        self.stem, self.body, self.classifier = nn.Conv2d(3, 4, 3), body(), nn.Linear(features, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.body(self.stem(x)).mean((2, 3)))
+
+
+class Rectified:
+    """A preprocessor that is no module."""
+
+    def __call__(self, states: list[Tensor]) -> list[Tensor]:
+        return [state.relu() for state in states]
+
+
+class Sized(nn.Module):
+    """Knows the choice of its layers, as many blocks of users do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = nni.choice("width", [2, 4])
+        self.inner, self.outer = MutableConv2d(4, self.width, 1), MutableConv2d(self.width, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.inner(x))
+
+
+def shared() -> nn.Module:
+    convolution = nn.Conv2d(4, 4, 1)
+    return nn.Sequential(LayerChoice([convolution, nn.Identity()], label="layer"), convolution)
+
+
+OPERATIONS = {"conv": lambda *_: nn.Conv2d(4, 4, 1), "skip": lambda *_: nn.Identity()}
+BODIES: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "cell of modules": (lambda: Cell([nn.Conv2d(4, 4, 1), nn.Identity()], 2, 1, 1, label="cell"), 8),
+    "cell of loose ends": (lambda: Cell([nn.Conv2d(4, 4, 1), nn.Tanh()], 2, 2, 1, "loose_end", label="cell"), 8),
+    "cell of factories": (lambda: Cell(OPERATIONS, 2, 2, 1, preprocessor=Rectified(), label="cell"), 8),
+    "a choice as attribute": (Sized, 4),
+    "a module in two places": (shared, 4),
+    "a repetition of choices": (
+        lambda: Repeat(lambda index: LayerChoice([nn.Conv2d(4, 4, 1), nn.Tanh()], label=f"layer{index}"), 2),
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_modules_of_ones_own_are_copied_on_every_path(name: str) -> None:
+    paths, images = trained(lambda: Stack(*BODIES[name]), 8), torch.randn(2, 3, 8, 8)
+    for candidate in {paths.search_space.sample(np.random.default_rng(seed)) for seed in range(12)}:
+        paths.fix(candidate)
+        network = fixed_network(paths.supernet, paths.to_sample(candidate))
+        with torch.no_grad():
+            assert torch.equal(network(images), paths.supernet(images))
+        assert not any(isinstance(value, Mutable) for part in network.modules() for value in vars(part).values())
+        assert shapes(network) == shapes(build_network(paths, candidate))
 
 
 def test_another_strategys_supernet_is_exported_too() -> None:
