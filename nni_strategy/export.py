@@ -108,6 +108,10 @@ def fixed_network(supernet: ModelSpace, sample: Mapping[str, Any]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         fixer = _Fixer(sample)
         network = fixer.copy(supernet)
+    for part in network.modules():
+        # What is new has nothing that its mode is for, but whoever looks at modes looks at all.
+        if isinstance(part, FixedCell | ChosenInputs | nn.Sequential | nn.ModuleList):
+            part.training = supernet.training
     if fixer.fresh:
         _logger.warning(
             "%s: %d tensors could not be carried over from the supernet and have fresh values: %s.",

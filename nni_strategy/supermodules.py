@@ -7,6 +7,7 @@ archived, and so is not mended at its source.)
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from typing import Any
 
@@ -152,6 +153,11 @@ class UniformPaths(RandomOneShot):
             ValueError: A choice is known to the space itself only; or NNI cannot compute an attention with it.
         """
         _check_forward(model)
+        # NNI asks the outermost space alone what it needs.
+        inner = [part for part in model.modules() if part is not model] if isinstance(model, nn.Module) else []
+        needed = [part.extra_oneshot_hooks(self) for part in inner if hasattr(part, "extra_oneshot_hooks")]
+        given = self.extra_mutation_hooks
+        self.extra_mutation_hooks = [*given, *itertools.chain(*needed)]
         try:
             model = model if is_supernet(model) else super().mutate_model(model)
         except (TypeError, ValueError, NotImplementedError) as error:
@@ -159,6 +165,8 @@ class UniformPaths(RandomOneShot):
                 f"{type(model).__name__} cannot be turned into a weight-sharing supernet, so GeNAS cannot search it: "
                 f"{error}"
             ) from error
+        finally:
+            self.extra_mutation_hooks = given
         _check_choices(model)
         return model
 

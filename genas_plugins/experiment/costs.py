@@ -247,17 +247,18 @@ class Costs:
         if hasattr(space, "costs"):
             return space.costs(candidate, self._arguments, self._size)
         if candidate not in self._counts:
-            network = self._without_memory(candidate)
-            macs = count_macs(network, height_and_width(self._size), self._channels)
-            self._counts[candidate] = count_parameters(network), macs
+            self._counts[candidate] = self._counted_of(candidate)
         return self._counts[candidate]
 
-    def _without_memory(self, candidate: Any) -> nn.Module:
-        with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
-            return self.network(candidate)
-        # A constructor that reads numbers from its weights.
+    def _counted_of(self, candidate: Any) -> tuple[int, int]:
+        size = height_and_width(self._size)
         with torch.random.fork_rng(devices=[]):
-            return self.network(candidate)
+            with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+                network = self.network(candidate)
+                return count_parameters(network), count_macs(network, size, self._channels)
+            # It computes with numbers, or makes tensors of its own on the CPU.
+            network = self.network(candidate)
+            return count_parameters(network), count_macs(network, size, self._channels)
 
     def _remembered(self, name: str, measure: Callable[[Any], Any], candidate: Any) -> float:
         plain = self._paths.search_space.to_json(candidate)

@@ -12,15 +12,26 @@ import pytest
 import torch
 from nni.mutable import Mutable
 from nni.nas.hub.pytorch import DARTS, ENAS, AutoFormer, MobileNetV3Space, NasBench201, ProxylessNAS
-from nni.nas.nn.pytorch import Cell, LayerChoice, ModelSpace, MutableBatchNorm2d, MutableConv2d, MutableLinear, Repeat
+from nni.nas.nn.pytorch import (
+    Cell,
+    LayerChoice,
+    ModelSpace,
+    MutableBatchNorm2d,
+    MutableConv2d,
+    MutableLinear,
+    MutableMultiheadAttention,
+    Repeat,
+)
 from nni.nas.oneshot.pytorch.strategy import RandomOneShot
 from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
 from torch import Tensor, nn
 
 from genas_plugins import CellNetwork
+from genas_plugins.spaces import DartsSearchSpace
 from nni_strategy import DartsSpace, GeNAS, build_network, fixed_network
 from nni_strategy.export import PathModel
 from nni_strategy.samples import SupernetPaths, fix_path
+from nni_strategy.space import SupernetSpace
 
 SPACES: dict[str, tuple[Callable[[], ModelSpace], int]] = {
     "NasBench201": (lambda: NasBench201(4, 1, 10), 8),
@@ -303,6 +314,21 @@ class Sized(nn.Module):
         return self.outer(self.inner(x))
 
 
+class Attentive(nn.Module):
+    """Attention between pixels, with choices of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width, heads = nni.choice("width", [4, 8]), nni.choice("heads", [1, 2])
+        self.inner, self.outer = MutableConv2d(4, width, 1), MutableConv2d(width, 4, 1)
+        self.attention = MutableMultiheadAttention(width, heads, dropout=nni.choice("dropout", [0.0, 0.5]), bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.inner(x).flatten(2).permute(2, 0, 1)
+        pixels = self.attention(pixels, pixels, pixels)[0]
+        return self.outer(pixels.permute(1, 2, 0).unflatten(2, x.shape[2:]))
+
+
 def shared() -> nn.Module:
     convolution = nn.Conv2d(4, 4, 1)
     return nn.Sequential(LayerChoice([convolution, nn.Identity()], label="layer"), convolution)
@@ -314,6 +340,7 @@ BODIES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "cell of loose ends": (lambda: Cell([nn.Conv2d(4, 4, 1), nn.Tanh()], 2, 2, 1, "loose_end", label="cell"), 8),
     "cell of factories": (lambda: Cell(OPERATIONS, 2, 2, 1, preprocessor=Rectified(), label="cell"), 8),
     "a choice as attribute": (Sized, 4),
+    "attention": (Attentive, 4),
     "a module in two places": (shared, 4),
     "a repetition of choices": (
         lambda: Repeat(lambda index: LayerChoice([nn.Conv2d(4, 4, 1), nn.Tanh()], label=f"layer{index}"), 2),
@@ -332,6 +359,43 @@ def test_modules_of_ones_own_are_copied_on_every_path(name: str) -> None:
             assert torch.equal(network(images), paths.supernet(images))
         assert not any(isinstance(value, Mutable) for part in network.modules() for value in vars(part).values())
         assert shapes(network) == shapes(build_network(paths, candidate))
+
+
+class Around(ModelSpace):
+    """A space of the hub inside another one."""
+
+    def __init__(self, inner: Callable[[], ModelSpace]) -> None:
+        super().__init__()
+        self.inner = inner()
+        self.head = LayerChoice([nn.Linear(10, 3), nn.Linear(10, 3, bias=False)], label="head")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x))
+
+
+@pytest.mark.parametrize(
+    "inner", [SPACES["AutoFormer"][0], lambda: DARTS(width=4, num_cells=(3, 6)), lambda: DartsSpace(10, 4, 2)]
+)
+def test_a_space_inside_another_is_searched_and_exported(inner: Callable[[], ModelSpace]) -> None:
+    paths, images = trained(lambda: Around(inner), 8), torch.randn(2, 3, 8, 8)
+    candidate = paths.search_space.sample(np.random.default_rng(0))
+    paths.fix(candidate)
+    network = fixed_network(paths.supernet, paths.to_sample(candidate))
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), paths.supernet(images))
+    assert not any(module.training for module in network.modules())
+
+
+def test_a_space_that_nni_cannot_build_anew_is_exported_in_this_process() -> None:
+    sizes = {"num_classes": 10, "init_channels": 4, "num_cells": 2, "stem": "cifar"}
+    space = SupernetSpace(DartsSearchSpace(), **sizes)
+    sample = space.to_sample(space.search_space.sample(np.random.default_rng(0)))
+    model = PathModel.of(space, sample)
+    assert model.sample == sample
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = space.supernet.eval()(images, space.from_sample(sample))
+        assert torch.equal(model.executable_model().eval()(images), expected)
 
 
 def test_another_strategys_supernet_is_exported_too() -> None:

@@ -15,6 +15,7 @@ from nni.nas.nn.pytorch import ModelSpace, MutableBatchNorm2d, MutableConv2d, Mu
 from nni.nas.oneshot.pytorch.strategy import RandomOneShot
 from torch import Tensor, nn
 
+from genas_plugins.experiment.costs import Costs
 from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.scoring import recalibrate_batchnorm
 from nni_strategy import GeNAS, fixed_network
@@ -201,7 +202,7 @@ class Noisy(nn.Module):
     """Draws in its forward pass, also while it is measured."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + torch.randn(x.shape)
+        return x + torch.randn(x.shape, device="cpu")
 
 
 def test_a_network_that_draws_is_measured_as_a_function_of_the_candidate() -> None:
@@ -218,4 +219,7 @@ def test_a_network_that_draws_is_measured_as_a_function_of_the_candidate() -> No
     state = torch.get_rng_state()
     again = [scorer.measure(candidate).score for candidate in reversed(candidates)]
     assert first == again[::-1]
+    # It is counted, though it makes tensors on the CPU: both convolutions and the classifier.
+    counted = [Costs(paths, (3, 9, 9))._count(candidate) for candidate in candidates]
+    assert counted == [(3 * n + n + 5 * n + 5, 81 * 3 * n + 5 * n) for n in (2, 4)]
     assert torch.equal(state, torch.get_rng_state())
