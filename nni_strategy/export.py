@@ -306,7 +306,7 @@ class _Fixer:
                 f"with {type(error).__name__}: {error}. It must return a module with the path's weights."
             ) from error
         for key, tensor in marks.state_dict().items():
-            if tensor.is_floating_point() and not tensor.isnan().all():
+            if tensor.is_floating_point() and not tensor.is_meta and not tensor.isnan().all():
                 self.fresh.append(f"{name}.{key}")
         return copy.deepcopy(fixed)
 

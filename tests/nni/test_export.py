@@ -227,6 +227,7 @@ def test_a_module_of_somebodys_own_says_what_it_leaves_behind(
     with caplog.at_level(logging.WARNING):
         network = fixed_network(space, {"factor": 2, "layer": 0})
     said = [record.message for record in caplog.records]
+    assert shapes(network) == shapes(build_network(SupernetPaths(space), {"factor": 2, "layer": 0}))
     if left is None:
         assert said == []
         assert network.scaled.weight.tolist() == [3.0] * 3
