@@ -52,12 +52,12 @@ def genotype_to_hub(genotype: Genotype) -> dict[str, Any]:
     """
     sample: dict[str, Any] = {}
     for cell in ("normal", "reduce"):
-        edges = [edge for edge in cell_edges(getattr(genotype, cell)) if edge[1] != "none"]
+        edges = list(cell_edges(getattr(genotype, cell)))
         for node in NODES:
             entering = [(operation, source) for target, operation, source in edges if target == node]
             if len(entering) != 2:
                 raise ValueError(
-                    f"Node {node} of the {cell} cell has {len(entering)} inputs; in the hub's DARTS space each has two."
+                    f"Node {node} of the {cell} cell has {len(entering)} input; in the hub's DARTS space a node has two."
                 )
             for number, (operation, source) in enumerate(entering):
                 sample[f"{cell}/op_{node}_{number}"] = operation
