@@ -295,11 +295,13 @@ class _Fixer:
     def _unknown(self, module: BaseSuperNetModule, name: str) -> nn.Module:
         """A module of somebody's own: fixed as it says, and looked at for what it leaves behind."""
         marked = copy.deepcopy(module)
-        for tensor in [*marked.parameters(), *marked.buffers()]:
+        tensors = [*marked.parameters(), *marked.buffers()]
+        for tensor in tensors:
             if tensor.is_floating_point():
                 tensor.data.fill_(float("nan"))
         try:
-            fixed, marks = (part.freeze(self.sample) for part in (module, marked))
+            with torch.device("meta" if any(tensor.is_meta for tensor in tensors) else "cpu"):
+                fixed, marks = (part.freeze(self.sample) for part in (module, marked))
         except (NotImplementedError, RuntimeError) as error:
             raise TypeError(
                 f"The module {name} of type {type(module).__name__} cannot be fixed to a path: its freeze(sample) ends "

@@ -57,7 +57,7 @@ def genotype_to_hub(genotype: Genotype) -> dict[str, Any]:
             entering = [(operation, source) for target, operation, source in edges if target == node]
             if len(entering) != 2:
                 raise ValueError(
-                    f"Node {node} of the {cell} cell has {len(entering)} input; in the hub's DARTS space a node has two."
+                    f"Node {node} of the {cell} cell has {len(entering)} input; in the hub's DARTS space it has two."
                 )
             for number, (operation, source) in enumerate(entering):
                 sample[f"{cell}/op_{node}_{number}"] = operation
