@@ -51,7 +51,9 @@ class Space(Protocol[Candidate]):
     """All that the package needs of a space. Candidates are hashable; all randomness comes from ``rng``.
 
     The supernet has the methods of :class:`genas_plugins.scoring.paths.Supernet`. If its subnets have a method
-    ``inference``, they are rewritten for scoring (:class:`genas_plugins.scoring.inference.InferenceNetwork`).
+    ``inference``, they are rewritten for scoring (:class:`genas_plugins.scoring.inference.InferenceNetwork`). A space
+    may have a method ``costs(candidate, arguments, image_size)``, the parameters and multiply-adds of :meth:`network`
+    without building it, and a mapping ``trained``, the sizes of the network that is trained after a search.
 
     Attributes:
         candidate: Type of the architectures.

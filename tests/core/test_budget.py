@@ -218,6 +218,22 @@ def test_what_was_measured_is_not_measured_again_when_a_search_is_resumed(tmp_pa
         search(tmp_path / "history.jsonl", 3)
 
 
+def test_processes_that_share_a_search_take_the_first_ones_measurements():
+    class First:
+        """Two processes; the other one, the first, has measured 7 of whatever this one measured."""
+
+        def exchange(self, item: Any) -> list[Any]:
+            return [{("watts", "3"): 7.0} if isinstance(item, dict) else 7.0, item]
+
+    measured: list[int] = []
+    budget = Budget({}, (), {"watts": lambda width: measured.append(width) or 9.0}, None, ())
+    memory = {("watts", "5"): 1.0}
+    space = budget.space(SubnetPaths(WidthsSuperNet()), (3, 8, 8), shared=First(), memory=memory)
+    assert [space.costs(width)["watts"] for width in (3, 5, 5)] == [7.0, 7.0, 7.0]
+    # What the first knew is not measured, and what it did not know is measured by all at the same time.
+    assert measured == [5]
+
+
 def test_latency_grows_with_the_network_and_leaves_the_generator_alone():
     paths = SubnetPaths(NasBench201SuperNet(4, 1, 10))
     costs = Costs(paths, IMAGE, counted=Counted(init_channels=64, cells_per_stage=2, latency_batch=4))
