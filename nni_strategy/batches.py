@@ -85,6 +85,21 @@ class EvaluatorBatches:
         module = self._evaluator.datamodule
         return getattr(self._evaluator, f"{name}s") if module is None else getattr(module, name)()
 
+    def both(
+        self, recalibration: Batches | None, first: int, validation: Batches | None, last: int | None
+    ) -> tuple[Batches | None, Batches]:
+        """What candidates are recalibrated and scored on: what the user brings, or else what the loaders give.
+
+        Args:
+            recalibration: The user's batches.
+            first: Images of the training loader, where there are none; 0 for no recalibration.
+            validation: The user's batches.
+            last: Images of the validation loader, where there are none; ``None`` for all.
+        """
+        if recalibration is None and first:
+            recalibration = self.collect(True, first)
+        return recalibration, self.collect(False, last) if validation is None else validation
+
     def collect(
         self, training: bool, images: int | None, keep: Callable[[Tensor, Tensor], Any] = lambda *pair: pair
     ) -> list[Any]:

@@ -20,7 +20,7 @@ from genas_plugins.darts.genotype import Genotype
 from genas_plugins.datasets import load_search_data
 from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.nasbench201 import NasBench201Architecture
-from genas_plugins.scoring import CombinedScore, Measurement
+from genas_plugins.scoring import CombinedScore, Measurement, NeighbourhoodScore
 from nni_strategy.samples import SampleSpace
 from nni_strategy.space import space_around
 from nni_strategy.strategy import GeNAS
@@ -49,6 +49,8 @@ class CombinedEvaluator(Evaluator):
         seed: Seed of the noise, with a checkpoint. With a run folder, the run's.
         batch_size: Validation images a batch, with a checkpoint; ``None`` chooses by the device.
         device: To score on; ``None`` for CUDA where there is one.
+        neighbourhood: Settings of a :class:`genas_plugins.scoring.NeighbourhoodScore`, for instance ``{"aggregate":
+            "min"}``: neighbours are measured too, each once a process, and what is reported is put together.
         threads: PyTorch's threads on a CPU; see :meth:`genas_plugins.experiment.scorer.Scorer.on_data`.
         **settings: Other settings of :class:`genas_plugins.scoring.CombinedScore`. Where one is missing or ``None``,
             the run folder's is taken, or that class's default with a checkpoint.
@@ -73,6 +75,7 @@ class CombinedEvaluator(Evaluator):
         seed: int = 0,
         batch_size: int | None = None,
         device: str | None = None,
+        neighbourhood: Mapping[str, Any] | None = None,
         threads: int | None = None,
         **settings: Any,
     ) -> None:
@@ -81,7 +84,8 @@ class CombinedEvaluator(Evaluator):
         if "sigmas" in given:
             given["sigmas"] = tuple(given["sigmas"])
         self.settings = {"metric": metric, **given}
-        CombinedScore(**self.settings)
+        score = CombinedScore(**self.settings)
+        self._near = None if neighbourhood is None else NeighbourhoodScore(score, **neighbourhood)
         path = Path(supernet)
         if not path.exists():
             raise FileNotFoundError(f"There is no run folder or checkpoint {path}.")
@@ -123,18 +127,22 @@ class CombinedEvaluator(Evaluator):
         Raises:
             TypeError: The model does not tell its architecture.
         """
-        trained = self.trained
+        trained, score = self.trained, None
+        if self._near is not None:
+            # Over the settings of the run folder, where that has them.
+            score = dataclasses.replace(self._near, score=trained.score)
+        return trained.measure(self._candidate(model), score)
+
+    def _candidate(self, model: Any) -> Any:
+        space = self.trained.paths.search_space
         if isinstance(model, Genotype | NasBench201Architecture):
-            return trained.measure(model)
+            return model
         if isinstance(model, Mapping):
-            space = trained.paths.search_space
-            if isinstance(space, SampleSpace):
-                return trained.measure(space.from_json(dict(model)))
-            return trained.measure(space.from_sample(model))
+            return space.from_json(dict(model)) if isinstance(space, SampleSpace) else space.from_sample(model)
         network = getattr(model, "network", model)
         for own in (getattr(network, name, None) for name in ("genotype", "architecture")):
             if isinstance(own, Genotype | NasBench201Architecture):
-                return trained.measure(own)
+                return own
         raise TypeError(
             f"{type(model).__name__} does not tell its architecture; expected a Genotype, a network with a "
             "genotype, or an NNI sample."

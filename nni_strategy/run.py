@@ -91,10 +91,12 @@ def run_experiment(
         KeyboardInterrupt: The user interrupted; the folder can be resumed.
         SearchFailedError: No candidate had a finite score.
     """
-    if profile is not None and (experiment.search.racing is not None or (experiment.search.in_flight or 1) > 1):
+    search = experiment.search
+    if profile is not None and (search.racing or experiment.score.neighbourhood or (search.in_flight or 1) > 1):
         raise ValueError(
-            "A profile traces candidates one by one, as neither a race nor several in flight are measured: leave out "
-            "--profile, or set search.racing to null and search.in_flight to 1 or null."
+            "A profile traces candidates one by one, as neither a race nor several in flight nor neighbourhoods are "
+            "measured: leave out --profile, or set search.racing and score.neighbourhood to null and search.in_flight "
+            "to 1 or null."
         )
     folder = Path(folder)
     # Lightning starts the other processes of a distributed run as copies of this one.
@@ -131,7 +133,8 @@ def _run(
     device = evaluator.trainer.strategy.root_device
     check_float64((parameter.dtype for parameter in space.parameters()), device)
     space.to(device)
-    total = experiment.search.population * experiment.search.generations
+    search = experiment.search
+    total = search.population * search.generations if search.evaluations is None else search.evaluations
     listen = listener(shown, total, profiler, len(history.records))
     kind = _TrainingOnly if train_only else GeNAS
     strategy = _strategy(kind, experiment, data, device, history, listen, profile)
@@ -186,7 +189,7 @@ def _strategy(
         # One by one, and each as a search without a profile measures it.
         in_flight = InFlight(1, device, InFlight(in_flight, device).threads)
     return kind(
-        score=score.build(),
+        score=score.searched,
         recalibration=score.recalibration,
         recalibration_batches=recalibration,
         validation_batches=validation,

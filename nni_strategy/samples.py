@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from nni.mutable import MutableDict, MutableSymbol
+from nni.mutable import CategoricalMultiple, MutableDict, MutableSymbol
 from nni.nas.nn.pytorch import ModelSpace
 from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
 from nni.nas.oneshot.pytorch.supermodule.operation import MixedOperation
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from genas_plugins.neighbourhood import Parts
 from genas_plugins.scoring import CommonNoise, parameter_angle
 from genas_plugins.scoring.batchnorm import evaluation_mode, preserve_batchnorm
 from genas_plugins.scoring.losses import check_classes, read_images
@@ -63,6 +65,34 @@ class SampleSpace:
         """Take each label from either parent with equal chance."""
         parents = self.to_sample(first), self.to_sample(second)
         return self._valid(lambda state: {label: parents[state.randint(2)][label] for label in self._mutables}, rng)
+
+    def parts(self, candidate: str, inputs: bool = False) -> Parts[str]:
+        """The labels and their values (:mod:`genas_plugins.neighbourhood`); all count alike.
+
+        Raises:
+            ValueError: A label has no list of values.
+        """
+        sample = self.to_sample(candidate)
+        states = []
+        for label, mutable in self._mutables.items():
+            if not hasattr(mutable, "values"):
+                raise ValueError(f"{label} has no list of values, so that it has no neighbours: {mutable!r}.")
+            values = list(mutable.values)
+            if isinstance(mutable, CategoricalMultiple):
+                counts = range(1, len(values) + 1) if mutable.n_chosen is None else [mutable.n_chosen]
+                values = [list(chosen) for count in counts for chosen in itertools.combinations(values, count)]
+            states.append(((sample[label],), [value for value in values if value != sample[label]]))
+
+        def combine(chosen: Sequence[Any]) -> str | None:
+            found = dict(zip(self._mutables, chosen, strict=True))
+            return json.dumps(found, sort_keys=True) if self._all.check_contains(found) is None else None
+
+        return Parts(states, combine, complete=len(self._all) == len(self._mutables))
+
+    def distance(self, first: str, second: str) -> int:
+        """Number of labels whose values differ."""
+        one, other = json.loads(first), json.loads(second)
+        return sum(one[label] != other[label] for label in self._mutables)
 
     def to_json(self, candidate: str) -> dict[str, Any]:
         """The sample as plain data."""

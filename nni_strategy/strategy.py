@@ -14,15 +14,14 @@ from nni.nas.space import ExecutableModelSpace
 from torch import Tensor
 
 from genas_plugins._keywords import keywords_of
-from genas_plugins.checks import MOST_IMAGES, check_count, check_device
 from genas_plugins.devices import check_float64
 from genas_plugins.experiment.costs import COSTS_FILE, Budget, Counted
+from genas_plugins.experiment.neighbours import NEIGHBOURS_FILE
 from genas_plugins.experiment.parts import BatchParts, check_loss
-from genas_plugins.experiment.preflight import Preflight
-from genas_plugins.experiment.racing import check_race
+from genas_plugins.experiment.preflight import Preflight, check_images, check_measuring
 from genas_plugins.experiment.resuming import check_scores
 from genas_plugins.experiment.scorer import Scorer
-from genas_plugins.scoring import CombinedScore, Recalibration
+from genas_plugins.scoring import CombinedScore, NeighbourhoodScore, Recalibration
 from genas_plugins.scoring.data import Batches
 from genas_plugins.scoring.losses import Loss, loss_of_image
 from genas_plugins.search import Evolution, History, InFlight, Record, SharedSearch, run_search
@@ -59,7 +58,8 @@ class GeNAS(UniformPaths):
 
     Args:
         score: What is measured: a :class:`genas_plugins.scoring.CombinedScore`, or its settings as keywords
-            (``metric``, ``sigmas``, ``alpha``, ``gamma``, ``noise``, ``recalibration_momentum`` and so on).
+            (``metric``, ``sigmas``, ``alpha``, ``gamma``, ``noise``, ``recalibration_momentum`` and so on); or a
+            :class:`genas_plugins.scoring.NeighbourhoodScore`, with which neighbours are measured too.
         recalibration: Number of training images and momentum, in place of ``recalibration_images`` and
             ``recalibration_momentum``; the batches are those of the loader.
         recalibration_images: Training images for the statistics of batch normalisation; 0 keeps the
@@ -110,7 +110,7 @@ class GeNAS(UniformPaths):
     def __init__(
         self,
         *,
-        score: CombinedScore | None = None,
+        score: CombinedScore | NeighbourhoodScore | None = None,
         recalibration: Recalibration | None = None,
         recalibration_images: int | None = None,
         validation_images: int | None = None,
@@ -135,18 +135,18 @@ class GeNAS(UniformPaths):
         scoring = {name: settings.pop(name) for name in _SCORING if name in settings}
         if score is not None and scoring:
             raise TypeError(f"score has its own {', '.join(scoring)}: pass one or the other.")
-        self.score = score or CombinedScore(**scoring)
+        self.neighbourhood = score if isinstance(score, NeighbourhoodScore) else None
+        self.score = (score.score if isinstance(score, NeighbourhoodScore) else score) or CombinedScore(**scoring)
         if recalibration is not None:
             recalibration_images = recalibration.images
             self.score = dataclasses.replace(self.score, recalibration_momentum=recalibration.momentum)
         self._may_be_fewer = recalibration_images is None
         recalibration_images = Recalibration.images if recalibration_images is None else recalibration_images
-        check_count("recalibration_images", recalibration_images, 0, MOST_IMAGES)
-        if validation_images is not None and check_count("validation_images", validation_images, 0, MOST_IMAGES) == 0:
-            raise ValueError("validation_images must be at least 1, or None for all, got 0.")
-        _check(device, racing, in_flight, self.score)
-        self.racing = racing
-        self.in_flight = in_flight
+        if self.neighbourhood is not None:
+            self.neighbourhood = dataclasses.replace(self.neighbourhood, score=self.score)
+        check_images(recalibration_images, validation_images)
+        check_measuring(device, racing, in_flight, self.neighbourhood or self.score)
+        self.racing, self.in_flight = racing, in_flight
         self.recalibration_images = recalibration_images
         self.validation_images = validation_images
         self.seed = seed
@@ -156,14 +156,14 @@ class GeNAS(UniformPaths):
         self.on_record = on_record
         self.device = device
         self.records: list[Record] = []
-        self._recalibration_batches = recalibration_batches
-        self._validation_batches = validation_batches
+        self._recalibration_batches, self._validation_batches = recalibration_batches, validation_batches
         self.batch_parts = batch_parts
         self.loss = loss_of_image(loss)
         self.scorer: Scorer | None = None
         self.search_log: SearchLog | None = None
         self._paths: SupernetPaths | None = None
         self._measured: dict[tuple[str, str], float] = {}
+        self._alone: dict[str, dict[str, Any]] = {}
         self.budget = Budget(constraints, objectives, costs, counted, self.score.metrics)
         # The experiment's space takes the place of its; wrong settings are refused before it starts.
         self._evolution = evolution_for(self.budget.objectives, racing, seed=seed, **settings)
@@ -242,7 +242,12 @@ class GeNAS(UniformPaths):
         device = torch.device(self.device or evaluator.trainer.strategy.root_device)
         try:
             supernet.to(device)
-            recalibration, validation = self._batches(evaluator, device)
+            recalibration, validation = self._source(evaluator, device).both(
+                self._recalibration_batches,
+                self.recalibration_images,
+                self._validation_batches,
+                self.validation_images,
+            )
             scorer = self.scorer = Scorer(
                 self.paths,
                 self.score,
@@ -265,7 +270,7 @@ class GeNAS(UniformPaths):
                 scorer.measure,
                 history=self.history,
                 on_record=self._remember,
-                race=None if self.racing is None else scorer.race(self.racing, self._evolution.parents),
+                race=self._together(scorer),
                 shared=shared,
                 in_flight=scorer.in_flight,
                 on_generation=lambda records: log.generation(records, self._best_score),
@@ -276,10 +281,20 @@ class GeNAS(UniformPaths):
             supernet.to(home)
 
     def _costed(self, device: torch.device, image: Tensor, shared: SharedSearch | None) -> Any:
-        file = None if self.history is None else self.history.path.with_name(COSTS_FILE)
-        read_only = self.history is not None and self.history.read_only
-        kept = {"memory": self._measured, "file": file, "read_only": read_only}
+        kept = {"memory": self._measured, "lines": self.history and self.history.beside(COSTS_FILE)}
         return self.budget.space(self.paths, image.shape, device=self.device or device, shared=shared, **kept)
+
+    def _together(self, scorer: Scorer) -> Any:
+        if self.racing is not None:
+            return scorer.race(self.racing, self._evolution.parents)
+        if self.neighbourhood is None:
+            return None
+        lines = self.history and self.history.beside(NEIGHBOURS_FILE)
+        told = self.records if self.history is None else self.history.records
+        before = [self.paths.search_space.from_json(record.candidate) for record in told]
+        found = scorer.neighbours(self.neighbourhood, lines=lines, memory=self._alone, before=before)
+        self._evolution.cost = found.cost
+        return found
 
     @property
     def _best_score(self) -> float | None:
@@ -323,6 +338,7 @@ class GeNAS(UniformPaths):
             "evolution": self._evolution.state_dict(),
             "records": [record.to_dict() for record in self.records],
             "measured": [[*key, value] for key, value in self._measured.items()],
+            "alone": dict(self._alone),
         }
         if self._paths is not None and "angle" in self.score.metrics:
             state["initial"] = self._paths.initial
@@ -334,6 +350,7 @@ class GeNAS(UniformPaths):
         self._evolution.load_state_dict(state_dict["evolution"])
         self.records = [Record.of(record) for record in state_dict["records"]]
         self._measured.update({(name, plain): value for name, plain, value in state_dict.get("measured", ())})
+        self._alone.update(state_dict.get("alone", {}))
         if "initial" in state_dict:
             self.load_initial_weights(state_dict["initial"])
 
@@ -362,22 +379,3 @@ class GeNAS(UniformPaths):
 
     def _source(self, evaluator: Lightning, device: torch.device) -> EvaluatorBatches:
         return EvaluatorBatches(evaluator, device, self.batch_parts, self.seed, may_be_fewer=self._may_be_fewer)
-
-    def _batches(self, evaluator: Lightning, device: torch.device) -> tuple[Batches | None, Batches]:
-        recalibration, validation = self._recalibration_batches, self._validation_batches
-        source = self._source(evaluator, device)
-        if recalibration is None and self.recalibration_images:
-            recalibration = source.collect(True, self.recalibration_images)
-        if validation is None:
-            validation = source.collect(False, self.validation_images)
-        return recalibration, validation
-
-
-def _check(device: Any, racing: float | None, in_flight: int | InFlight | None, score: CombinedScore) -> None:
-    if device is not None:
-        check_device(device)
-    if racing is not None:
-        check_race(racing, score)
-    if in_flight is not None and not isinstance(in_flight, InFlight):
-        # Refuses what is no number of candidates; the device is known when the search begins.
-        InFlight(in_flight)

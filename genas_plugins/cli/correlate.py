@@ -14,6 +14,7 @@ from genas_plugins._plugins import load
 from genas_plugins.checks import check_device
 from genas_plugins.cli import subcommands
 from genas_plugins.cli.shared import add_machine, table, told_how_to_go_on
+from genas_plugins.correlation import with_neighbours
 from genas_plugins.correlation.report import remarks, table_of, write_report
 from genas_plugins.correlation.run import check_folder, choose, measure_all
 from genas_plugins.correlation.settings import Images, check_options, check_sums, load_settings
@@ -87,9 +88,10 @@ def run(options: argparse.Namespace) -> int:
         if search is None:
             batches = scorer.recalibration
             check(available=Images.of(scorer.data, None if batches is None else batches.batch_size))
+        rows_of = set(map(str, architectures))
         raws = measure_all(
             scorer,
-            architectures,
+            with_neighbours(architectures, settings, scorer.seed),
             settings,
             folder,
             images=options.images,
@@ -101,7 +103,14 @@ def run(options: argparse.Namespace) -> int:
         if len(raws) < 3:
             raise ValueError(f"{len(raws)} architectures are measured, a correlation takes 3: go on with --resume.")
         rows, left_out = write_report(
-            folder, raws, settings, truth, sums=sums, seed=options.seed, resamples=options.resamples
+            folder,
+            raws,
+            settings,
+            truth,
+            rows_of=rows_of,
+            sums=sums,
+            seed=options.seed,
+            resamples=options.resamples,
         )
     print("\n".join(table(table_of(rows))), *remarks(rows, left_out), sep="\n")
     print(f"correlations.csv, scores.csv, taus.csv and scatter.png are in {folder}.")

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
 
 from genas_plugins.cli.shared import add_machine, table
 from genas_plugins.experiment.scorer import Scorer
+from genas_plugins.scoring import CombinedScore, NeighbourhoodScore
+from genas_plugins.scoring.neighbourhood import AGGREGATES
 
 __all__ = ["add", "run"]
 
@@ -23,6 +28,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--metric", help="another metric than the run's")
     parser.add_argument("--sigmas", nargs="+", type=float, metavar="SIGMA", help="other sigmas than the run's")
+    parser.add_argument(
+        "--neighbours",
+        nargs="?",
+        const=0,
+        type=int,
+        metavar="N",
+        help="also the scores of its neighbours, or of a sample of N of them",
+    )
     add_machine(parser)
 
 
@@ -46,4 +59,23 @@ def run(options: argparse.Namespace) -> int:
     if accuracy is not None:
         rows.append(("test top-1", f"{accuracy.top1:.2%}"))
     print("\n".join(table(rows)))
+    if options.neighbours is not None:
+        print("\n".join(_neighbours(scorer, candidate, score, options.neighbours)))
     return 0
+
+
+def _neighbours(scorer: Scorer, candidate: Any, score: CombinedScore, size: int) -> Iterator[str]:
+    """The scores of the neighbourhood, put together in each way and one by one."""
+    if size < 0:
+        raise ValueError(f"--neighbours must not be negative, got {size}.")
+    near = scorer.neighbours(NeighbourhoodScore(score, size=size or None))
+    near.measure(candidate)
+    (_, own), *others = near.scores(candidate)
+    finite = [own, *(value for _, value in others if value is not None)]
+    better = sum(value > own for value in finite)
+    yield f"\n{len(others)} neighbours, {len(others) + 1 - len(finite)} without a score, {better} better:\n"
+    rows = [(f"{name} with its own", f"{NeighbourhoodScore(score, name).of(finite):.6g}") for name in AGGREGATES]
+    yield from table(rows)
+    yield ""
+    others.sort(key=lambda pair: -math.inf if pair[1] is None else pair[1], reverse=True)
+    yield from table([("-" if value is None else f"{value:.6g}", str(other)) for other, value in others])

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from genas_plugins.devices import in_float64
+from genas_plugins.nasbench201 import NasBench201Architecture, NasBench201SearchSpace
+from genas_plugins.neighbourhood import Neighbourhood
 from genas_plugins.scoring import (
     Accuracy,
     CombinedScore,
     Flatness,
     MeasurementError,
+    NeighbourhoodScore,
     Perturbation,
     flatness_from_losses,
 )
@@ -30,8 +33,9 @@ from genas_plugins.scoring.flatness import perturbed_losses
 from genas_plugins.scoring.inference import InferenceNetwork
 from genas_plugins.scoring.losses import check_summed, image_loss, read_images
 from genas_plugins.scoring.noise import CommonNoise
+from genas_plugins.search import candidate_seed
 
-__all__ = ["Setting", "columns", "evaluate", "measure_raw", "slope_shares"]
+__all__ = ["Setting", "columns", "evaluate", "measure_raw", "slope_shares", "with_neighbours"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,7 @@ class Setting:
         images: Only the first so many validation images; ``None`` for all.
         recalibration_images: The first so many images for the statistics of batch normalisation; ``None`` for those
             of the run.
+        neighbourhood: How the scores of an architecture and of its neighbours are put together; ``None`` for its own.
 
     Raises:
         ValueError: A number of images is below 1.
@@ -53,6 +58,7 @@ class Setting:
     score: CombinedScore
     images: int | None = None
     recalibration_images: int | None = None
+    neighbourhood: NeighbourhoodScore | None = None
 
     def __post_init__(self) -> None:
         for name in ("images", "recalibration_images"):
@@ -194,7 +200,7 @@ def columns(settings: Sequence[Setting], raws: Sequence[Mapping[str, Any]]) -> d
         settings: The columns.
         raws: What :func:`measure_raw` gave for each architecture.
     """
-    table = {setting.name: [evaluate(setting, raw) for raw in raws] for setting in settings}
+    table = {setting.name: _column(setting, raws) for setting in settings}
     for setting in settings:
         statistics = _Statistics.of(setting)
         suffix = statistics.suffix
@@ -207,6 +213,51 @@ def columns(settings: Sequence[Setting], raws: Sequence[Mapping[str, Any]]) -> d
             table.setdefault(f"-slope: {name}", [math.nan if flat is None else -flat.slope for flat in flats])
             table.setdefault(f"-depth: {name}", [math.nan if flat is None else -flat.depth for flat in flats])
     return table
+
+
+def with_neighbours(
+    architectures: Sequence[NasBench201Architecture], settings: Sequence[Setting], seed: int
+) -> list[NasBench201Architecture]:
+    """Architectures with all neighbours that columns need, each once, behind the first that needs it.
+
+    Args:
+        architectures: Those that are to have a row.
+        settings: The columns.
+        seed: Seed of the samples of neighbours.
+    """
+    wanted: dict[NasBench201Architecture, None] = {}
+    for architecture in architectures:
+        wanted[architecture] = None
+        for setting in settings:
+            wanted |= dict.fromkeys(_around(setting, architecture, seed))
+    return list(wanted)
+
+
+def _around(setting: Setting, architecture: NasBench201Architecture, seed: int) -> list[NasBench201Architecture]:
+    if setting.neighbourhood is None:
+        return []
+    near = Neighbourhood(NasBench201SearchSpace(), architecture, setting.neighbourhood.distance)
+    if setting.neighbourhood.size is None:
+        return list(near)
+    return near.sample(setting.neighbourhood.size, candidate_seed(seed, str(architecture)))
+
+
+def _column(setting: Setting, raws: Sequence[Mapping[str, Any]]) -> list[float]:
+    """A column of all architectures; NaN where the score of one, or of all its neighbourhood, is not known."""
+    own = [evaluate(setting, raw) for raw in raws]
+    if setting.neighbourhood is None:
+        return own
+    score, known = setting.neighbourhood, {}
+    for raw, value in zip(raws, own, strict=True):
+        known[raw["architecture"]] = value
+    column = []
+    for raw, value in zip(raws, own, strict=True):
+        near = _around(setting, NasBench201Architecture.from_string(raw["architecture"]), raw.get("seed", 0))
+        scores = [known.get(str(other), math.nan) for other in near] if math.isfinite(value) else []
+        scores = [value] * score.include_self + [other for other in scores if math.isfinite(other)]
+        complete = all(str(other) in known for other in near)
+        column.append(score.of(scores) if complete and scores and math.isfinite(value) else math.nan)
+    return column
 
 
 def slope_shares(setting: Setting, raws: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,7 @@ def write_report(
     settings: Sequence[Setting],
     truth: Mapping[str, float],
     *,
+    rows_of: Collection[str] | None = None,
     sums: Sequence[RankSum] = (),
     seed: int = 0,
     resamples: int = 1000,
@@ -119,6 +120,7 @@ def write_report(
         raws: Measurements of :func:`genas_plugins.correlation.run.measure_all`, one for each architecture.
         settings: Settings of the measured columns.
         truth: Test accuracy in percent by architecture.
+        rows_of: Architectures that are compared; ``None`` for all that are measured, which may be neighbours alone.
         sums: Further columns, computed from the others.
         seed: Seed of the bootstrap.
         resamples: Number of bootstrap resamples; 200 suffice for all 15,625 architectures.
@@ -127,7 +129,8 @@ def write_report(
         The table, highest tau first, and how many architectures were left out.
     """
     folder = Path(folder)
-    kept, table = score_table(raws, settings, sums)
+    kept, table = score_table(raws, settings, sums, rows_of)
+    compared = [raw for raw in raws if rows_of is None or raw["architecture"] in rows_of]
     accuracies = lookup(truth, kept)
     having = set(kept)
     scored = [raw for raw in raws if raw["architecture"] in having]
@@ -159,11 +162,14 @@ def write_report(
     shown = {row.name: table[row.name] for row in rows}
     taus = {row.name: row.ranking.tau.value for row in rows}
     plot_scatter(shown, accuracies, folder / "scatter.png", taus)
-    return rows, len(raws) - len(kept)
+    return rows, len(compared) - len(kept)
 
 
 def score_table(
-    raws: Sequence[Mapping[str, Any]], settings: Sequence[Setting], sums: Sequence[RankSum] = ()
+    raws: Sequence[Mapping[str, Any]],
+    settings: Sequence[Setting],
+    sums: Sequence[RankSum] = (),
+    rows_of: Collection[str] | None = None,
 ) -> tuple[list[str], dict[str, list[float]]]:
     """The columns of all scores, for the architectures whose scores are all defined.
 
@@ -173,13 +179,17 @@ def score_table(
         raws: Measurements of :func:`genas_plugins.correlation.run.measure_all`, one for each architecture.
         settings: Settings of the measured columns.
         sums: Further columns, computed from the others.
+        rows_of: See :func:`write_report`.
 
     Returns:
         The architectures, and the columns by name in the same order.
     """
     names = [raw["architecture"] for raw in raws]
     table = {**references(names), **_training_free_columns(raws), **columns(settings, raws)}
-    defined = [all(math.isfinite(column[i]) for column in table.values()) for i in range(len(names))]
+    wanted = set(names) if rows_of is None else set(rows_of)
+    defined = [
+        name in wanted and all(math.isfinite(column[i]) for column in table.values()) for i, name in enumerate(names)
+    ]
     kept = [name for name, fine in zip(names, defined, strict=True) if fine]
     table = {name: [v for v, fine in zip(column, defined, strict=True) if fine] for name, column in table.items()}
     for one in sums:

@@ -166,7 +166,9 @@ def _measure_all(
             )
             if training_free:
                 raw["training_free"] = _training_free(architecture, model, scorer)
-        return {"architecture": str(architecture), **raw}
+        # Of the samples of neighbours.
+        seed = {"seed": scorer.seed} if any(setting.neighbourhood for setting in settings) else {}
+        return {"architecture": str(architecture), **seed, **raw}
 
     for record in scorer.in_flight.map(measured, architectures[done:]):
         if record is None:
@@ -291,4 +293,6 @@ def _plain(setting: Setting) -> dict[str, Any]:
     score = {item.name: getattr(setting.score, item.name) for item in fields(setting.score)}
     counts = {name: getattr(setting, name) for name in ("images", "recalibration_images")}
     counts = {name: count for name, count in counts.items() if count is not None}
+    if (near := setting.neighbourhood) is not None:
+        counts["neighbourhood"] = {item.name: getattr(near, item.name) for item in fields(near) if item.name != "score"}
     return {"name": setting.name, **score, "sigmas": list(setting.score.sigmas), **counts}

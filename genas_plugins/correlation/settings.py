@@ -46,7 +46,8 @@ def load_settings(*names_or_paths: str | Path) -> tuple[list[Setting], list[Rank
     """Read settings from YAML files: lists, each item with a ``name`` and the fields of ``CombinedScore``.
 
     One with ``rank_sum``, a list of columns, adds their ranks instead, and one with ``log_rank_sum`` their logarithms.
-    ``images`` and ``recalibration_images`` are those of :class:`genas_plugins.correlation.Setting`. What several files
+    ``images``, ``recalibration_images`` and ``neighbourhood`` are those of
+    :class:`genas_plugins.correlation.Setting`. What several files
     say alike is measured once.
 
     Raises:
@@ -96,6 +97,7 @@ class Column(config.Measured):
     name: str
     images: ImageCount | None = None
     recalibration_images: ImageCount | None = None
+    neighbourhood: config.Neighbourhood | None = None
 
 
 @settings(config.ConfigError)
@@ -132,7 +134,11 @@ def _setting(data: Any, where: str) -> Setting | RankSum:
     except config.ConfigError as error:
         raise config.ConfigError(f"{where}: {error}") from error
     return Setting(
-        name=found.name, score=found.build(), images=found.images, recalibration_images=found.recalibration_images
+        name=found.name,
+        score=found.build(),
+        images=found.images,
+        recalibration_images=found.recalibration_images,
+        neighbourhood=None if found.neighbourhood is None else found.neighbourhood.build(found.build()),
     )
 
 

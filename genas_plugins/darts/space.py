@@ -6,7 +6,9 @@ second one, and histories and samples of a search have none of them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from math import comb
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genas_plugins.darts.genotype import EDGES_PER_CELL, NODES, OPERATIONS, Genotype, cell_edges, node_edges
+from genas_plugins.neighbourhood import Neighbourhood, Parts
 
 if TYPE_CHECKING:
     from genas_plugins.counting import Size
@@ -110,15 +113,34 @@ class DartsSearchSpace:
 
     def neighbours(self, genotype: Genotype) -> Iterator[Genotype]:
         """Every genotype that differs in one edge: by its operation, or by its input with the operation kept."""
-        code = genotype.code
-        for edges in _all_node_edges():
-            for edge in (edge for edge in edges if code[edge]):
-                for operation in range(1, len(OPERATIONS)):
-                    if operation != code[edge]:
-                        yield _replaced(code, {edge: operation})
-                for other in edges:
-                    if not code[other]:
-                        yield _replaced(code, {edge: 0, other: code[edge]})
+        return iter(Neighbourhood(self, genotype, inputs=True))
+
+    def parts(self, genotype: Genotype, inputs: bool = False) -> Parts[Genotype]:
+        """The edges and their operations, or the nodes with inputs and operations where inputs can be moved.
+
+        One edit replaces an operation, or moves an edge to another input and keeps its operation.
+        """
+        nodes = _node_states(genotype)
+        if inputs:
+            return Parts([_near(node, edges) for node, edges in nodes], _joined)
+        edges = [edge for _, node in nodes for edge in node]
+        states = [((own,), [(own[0], n) for n in range(1, _REAL + 1) if n != own[1]]) for own in edges]
+        counts = [len(node) for _, node in nodes]
+
+        def combine(chosen: Sequence[Any]) -> Genotype:
+            rest = iter(chosen)
+            return _joined([tuple(itertools.islice(rest, count)) for count in counts])
+
+        return Parts(states, combine)
+
+    def distance(self, first: Genotype, second: Genotype) -> int:
+        """How many edits lie between two genotypes: operations replaced, and edges moved to another input.
+
+        Raises:
+            ValueError: A node has one input in one of them and two in the other.
+        """
+        pairs = zip(_node_states(first), _node_states(second), strict=True)
+        return sum(_edits(one, other) for (_, one), (_, other) in pairs)
 
     def to_json(self, genotype: Genotype) -> list[int]:
         """The code, for a history or a state."""
@@ -195,6 +217,48 @@ class DartsSearchSpace:
         return darts_costs(*sizes, image_size)(genotype)
 
 
+Edges = tuple[tuple[int, int], ...]
+"""The edges into a node as inputs and numbers of operations, by input."""
+
+
+def _node_states(genotype: Genotype) -> list[tuple[int, Edges]]:
+    """Each node with its edges, of the normal and then of the reduction cell."""
+    code, states = genotype.code, []
+    for first in (0, EDGES_PER_CELL):
+        for node in NODES:
+            edges = [first + edge for edge in node_edges(node)]
+            states.append((node, tuple((source, code[edge]) for source, edge in enumerate(edges) if code[edge])))
+    return states
+
+
+def _joined(states: Sequence[Edges]) -> Genotype:
+    code = [0] * (2 * EDGES_PER_CELL)
+    for number, state in enumerate(states):
+        cell, node = divmod(number, len(NODES))
+        for source, operation in state:
+            code[cell * EDGES_PER_CELL + node_edges(NODES[node])[source]] = operation
+    return Genotype.from_code(code)
+
+
+def _edits(one: Edges, other: Edges) -> int:
+    if len(one) != len(other):
+        raise ValueError("No edits lead from a node with one input to one with two: compare genotypes that agree.")
+    # Two inputs are never exchanged: replacing both operations takes no more edits.
+    ways = itertools.permutations(other)
+    return min(sum((a != c) + (b != d) for (a, b), (c, d) in zip(one, way, strict=True)) for way in ways)
+
+
+@lru_cache(maxsize=4096)
+def _near(node: int, own: Edges) -> list[list[Edges]]:
+    """All that a node can be, by the number of edits from ``own``."""
+    states: list[list[Edges]] = [[] for _ in range(2 * len(own) + 1)]
+    for sources in itertools.combinations(range(node), len(own)):
+        for operations in itertools.product(range(1, _REAL + 1), repeat=len(own)):
+            state = tuple(zip(sources, operations, strict=True))
+            states[_edits(own, state)].append(state)
+    return states
+
+
 def _all_node_edges() -> Iterator[list[int]]:
     for first in (0, EDGES_PER_CELL):
         for node in NODES:
@@ -210,7 +274,3 @@ def _checked(genotype: Genotype) -> Genotype:
                     "have two: such a genotype can be scored (genas score), but is none of a search."
                 )
     return genotype
-
-
-def _replaced(code: Sequence[int], changes: dict[int, int]) -> Genotype:
-    return Genotype.from_code([changes.get(edge, operation) for edge, operation in enumerate(code)])

@@ -17,8 +17,10 @@ from genas_plugins._settings import Dotless, ImageCount, Listed, Real, Reals, ch
 from genas_plugins.checks import MOST, MOST_IMAGES, MOST_SEED
 from genas_plugins.darts.network import MAX_CELLS, MAX_CHANNELS, MAX_CLASSES
 from genas_plugins.experiment.costs import COSTS, Counted
+from genas_plugins.experiment.neighbours import NO_RACE
 from genas_plugins.files import packaged_configs
-from genas_plugins.scoring import METRICS, CombinedScore, Recalibration
+from genas_plugins.scoring import METRICS, CombinedScore, NeighbourhoodScore, Recalibration
+from genas_plugins.scoring.neighbourhood import AGGREGATES
 from genas_plugins.search import InFlight
 from genas_plugins.search.budget import Limits, amount
 from genas_plugins.search.pareto import check_objectives, evolution_for
@@ -141,15 +143,44 @@ class Measured(CombinedScore):
 
 
 @settings(ConfigError)
+class Neighbourhood:
+    """How the scores of an architecture and of its neighbours are put together.
+
+    See :class:`genas_plugins.scoring.NeighbourhoodScore`.
+    """
+
+    aggregate: Literal[AGGREGATES] = "mean"
+    distance: Annotated[int, Field(ge=1, le=64)] = 1
+    size: Annotated[int, Field(ge=0, le=10**6)] | None = None
+    include_self: bool = True
+    inputs: bool = False
+
+    def __post_init__(self) -> None:
+        self.build(CombinedScore())
+
+    def build(self, score: CombinedScore) -> NeighbourhoodScore:
+        """The settings as the score of a neighbourhood over one of single architectures."""
+        return NeighbourhoodScore(score, **dataclasses.asdict(self))
+
+
+@settings(ConfigError)
 class Score(Measured):
     """The metric; see :class:`genas_plugins.scoring.CombinedScore`.
 
-    ``recalibration_images`` of ``null`` are 850, or all of the train half if it has fewer.
+    ``recalibration_images`` of ``null`` are 850, or all of the train half if it has fewer. With a ``neighbourhood``, an
+    architecture's score is put together from its own and those of its neighbours.
     """
 
+    neighbourhood: Neighbourhood | None = None
     recalibration_images: Annotated[int, Field(ge=0, le=MOST_IMAGES)] | None = None
     recalibration_batch_size: Annotated[int, Field(ge=2, le=MOST)] = 64
     batch_size: _Count | None = None
+
+    @property
+    def searched(self) -> CombinedScore | NeighbourhoodScore:
+        """What a search goes by."""
+        score = self.build()
+        return score if self.neighbourhood is None else self.neighbourhood.build(score)
 
     @property
     def recalibration(self) -> Recalibration:
@@ -216,7 +247,8 @@ class Search:
     and as many as the population where there are objectives. ``constraints``, and objectives such as ``macs``, are
     those of the network that ``counted`` says.
 
-    ``mutants`` and ``crossovers`` of ``null`` are half of the population each, the paper's 25 of 50. ``racing`` is a
+    ``mutants`` and ``crossovers`` of ``null`` are half of the population each, the paper's 25 of 50. ``evaluations``,
+    in place of ``generations``, are the measurements that the search may take, neighbours' included. ``racing`` is a
     confidence such as 0.999, with which candidates that cannot be parents are not measured on all images
     (:mod:`genas_plugins.search.racing`); ``null`` measures them on all. Each device measures ``in_flight`` candidates
     at a time; ``null`` is as many as PyTorch has threads on a CPU, with one thread each, and 1 on a GPU.
@@ -228,6 +260,7 @@ class Search:
     mutants: int | None = None
     crossovers: int | None = None
     mutation_probability: Real = 0.1
+    evaluations: _Count | None = None
     racing: Real | None = None
     in_flight: int | None = None
     constraints: Constraints = dataclasses.field(default_factory=Constraints)
@@ -238,7 +271,7 @@ class Search:
         InFlight(self.in_flight)
         if self.racing is not None:
             check_confidence(self.racing)
-        names = ("population", "generations", "parents", "mutants", "crossovers", "mutation_probability")
+        names = ("population", "generations", "parents", "mutants", "crossovers", "mutation_probability", "evaluations")
         built = evolution_for(self.objectives, self.racing, **{name: getattr(self, name) for name in names})
         # As numbers, which is what a run is stored and compared with.
         for name in ("parents", "mutants", "crossovers"):
@@ -260,6 +293,8 @@ class Experiment:
     def __post_init__(self) -> None:
         if self.search.objectives:
             check_objectives(self.search.objectives, self.score.metrics, COSTS)
+        if self.score.neighbourhood is not None and self.search.racing is not None:
+            raise ValueError(NO_RACE)
         space = find_space(self.space.name)
         self.search.counted.arguments(space, space.supernet_arguments(1, self.space), 32)
 

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -158,8 +157,7 @@ class Costs:
         own: Costs of the user's by name, functions of a candidate.
         device: Where latency is measured.
         memory: What was measured before, by name and the candidate as JSON; what is measured is added.
-        file: Where what is measured is kept for a search that is resumed; ``None`` keeps it in memory.
-        read_only: Leave the file alone: for all but one process of many.
+        lines: Where what is measured is kept for a search that is resumed; ``None`` keeps it in memory alone.
 
     Raises:
         ValueError: See :meth:`Counted.arguments`.
@@ -175,8 +173,7 @@ class Costs:
         own: Mapping[str, Callable[[Any], float]] | None = None,
         device: torch.device | str = "cpu",
         memory: dict[tuple[str, str], float] | None = None,
-        file: Path | None = None,
-        read_only: bool = False,
+        lines: JsonLines[dict[str, Any]] | None = None,
     ) -> None:
         self._paths = paths
         self._counted = counted or Counted()
@@ -189,11 +186,11 @@ class Costs:
         if hasattr(space, "network"):
             self._arguments, self._size = self._counted.arguments(space, paths.arguments, self._size)
         self._counts: dict[Any, tuple[int, int]] = {}
-        self._file = None if file is None else JsonLines[dict[str, Any]](file, read_only=read_only)
+        self._lines = lines
         self._measured = {} if memory is None else memory
-        for number, line in enumerate(self._file.records if self._file else ()):
+        for number, line in enumerate(() if lines is None else lines.records):
             if not {"cost", "candidate", "value"} <= line.keys() or not isinstance(line["value"], float):
-                raise self._file.error(number, "is not what a candidate was measured to cost")
+                raise lines.error(number, "is not what a candidate was measured to cost")
             self._measured[line["cost"], json.dumps(line["candidate"])] = line["value"]
         self._shared: SharedSearch | None = None
 
@@ -270,8 +267,8 @@ class Costs:
             if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
                 raise ValueError(f"The cost {name} of {shown(plain)} must be a finite number, got {shown(value)}.")
             self._measured[key] = float(value)
-            if self._file is not None:
-                self._file.append({"cost": name, "candidate": plain, "value": float(value)})
+            if self._lines is not None:
+                self._lines.append({"cost": name, "candidate": plain, "value": float(value)})
         return self._measured[key]
 
 

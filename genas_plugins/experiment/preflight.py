@@ -10,18 +10,55 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genas_plugins.experiment.racing import check_race_images
+from genas_plugins.checks import MOST_IMAGES, check_count, check_device
+from genas_plugins.experiment.neighbours import NO_RACE
+from genas_plugins.experiment.racing import check_race, check_race_images
 from genas_plugins.experiment.scorer import Scorer
-from genas_plugins.scoring import CombinedScore, MeasurementError, recalibrate_batchnorm
+from genas_plugins.scoring import CombinedScore, MeasurementError, NeighbourhoodScore, recalibrate_batchnorm
 from genas_plugins.scoring.batchnorm import evaluation_mode
 from genas_plugins.scoring.data import Batches, TensorBatches
 from genas_plugins.scoring.losses import IGNORED_LABELS, Loss, check_classes, labelled, read_images
 from genas_plugins.scoring.paths import Paths
+from genas_plugins.search import InFlight
 from genas_plugins.training.batches import smallest_batch
 
-__all__ = ["Preflight"]
+__all__ = ["Preflight", "check_images", "check_measuring"]
 
 _TRIED = 2
+
+
+def check_images(recalibration: int, validation: int | None) -> None:
+    """Raise if a search cannot be measured on so many images.
+
+    Raises:
+        TypeError: A number is not whole.
+        ValueError: It is out of its range.
+    """
+    check_count("recalibration_images", recalibration, 0, MOST_IMAGES)
+    if validation is not None and check_count("validation_images", validation, 0, MOST_IMAGES) == 0:
+        raise ValueError("validation_images must be at least 1, or None for all, got 0.")
+
+
+def check_measuring(
+    device: torch.device | str | None,
+    racing: float | None,
+    in_flight: int | InFlight | None,
+    score: CombinedScore | NeighbourhoodScore,
+) -> None:
+    """Raise if candidates cannot be measured so.
+
+    Raises:
+        ValueError: There is no such device, such candidates do not race, or ``in_flight`` is no number of them.
+    """
+    if device is not None:
+        check_device(device)
+    if racing is not None and isinstance(score, NeighbourhoodScore):
+        raise ValueError(NO_RACE)
+    if racing is not None:
+        check_race(racing, score)
+    if in_flight is not None and not isinstance(in_flight, InFlight):
+        # Refuses what is no number of candidates; the device is known when the search begins.
+        InFlight(in_flight)
 
 
 @dataclasses.dataclass

@@ -19,7 +19,7 @@ from genas_plugins.datasets import SearchData, check_identity, write_identity
 from genas_plugins.experiment import config
 from genas_plugins.files import write_text
 from genas_plugins.scoring import CombinedScore, Recalibration
-from genas_plugins.search import History, Record
+from genas_plugins.search import History, JsonLines
 
 __all__ = [
     "MAY_CHANGE",
@@ -138,13 +138,13 @@ def check_folder(folder: Path, experiment: config.Experiment, resume: bool) -> N
         raise config.ConfigError(f"{folder} is not an empty folder: choose another --output.")
 
 
-class RunHistory(History):
-    """The history of a run, whose candidates are all scored with the same weights.
+class RunLines(JsonLines[Any]):
+    """Lines of a run that were all measured with the same weights.
 
     Args:
         path: In the run's folder.
         weights: Names of the files there that hold the weights.
-        read_only: See :class:`~genas_plugins.search.History`.
+        read_only: See :class:`~genas_plugins.search.JsonLines`.
     """
 
     def __init__(self, path: Path, weights: Sequence[str], *, read_only: bool = False) -> None:
@@ -152,7 +152,7 @@ class RunHistory(History):
         self.weights = weights
         self._checked = read_only
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Mapping[str, Any]) -> None:
         """Add a record; the first that this process adds stores, or compares, the weights.
 
         Raises:
@@ -166,6 +166,14 @@ class RunHistory(History):
                 _write(folder, {**stored, "weights": found})
             self._checked = True
         super().append(record)
+
+
+class RunHistory(RunLines, History):
+    """The history of a run, see :class:`RunLines` and :class:`~genas_plugins.search.History`."""
+
+    def beside(self, name: str) -> RunLines:
+        """Lines of another kind, measured with the same weights."""
+        return RunLines(self.path.with_name(name), self.weights, read_only=self.read_only)
 
 
 def check_scores(history: History, score: CombinedScore) -> None:

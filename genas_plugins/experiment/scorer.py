@@ -12,9 +12,18 @@ from torch import Tensor, nn
 
 from genas_plugins.checks import check_count, check_device, check_seed
 from genas_plugins.datasets import ImageTensors, SearchData
+from genas_plugins.experiment.neighbours import Neighbours
 from genas_plugins.experiment.racing import race_of
 from genas_plugins.experiment.run_folder import TrainedRun
-from genas_plugins.scoring import Accuracy, CombinedScore, Measurement, Recalibration, accuracy, recalibrate_batchnorm
+from genas_plugins.scoring import (
+    Accuracy,
+    CombinedScore,
+    Measurement,
+    NeighbourhoodScore,
+    Recalibration,
+    accuracy,
+    recalibrate_batchnorm,
+)
 from genas_plugins.scoring.data import Batches, TensorBatches
 from genas_plugins.scoring.losses import Loss
 from genas_plugins.scoring.paths import Paths, SubnetPaths
@@ -104,6 +113,7 @@ class Scorer:
         self.loss = loss
         self.in_flight = in_flight or InFlight()
         self.data = data
+        self._neighbours: dict[NeighbourhoodScore, Neighbours] = {}
 
     @classmethod
     def on_data(
@@ -227,19 +237,38 @@ class Scorer:
                 },
             )
 
-    def measure(self, candidate: Any, score: CombinedScore | None = None) -> Measurement:
+    def measure(self, candidate: Any, score: CombinedScore | NeighbourhoodScore | None = None) -> Measurement:
         """Score one candidate.
 
         Args:
             candidate: Architecture of ``paths.search_space``.
-            score: What is measured; ``None`` for the scorer's.
+            score: What is measured; ``None`` for the scorer's. That of a neighbourhood measures the neighbours too,
+                each once.
 
         Raises:
             MeasurementError: A number is not finite.
         """
         score = score or self.score
+        if isinstance(score, NeighbourhoodScore):
+            if score not in self._neighbours:
+                self._neighbours[score] = self.neighbours(score)
+            return self._neighbours[score].measure(candidate)
         with torch_threads(self.in_flight.threads), self.open(candidate, score) as (model, sources):
             return score(model, self.validation, recalibration=self.recalibration, **sources)
+
+    def neighbours(self, score: NeighbourhoodScore, **kept: Any) -> Neighbours:
+        """What measures candidates with their neighbours.
+
+        Args:
+            score: How a neighbourhood's score is put together.
+            **kept: What is known already, see :class:`~genas_plugins.experiment.neighbours.Neighbours`.
+        """
+
+        def measure(candidate: Any) -> Measurement:
+            return self.measure(candidate, score.score)
+
+        space = self.paths.search_space
+        return Neighbours(space, score, measure, seed=self.seed, in_flight=self.in_flight, **kept)
 
     def race(self, confidence: float, keep: int) -> Race[Any]:
         """A race of candidates, which are measured on as many images as their place among the best asks for.

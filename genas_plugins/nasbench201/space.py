@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genas_plugins.nasbench201.architecture import EDGES, OPERATIONS, NasBench201Architecture
+from genas_plugins.neighbourhood import Neighbourhood, Parts
 
 if TYPE_CHECKING:
     from genas_plugins.counting import Size
@@ -78,11 +79,16 @@ class NasBench201SearchSpace:
 
     def neighbours(self, architecture: NasBench201Architecture) -> Iterator[NasBench201Architecture]:
         """The 24 architectures that differ in the operation of one edge."""
-        operations = architecture.operations
-        for edge, present in enumerate(operations):
-            for operation in OPERATIONS:
-                if operation != present:
-                    yield NasBench201Architecture((*operations[:edge], operation, *operations[edge + 1 :]))
+        return iter(Neighbourhood(self, architecture))
+
+    def parts(self, architecture: NasBench201Architecture, inputs: bool = False) -> Parts[NasBench201Architecture]:
+        """The six edges and their operations (:mod:`genas_plugins.neighbourhood`); no input can be moved."""
+        states = [((own,), [other for other in OPERATIONS if other != own]) for own in architecture.operations]
+        return Parts(states, lambda chosen: NasBench201Architecture(tuple(chosen)))
+
+    def distance(self, first: NasBench201Architecture, second: NasBench201Architecture) -> int:
+        """Number of edges whose operations differ."""
+        return sum(a != b for a, b in zip(first.operations, second.operations, strict=True))
 
     def to_json(self, architecture: NasBench201Architecture) -> str:
         """The benchmark's string, for a history or a state."""

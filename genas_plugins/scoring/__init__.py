@@ -7,6 +7,7 @@ from genas_plugins.scoring.combined import METRICS, CombinedScore, Measurement
 from genas_plugins.scoring.errors import MeasurementError
 from genas_plugins.scoring.flatness import Flatness, flatness, flatness_from_losses, mean_loss
 from genas_plugins.scoring.hessian import Eigenpairs, top_eigenvectors
+from genas_plugins.scoring.neighbourhood import NeighbourhoodScore
 from genas_plugins.scoring.noise import CommonNoise
 from genas_plugins.scoring.perturbation import Perturbation, Recalibration
 
@@ -19,6 +20,7 @@ __all__ = [
     "Flatness",
     "Measurement",
     "MeasurementError",
+    "NeighbourhoodScore",
     "Perturbation",
     "Recalibration",
     "accuracy",

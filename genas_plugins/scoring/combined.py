@@ -44,6 +44,8 @@ class Measurement:
         flatness: Eq. 4, where the metric contains it.
         angle: Fraction of pi, where the metric contains it.
         accuracy: On the validation images, where the metric contains it.
+        neighbourhood: Where the score is that of a neighbourhood: the architecture's ``own`` score, how many ``scores``
+            were put together, how many ``failed``, and how many architectures were measured anew (``new``).
     """
 
     score: float
@@ -51,6 +53,7 @@ class Measurement:
     flatness: Flatness | None = None
     angle: float | None = None
     accuracy: Accuracy | None = None
+    neighbourhood: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; metrics that were not measured are left out."""
@@ -66,6 +69,8 @@ class Measurement:
         if self.accuracy is not None:
             data["top1"] = self.accuracy.top1
             data["top5"] = self.accuracy.top5
+        if self.neighbourhood is not None:
+            data["neighbourhood"] = self.neighbourhood
         return data
 
 

@@ -105,6 +105,8 @@ class Evolution(Generic[Candidate]):
         crossovers: Crossovers a generation; ``None`` is half of the population, or what the mutants leave of it if that
             is less. The rest of the population is random.
         mutation_probability: Passed to the space, which says what it applies to (DARTS: an edge).
+        evaluations: Instead of ``generations``: how many measurements the search may cost, which it does not exceed. A
+            candidate costs :attr:`cost` of them, at most.
         max_tries: Draws for one new candidate before the search takes a way to be exhausted.
         seed: Seed of the evolution's random state.
 
@@ -124,6 +126,7 @@ class Evolution(Generic[Candidate]):
         mutants: int | None = None,
         crossovers: int | None = None,
         mutation_probability: float = 0.1,
+        evaluations: int | None = None,
         max_tries: int = 200,
         seed: int = 0,
     ) -> None:
@@ -136,6 +139,8 @@ class Evolution(Generic[Candidate]):
         }
         for name, count in counts.items():
             check_count(name, count)
+        if evaluations is not None:
+            check_count("evaluations", evaluations)
         mutants, crossovers = mixture(population, mutants, crossovers)
         check_real("mutation_probability", mutation_probability, above=0, most=1)
         self.space = space
@@ -146,6 +151,10 @@ class Evolution(Generic[Candidate]):
         self.crossovers = crossovers
         self.mutation_probability = mutation_probability
         self.max_tries = max_tries
+        self.evaluations = evaluations
+        self.cost = 1
+        """Measurements that a candidate takes, at most: more than 1 where its neighbours are measured too."""
+        self.spent = 0
         self.generation = 0
         self._rng = np.random.default_rng(check_seed(seed))
         self._scored: list[tuple[Candidate, float | None]] = []
@@ -155,8 +164,8 @@ class Evolution(Generic[Candidate]):
 
     @property
     def finished(self) -> bool:
-        """All generations are told, or the space has no new candidate left."""
-        return self.generation >= self.generations or self._exhausted
+        """All generations are told, the evaluations are spent, or the space has no new candidate left."""
+        return self._affordable() == 0 or self._exhausted
 
     @property
     def scored(self) -> int:
@@ -174,11 +183,12 @@ class Evolution(Generic[Candidate]):
             self._exhausted = self._exhausted or not self._pending
         return list(self._pending)
 
-    def tell(self, scores: Sequence[float | None]) -> None:
+    def tell(self, scores: Sequence[float | None], evaluations: int | None = None) -> None:
         """Take the scores of the generation that :meth:`ask` proposed, in its order.
 
         Args:
             scores: Higher is better; ``None`` for a candidate that failed, which is never a parent nor the best.
+            evaluations: Measurements that they took; ``None`` for one each.
 
         Raises:
             ValueError: Nothing was asked, another number of scores, or NaN.
@@ -191,6 +201,7 @@ class Evolution(Generic[Candidate]):
         self._scored += [(proposal.candidate, score) for proposal, score in zip(self._pending, scores, strict=True)]
         self._pending = None
         self.generation += bool(scores)
+        self.spent += len(scores) if evaluations is None else evaluations
 
     def value_of(self, record: Record) -> Any:
         """What :meth:`tell` takes of a candidate: its score, ``None`` if it failed or was dropped."""
@@ -206,6 +217,7 @@ class Evolution(Generic[Candidate]):
         encode = self.space.to_json
         return {
             "generation": self.generation,
+            "spent": self.spent,
             "exhausted": self._exhausted,
             "rng": self._rng.bit_generator.state,
             "scored": [[encode(candidate), score] for candidate, score in self._scored],
@@ -228,18 +240,26 @@ class Evolution(Generic[Candidate]):
             pending = [Proposal(decode(candidate), origin) for candidate, origin in pending]
         self._rng.bit_generator.state = state["rng"]
         self.generation = state["generation"]
+        self.spent = state.get("spent", len(scored))
         self._exhausted = state["exhausted"]
         self._scored, self._pending = scored, pending
         self._seen = {candidate for candidate, _ in scored} | {p.candidate for p in pending or ()}
 
     def _propose(self) -> list[Proposal[Candidate]]:
-        parents = self._parents()
+        parents, most = self._parents(), self._affordable()
         proposals: list[Proposal[Candidate]] = []
         if parents:
-            proposals += self._new(self.mutants, "mutation", lambda: self._mutant(parents))
-            proposals += self._new(self.crossovers, "crossover", lambda: self._crossover(parents))
-        proposals += self._new(self.population - len(proposals), "random", lambda: self.space.sample(self._rng))
+            proposals += self._new(min(most, self.mutants), "mutation", lambda: self._mutant(parents))
+            left = most - len(proposals)
+            proposals += self._new(min(left, self.crossovers), "crossover", lambda: self._crossover(parents))
+        proposals += self._new(most - len(proposals), "random", lambda: self.space.sample(self._rng))
         return proposals
+
+    def _affordable(self) -> int:
+        """Candidates of the next generation."""
+        if self.evaluations is not None:
+            return max(0, min(self.population, (self.evaluations - self.spent) // self.cost))
+        return self.population if self.generation < self.generations else 0
 
     def _new(self, count: int, origin: Origin, draw: Callable[[], Candidate]) -> list[Proposal[Candidate]]:
         found: list[Proposal[Candidate]] = []

@@ -43,6 +43,10 @@ class History(JsonLines[Record]):
             except ValueError as error:
                 raise self.error(number, str(error)) from error
 
+    def beside(self, name: str) -> JsonLines[dict[str, Any]]:
+        """Lines of another kind in the same folder, written by whoever writes the history."""
+        return JsonLines(self.path.with_name(name), read_only=self.read_only)
+
     def _parsed(self, line: dict[str, Any]) -> Record:
         self._read_lines.append(line)
         return Record.unchecked(line)

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, Protocol
 
 from genas_plugins.scoring.combined import Measurement
 from genas_plugins.scoring.flatness import MeasurementError
@@ -17,13 +17,27 @@ from genas_plugins.search.budget import CostedSpace
 from genas_plugins.search.evolution import Candidate, Evolution, Proposal
 from genas_plugins.search.history import History, HistoryError
 from genas_plugins.search.in_flight import InFlight
-from genas_plugins.search.racing import Finish, Race
+from genas_plugins.search.racing import Finish
 from genas_plugins.search.record import Record
 from genas_plugins.search.sharing import SharedSearch
 
 __all__ = ["candidate_seed", "run_search"]
 
 _logger = logging.getLogger(__name__)
+
+
+class Together(Protocol[Candidate]):
+    """Measures the candidates of a generation together.
+
+    Attributes:
+        keep: How many of the best of earlier generations it wants to know.
+    """
+
+    keep: int
+
+    def run(
+        self, candidates: Sequence[Candidate], best: Sequence[Candidate] = (), shared: SharedSearch | None = None
+    ) -> list[Finish]: ...
 
 
 def candidate_seed(seed: int, candidate: Any) -> int:
@@ -45,7 +59,7 @@ def run_search(
     *,
     history: History | None = None,
     on_record: Callable[[Record], None] | None = None,
-    race: Race[Candidate] | None = None,
+    race: Together[Candidate] | None = None,
     shared: SharedSearch | None = None,
     in_flight: InFlight | None = None,
     on_generation: Callable[[list[Record]], None] | None = None,
@@ -61,8 +75,9 @@ def run_search(
             reason; every other exception ends the search.
         history: Records so far, to which new ones are appended.
         on_record: Called with each record, replayed ones included, for a progress bar.
-        race: Measures whole generations in place of ``measure`` and drops what cannot be among the best. Records
-            are then written when the generation has ended; one that was cut off is measured anew, with the same end.
+        race: Measures whole generations in place of ``measure``: a :class:`~genas_plugins.search.Race`, which drops
+            what cannot be among the best, or :class:`~genas_plugins.experiment.neighbours.Neighbours`. Records are
+            then written when the generation has ended; one that was cut off is measured anew, with the same end.
         shared: Processes that all call this function with equal arguments: of as many candidates as they have in flight
             each measures its part, in a race on every slice, and all return the same records, those of a search in one
             process. Where their histories differ, that of the first counts. An exception in one ends all.
@@ -98,7 +113,7 @@ def _run(
     history: History | None,
     on_record: Callable[[Record], None] | None,
     on_generation: Callable[[list[Record]], None] | None,
-    race: Race[Candidate] | None,
+    race: Together[Candidate] | None,
     shared: SharedSearch | None,
     in_flight: InFlight,
 ) -> list[Record]:
@@ -142,9 +157,10 @@ def _run(
                     on_record(record)
                 index += 1
         if scores:
-            evolution.tell(scores)
+            told = records[-len(scores) :]
+            evolution.tell(scores, sum((record.neighbourhood or {"new": 1}).get("new", 1) for record in told))
             if on_generation is not None:
-                on_generation(records[-len(scores) :])
+                on_generation(told)
     return records
 
 
@@ -153,7 +169,7 @@ def _new_records(
     named: Sequence[tuple[dict[str, Any], Candidate]],
     known: int,
     measure: Callable[[Candidate], Measurement],
-    race: Race[Candidate] | None,
+    race: Together[Candidate] | None,
     shared: SharedSearch | None,
     in_flight: InFlight,
     at_a_time: int,

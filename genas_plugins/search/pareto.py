@@ -144,7 +144,7 @@ class ParetoEvolution(Evolution[Candidate]):
         super().__init__(space, population=population, parents=population if parents is None else parents, **settings)
         self.objectives = tuple(objectives)
 
-    def tell(self, scores: Sequence[Any]) -> None:
+    def tell(self, scores: Sequence[Any], evaluations: int | None = None) -> None:
         """Take the values of the generation; see :meth:`Evolution.tell`.
 
         Raises:
@@ -153,7 +153,7 @@ class ParetoEvolution(Evolution[Candidate]):
         count = len(self.objectives)
         if wrong := [score for score in scores if score is not None and len(score) != count]:
             raise ValueError(f"tell() got {shown(wrong[0])} for the {count} objectives {listed(self.objectives, 9)}.")
-        super().tell([None if score is None else tuple(score) for score in scores])
+        super().tell([None if score is None else tuple(score) for score in scores], evaluations)
 
     def value_of(self, record: Record) -> tuple[float, ...] | None:
         """The objectives of a record; costs count as less the better. ``None`` if the candidate failed."""

@@ -42,6 +42,7 @@ class Record(Mapping[str, Any]):
         angle: Fraction of pi.
         top1: Accuracy as a fraction.
         top5: Accuracy as a fraction.
+        neighbourhood: Of a neighbourhood's score, see :class:`genas_plugins.scoring.Measurement`.
         reason: Why it failed.
         estimate: Score of a dropped candidate on the images that it has seen.
         standard_error: Standard error of the estimate.
@@ -65,6 +66,7 @@ class Record(Mapping[str, Any]):
     angle: float | None = None
     top1: float | None = None
     top5: float | None = None
+    neighbourhood: Mapping[str, Any] | None = None
     reason: str | None = None
     estimate: float | None = None
     standard_error: float | None = None
@@ -91,6 +93,8 @@ class Record(Mapping[str, Any]):
                 raise ValueError(f"has {shown(line[key], 60)} as {key}")
         if not _is_shares(costs := line.get("costs", {})):
             raise ValueError(f"has {shown(costs, 60)} as costs")
+        if not _is_shares(near := line.get("neighbourhood", {})):
+            raise ValueError(f"has {shown(near, 60)} as neighbourhood")
         losses, sigmas = (line.get(key) for key in ("losses", "sigmas"))
         counted = _are_numbers(losses) and _are_numbers(sigmas) and len(losses) == len(sigmas)
         if (losses is not None or sigmas is not None) and not counted:

@@ -28,6 +28,7 @@ from genas_plugins.search import (
     Evolution,
     History,
     HistoryError,
+    JsonLines,
     Limits,
     run_search,
 )
@@ -202,7 +203,7 @@ def test_what_was_measured_is_not_measured_again_when_a_search_is_resumed(tmp_pa
     def search(file: Path, generations: int) -> list[Any]:
         paths = SubnetPaths(WidthsSuperNet())
         budget = Budget({"watts": 150}, (), {"watts": watts}, None, ())
-        space = budget.space(paths, (3, 8, 8), file=file.with_name("costs.jsonl"))
+        space = budget.space(paths, (3, 8, 8), lines=JsonLines(file.with_name("costs.jsonl")))
         evolution = Evolution(space, population=3, generations=generations, parents=2, seed=1)
         return run_search(evolution, lambda number: Measurement(float(number)), history=History(file))
 

@@ -84,6 +84,7 @@ def test_the_searches_of_the_paper_have_its_settings(name: str) -> None:
     free = {"min": None, "max": None}
     assert search.pop("constraints") == {"params": free, "macs": free, "latency": free}
     assert (search.pop("objectives"), search.pop("counted")["network"]) == ((), "trained")
+    assert search.pop("evaluations") is None
     assert search == {
         "population": 50,
         "generations": 20,
