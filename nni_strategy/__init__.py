@@ -13,6 +13,7 @@ with warnings.catch_warnings():
 from nni_strategy.evaluators import CombinedEvaluator, FlatnessEvaluator
 from nni_strategy.export import build_network, fixed_network
 from nni_strategy.hub import genotype_from_hub, genotype_to_hub, published_genotypes
+from nni_strategy.nadarts import NADarts
 from nni_strategy.neighbourhood import NARandomSearch
 from nni_strategy.space import DartsSpace, NasBench201Space
 from nni_strategy.strategy import GeNAS
@@ -23,6 +24,7 @@ __all__ = [
     "DartsSpace",
     "FlatnessEvaluator",
     "GeNAS",
+    "NADarts",
     "NARandomSearch",
     "NasBench201Space",
     "SupernetModule",

@@ -16,6 +16,7 @@ from nni.mutable import Categorical, CategoricalMultiple, label_scope
 from nni.nas.nn.pytorch import ModelSpace
 from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
 from nni.nas.space import current_model
+from nni.nas.strategy import DARTS, Proxyless
 from torch import Tensor, nn
 
 from genas_plugins.darts.genotype import Genotype
@@ -102,6 +103,10 @@ class _SuperNetModule(BaseSuperNetModule):
     def freeze(self, sample: dict[str, Any]) -> nn.Module:
         return copy.deepcopy(self.supernet.subnet(self._from_sample(sample)))
 
+    def path_modules(self) -> Iterable[nn.Module]:
+        """What :meth:`forward` runs, as modules that share no parameter with one another."""
+        return self.supernet.path_modules(self._candidate)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.supernet(x, self._candidate)
 
@@ -157,7 +162,15 @@ class SupernetSpace(ModelSpace, disable_init_wrapper=True):
         return self._space.from_sample(sample)
 
     def extra_oneshot_hooks(self, strategy: Any) -> list[Callable[..., bool]]:
-        """For NNI's one-shot strategies: keep the supernet as it is, and do not look inside."""
+        """For NNI's one-shot strategies: keep the supernet as it is, and do not look inside.
+
+        Differentiable ones (NNI's DARTS and GumbelDARTS, :class:`nni_strategy.NADarts`) get the mixture of all paths,
+        a :class:`nni_strategy.relaxed.RelaxedSuperNet`.
+        """
+        from nni_strategy.relaxed import RelaxedSuperNet
+
+        if isinstance(strategy, DARTS) and not isinstance(strategy, Proxyless):
+            return [RelaxedSuperNet.mutate]
         return [lambda module, name, memo, kwargs: isinstance(module, _SuperNetModule)]
 
     def subnet(self, candidate: Any) -> nn.Module:
@@ -174,7 +187,7 @@ class SupernetSpace(ModelSpace, disable_init_wrapper=True):
     def path_modules(self) -> Iterable[nn.Module]:
         """What the path that was sampled last runs, as modules that share no parameter with one another."""
         network = self.network
-        return network.supernet.path_modules(network._candidate) if isinstance(network, _SuperNetModule) else [network]
+        return network.path_modules() if isinstance(network, _SuperNetModule) else [network]
 
     def angle(self, initial: Mapping[str, Tensor], candidate: Any) -> float:
         """Angle to the initial weights as a fraction of pi.

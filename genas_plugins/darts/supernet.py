@@ -6,14 +6,25 @@ load by name. Unlike fixed networks, the supernet normalises after every pooling
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from genas_plugins.darts.genotype import EDGES, OPERATIONS, CellGene, Genotype, cell_edges, edge_index, path_counts
+from genas_plugins.darts.genotype import (
+    EDGES,
+    NODES,
+    OPERATIONS,
+    CellGene,
+    Genotype,
+    cell_edges,
+    edge_index,
+    path_counts,
+)
 from genas_plugins.darts.network import (
     Cell,
     CellNetwork,
@@ -27,6 +38,9 @@ from genas_plugins.darts.network import (
 from genas_plugins.darts.operations import Identity, build_operation
 from genas_plugins.darts.space import DartsSearchSpace
 from genas_plugins.devices import full_in_float64
+
+if TYPE_CHECKING:
+    from genas_plugins.darts.relaxed import DartsRelaxation
 
 __all__ = ["SubNet", "SuperNet"]
 
@@ -70,6 +84,28 @@ class _SuperCell(nn.Module):
             states.append(out)
         return torch.cat(states[2:], dim=1)
 
+    def mixed(self, s0: Tensor, s1: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """Compute :meth:`forward` with all operations on all edges, each times its weight.
+
+        Args:
+            s0: Rectified, as ``s1``.
+            s1: The output of the cell before.
+            weights: For each edge, in the order of the code, eight numbers; that of ``none`` is not read.
+        """
+        states = [self.preprocess0.after_relu(s0), self.preprocess1.after_relu(s1)]
+        for node in NODES:
+            outputs = [
+                weights[edge_index(source, node)][number] * self.operation(name, source, node)(states[source])
+                for source in range(node)
+                for number, name in enumerate(OPERATIONS)
+                if name != "none"
+            ]
+            out = functools.reduce(operator.add, outputs)
+            if out.requires_grad:
+                out.register_hook(_dense)
+            states.append(out)
+        return torch.cat(states[2:], dim=1)
+
 
 def _dense(gradient: Tensor) -> Tensor:
     """A contiguous gradient: that of a concatenation is not, and slows batch normalisation on a CPU."""
@@ -104,6 +140,13 @@ class SuperNet(CellStack):
     search_space = DartsSearchSpace()
 
     @property
+    def relaxation(self) -> DartsRelaxation:
+        """This supernet as the mixture of all its paths, for differentiable searches."""
+        from genas_plugins.darts.relaxed import DartsRelaxation
+
+        return DartsRelaxation(self)
+
+    @property
     def arguments(self) -> Mapping[str, int | str]:
         """The constructor's arguments, enough to build a supernet of the same shape."""
         return {
@@ -115,13 +158,18 @@ class SuperNet(CellStack):
 
     def forward(self, x: Tensor, genotype: Genotype) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)`` along the path of ``genotype``."""
+        genes = {False: genotype.normal, True: genotype.reduce}
+        return self.stacked(x, lambda shape, cell, s0, s1: cell(s0, s1, genes[shape.reduction]))
+
+    def stacked(self, x: Tensor, run: Callable[[CellShape, _SuperCell, Tensor, Tensor], Tensor]) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``(N, 3, H, W)``, with ``run`` for the output of each cell."""
         before, last = self.stem_states(x)
         # Two cells read each state, both through a ReLU, so it is rectified once and in place; the head reads the last
         # state without.
         s0 = before.relu_()
         s1 = s0 if last is before else last.relu_()
         for shape, cell in zip(self.shapes, self.cells, strict=True):
-            last = cell(s0, s1, genotype.reduce if shape.reduction else genotype.normal)
+            last = run(shape, cell, s0, s1)
             s0, s1 = s1, last if cell is self.cells[-1] else last.relu_()
         return self.head(s1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -179,3 +180,22 @@ class SuperCell(nn.Module):
         """Compute the output node; in training mode, edges that do not affect it are skipped."""
         layers = self.layers(architecture)
         return _run_reaching(x, layers, reaching_edges(architecture)) if self.training else _run_cell(x, layers)
+
+    def mixed(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """Compute the output node with all operations on all edges, each times its weight.
+
+        Args:
+            x: ``(N, C, H, W)``.
+            weights: For each edge, in the benchmark's order, five numbers; that of ``none`` is not read.
+        """
+        states = [x]
+        for node in NODES:
+            outputs = [
+                row[number] * operation(states[source])
+                for row, (source, end), choices in zip(weights, EDGES, self.edges.values(), strict=True)
+                if end == node
+                for number, operation in enumerate(choices)
+                if not isinstance(operation, _Zero)
+            ]
+            states.append(functools.reduce(operator.add, outputs))
+        return states[-1]

@@ -22,6 +22,7 @@ from genas_plugins.nasbench201.costs import stage_channels
 from genas_plugins.nasbench201.space import NasBench201SearchSpace
 
 if TYPE_CHECKING:
+    from genas_plugins.nasbench201.relaxed import NasBench201Relaxation
     from genas_plugins.scoring.inference import InferenceNetwork
     from genas_plugins.scoring.layers import Parts
 
@@ -145,6 +146,13 @@ class NasBench201SuperNet(_Stack):
         self.affine = affine
 
     search_space = NasBench201SearchSpace()
+
+    @property
+    def relaxation(self) -> NasBench201Relaxation:
+        """This supernet as the mixture of all its paths, for differentiable searches."""
+        from genas_plugins.nasbench201.relaxed import NasBench201Relaxation
+
+        return NasBench201Relaxation(self)
 
     @property
     def arguments(self) -> Mapping[str, int | bool]:
