@@ -21,6 +21,7 @@ from nni.nas.nn.pytorch import ChosenInputs, ModelSpace, Repeat
 from nni.nas.nn.pytorch.cell import preprocess_cell_inputs
 from nni.nas.oneshot.pytorch.strategy import is_supernet
 from nni.nas.oneshot.pytorch.supermodule.base import BaseSuperNetModule
+from nni.nas.oneshot.pytorch.supermodule.differentiable import DifferentiableMixedInput, DifferentiableMixedLayer
 from nni.nas.oneshot.pytorch.supermodule.operation import MixedOperation
 from nni.nas.oneshot.pytorch.supermodule.sampling import (
     PathSamplingCell,
@@ -233,11 +234,11 @@ class _Fixer:
                 return fix(self, module, name)
         return self._unknown(module, name) if isinstance(module, BaseSuperNetModule) else None
 
-    def _layer(self, choice: PathSamplingLayer, name: str) -> nn.Module:
+    def _layer(self, choice: PathSamplingLayer | DifferentiableMixedLayer, name: str) -> nn.Module:
         chosen = self.sample[choice.label]
         return self.copy(choice[chosen], f"{name}.{chosen}")
 
-    def _input(self, choice: PathSamplingInput, name: str) -> nn.Module:
+    def _input(self, choice: PathSamplingInput | DifferentiableMixedInput, name: str) -> nn.Module:
         return ChosenInputs(self.sample[choice.label], choice.reduction)
 
     def _repeat(self, repeat: Repeat, name: str) -> nn.Module:
@@ -315,6 +316,8 @@ class _Fixer:
     _kinds: ClassVar[dict[type[nn.Module], Callable[..., nn.Module]]] = {
         PathSamplingLayer: _layer,
         PathSamplingInput: _input,
+        DifferentiableMixedLayer: _layer,
+        DifferentiableMixedInput: _input,
         PathSamplingCell: _cell,
         Repeat: _repeat,
         MixedOperation: _mixed,

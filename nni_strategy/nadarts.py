@@ -10,14 +10,17 @@ from typing import Any, TypeVar, get_args
 import pytorch_lightning as pl
 import torch
 from nni.nas.evaluator.pytorch import Lightning, LightningModule
+from nni.nas.hub import pytorch as hub
 from nni.nas.nn.pytorch import ModelSpace
 from nni.nas.oneshot.pytorch.strategy import MutationHook
-from nni.nas.space import ExecutableModelSpace, RawFormatModelSpace, SimplifiedModelSpace
+from nni.nas.space import ExecutableModelSpace
 from nni.nas.strategy import DARTS
 from torch import nn
 
 from genas_plugins._messages import shown
 from genas_plugins.checks import check_count, check_flag, check_real, check_seed
+from nni_strategy.export import PathModel
+from nni_strategy.hub import genotype_from_hub
 from nni_strategy.neighbours import (
     Aggregate,
     Ascent,
@@ -146,15 +149,17 @@ class NADarts(DARTS):
     def architecture(self) -> Any:
         """What the distributions would become now.
 
-        A :class:`~genas_plugins.Genotype` of :class:`DartsSpace`, an architecture of NAS-Bench-201 of
-        :class:`NasBench201Space`, and of other spaces NNI's sample.
+        A :class:`~genas_plugins.Genotype` of :class:`DartsSpace` and of the DARTS space in NNI's hub, an architecture
+        of NAS-Bench-201 of :class:`NasBench201Space`, and of other spaces NNI's sample. In the hub's space NNI takes
+        the two strongest operations of different inputs, so that no node takes an input twice; it compares the
+        parameters of edges, where DARTS and :class:`DartsSpace` compare their softmax.
 
         Raises:
             RuntimeError: The strategy is not initialised yet.
         """
-        space = self.supernet
-        self.oneshot_module.set_model(space)
-        sample = self.oneshot_module.export()
+        space, sample = self.supernet, self._sample()
+        if isinstance(space, hub.DARTS):
+            return genotype_from_hub(sample)
         return space.from_sample(sample) if hasattr(space, "from_sample") else sample
 
     def configure_softmax(self) -> nn.Module:
@@ -216,10 +221,10 @@ class NADarts(DARTS):
         return super().mutate_evaluator(evaluator)
 
     def list_models(self, sort: bool = True, limit: int | None = 1) -> Iterator[ExecutableModelSpace]:
-        """The one architecture that the search has found, as the space's model.
+        """The one architecture that the search has found.
 
-        That of a space of this package shares nothing and has a copy of the supernet's weights; that of another is
-        built with fresh ones.
+        It carries the weights that the mixture has on its path, and the statistics of batch normalisation of the
+        mixture: usually it is trained anew.
 
         Args:
             sort: Must be true.
@@ -232,11 +237,11 @@ class NADarts(DARTS):
             raise ValueError("NADarts finds one architecture, the strongest; sort must be true.")
         if limit not in (1, None):
             _logger.warning("A differentiable search finds one architecture, but %s are asked for.", limit)
-        space = self.supernet
-        self.oneshot_module.set_model(space)
-        own = hasattr(space, "subnet")
-        found = RawFormatModelSpace(space, None) if own else SimplifiedModelSpace(space, space.simplify(), None)
-        yield found.freeze(self.oneshot_module.export())
+        yield PathModel.of(self.supernet, self._sample())
+
+    def _sample(self) -> dict[str, Any]:
+        self.oneshot_module.set_model(self.supernet)
+        return self.oneshot_module.export()
 
     def state_dict(self) -> dict[str, Any]:
         """The checkpoint that Lightning wrote last, which has all that changes, and the settings."""

@@ -31,7 +31,8 @@ ADDRESSES = {
     "genas_plugins.search.racing": "Race check_confidence spared_images",
     "genas_plugins.spaces": "DartsSearchSpace NasBench201Architecture NasBench201SearchSpace",
     "nni_strategy": (
-        "CombinedEvaluator DartsSpace FlatnessEvaluator GeNAS NasBench201Space SupernetModule supernet_evaluator"
+        "CombinedEvaluator DartsSpace FlatnessEvaluator GeNAS NADarts NasBench201Space SupernetModule "
+        "supernet_evaluator"
     ),
     "nni_strategy.trained": "TrainedSupernet load_data save_trained",
     "timm_models.settings": "Settings",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ from genas_plugins.darts.genotype import NODES, OPERATIONS
 from genas_plugins.datasets import ImageTensors, SearchData
 from genas_plugins.nasbench201.architecture import OPERATIONS as OPERATIONS_201
 from genas_plugins.spaces import NasBench201Architecture, NasBench201SearchSpace
-from nni_strategy import DartsSpace, NADarts, NasBench201Space, supernet_evaluator
+from nni_strategy import DartsSpace, NADarts, NasBench201Space, genotype_from_hub, supernet_evaluator
 from nni_strategy.neighbours import Neighbourhood, aggregate_gradient
 
 QUIET: dict[str, Any] = {
@@ -364,19 +365,44 @@ def test_a_search_of_darts_ends_with_a_genotype(tmp_path, nothing_in_the_home_fo
     assert found[0] == found[1] != found[2]
 
 
-def test_a_search_of_the_hubs_darts_ends_with_two_inputs_a_node(caplog):
+def test_a_search_of_the_hubs_darts_ends_with_a_genotype(caplog):
     torch.manual_seed(0)
     space = hub.DARTS(width=4, num_cells=3)
     strategy = initialised(NADarts(distance=1, size=1, arc_learning_rate=0.1), space, classification(8))
     strategy.run()
     (model,) = strategy.list_models(limit=3)
     assert "finds one architecture, but 3 are asked for" in caplog.text
-    for cell, node in itertools.product(("normal", "reduce"), NODES):
-        inputs = {model.sample[f"{cell}/input_{node}_{number}"][0] for number in range(2)}
-        assert len(inputs) == 2 and max(inputs) < node
-        assert {model.sample[f"{cell}/op_{node}_{number}"] for number in range(2)} <= {*OPERATIONS[1:]}
-    assert model.sample == strategy.architecture
-    assert model.executable_model()(torch.randn(2, 3, 8, 8)).shape == (2, 10)
+    assert strategy.architecture == genotype_from_hub(model.sample)
+    # The mixture in which the chosen edges have one operation and the others none, which is the last.
+    network, images = model.executable_model().eval(), torch.randn(2, 3, 8, 8)
+    chosen = {
+        (cell, node, source): name
+        for cell in ("normal", "reduce")
+        for position, (name, source) in enumerate(getattr(strategy.architecture, cell))
+        for node in [NODES[position // 2]]
+    }
+    for module in space.modules():
+        for label, alpha in getattr(module, "_arch_alpha", {}).items():
+            cell, node, source = re.fullmatch(r"(\w+)/(\d)_(\d)", label).groups()
+            name = chosen.get((cell, int(node), int(source)))
+            number = len(alpha) - 1 if name is None else module.op_names.index(name)
+            alpha.data = 80.0 * torch.eye(len(alpha))[number]
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), space.eval()(images))
+
+
+def test_what_is_found_in_layer_choices_has_their_weights():
+    torch.manual_seed(0)
+    space = hub.NasBench201(4, 1, 10)
+    strategy = initialised(NADarts(), space, classification(8))
+    strategy.run()
+    (model,) = strategy.list_models()
+    for module in space.modules():
+        if hasattr(module, "_arch_alpha"):
+            module._arch_alpha.data = 80.0 * torch.eye(5)[module.names.index(model.sample[module.label])]
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(model.executable_model().eval()(images), space.eval()(images))
 
 
 class StoppedError(Exception):
