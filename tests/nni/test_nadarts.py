@@ -415,6 +415,13 @@ class Stop(pl.Callback):
             raise StoppedError
 
 
+class EveryEpoch(ModelCheckpoint):
+    """Lightning also saves when an exception ends a training, which it cannot do when it is killed."""
+
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        pass
+
+
 def resumable(folder: Path, *callbacks: pl.Callback) -> tuple[ModelSpace, Any]:
     rng = np.random.default_rng(0)
     parts = [
@@ -426,7 +433,7 @@ def resumable(folder: Path, *callbacks: pl.Callback) -> tuple[ModelSpace, Any]:
         for _ in range(3)
     ]
     half = (0.5, 0.5, 0.5)
-    saving = ModelCheckpoint(folder, save_last=True, save_top_k=0)
+    saving = EveryEpoch(folder, "search", save_on_train_epoch_end=True, enable_version_counter=False)
     evaluator = supernet_evaluator(
         SearchData(*parts, None, half, half, 10, "digits", 8),
         3,
