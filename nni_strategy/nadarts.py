@@ -139,9 +139,11 @@ class NADarts(DARTS):
         self.softmax = MovedSoftmax()
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
-    def _settings(self) -> dict[str, Any]:
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides a step besides NNI's settings."""
         names = ("distance", "size", "aggregate", "include_self", "rho", "ascent", "seed")
         return {name: getattr(self, name) for name in names}
 
@@ -243,21 +245,13 @@ class NADarts(DARTS):
         self.oneshot_module.set_model(self.supernet)
         return self.oneshot_module.export()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The checkpoint that Lightning wrote last, which has all that changes, and the settings."""
-        return {**super().state_dict(), "settings": self._settings()}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken; after ``initialize``.
+        """Continue from the checkpoint of Lightning whose path is under ``ckpt_path``; after ``initialize``.
 
-        Raises:
-            ValueError: The search had other settings.
+        :meth:`state_dict` has the last one. It knows all that changes in a search, and is read as data. A search with
+        other settings is refused when it starts.
         """
-        for name, before in state_dict.get("settings", {}).items():
-            if (now := self._settings()[name]) != before:
-                raise ValueError(f"The search to resume has {name}={before!r}, this strategy {name}={now!r}.")
         super().load_state_dict(state_dict)
         fit_kwargs = self._mutated_model_space.evaluator.fit_kwargs  # type: ignore[union-attr]
         if "weights_only" in inspect.signature(pl.Trainer.fit).parameters:
-            # The checkpoint is read as data.
             fit_kwargs.setdefault("weights_only", True)

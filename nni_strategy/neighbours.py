@@ -23,6 +23,7 @@ Ascent = Literal["a2m", "sam"]
 
 # Of the central difference in A2M's published code.
 _DIFFERENCE = 0.01
+_SETTINGS = "nadarts"
 
 
 class Neighbourhood:
@@ -99,6 +100,24 @@ class NADartsModule(DartsLightningModule):
     def arch_parameters(self) -> list[nn.Parameter]:
         """In an order that a checkpoint can rely on; NNI's depends on addresses."""
         return architecture_parameters(self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the settings."""
+        checkpoint[_SETTINGS] = self._settings.settings
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare the settings.
+
+        Raises:
+            ValueError: The search had others.
+        """
+        now = self._settings.settings
+        for name, before in checkpoint.get(_SETTINGS, {}).items():
+            if now[name] != before:
+                raise ValueError(
+                    f"The search to resume has {name}={before!r}, this strategy {name}={now[name]!r}: a search goes on "
+                    "with the settings that it began with."
+                )
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """An architecture step on ``batch["val"]``, and NNI's step of the weights on ``batch["train"]``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class RelaxedSuperNet(_SuperNetModule):
             alpha = memo.get(label)
             self._arch_alpha[label] = nn.Parameter(torch.randn(len(options)) * _SCALE) if alpha is None else alpha
         self._softmax = softmax
+        self._mixes = True
 
     @classmethod
     def mutate(
@@ -60,7 +62,9 @@ class RelaxedSuperNet(_SuperNetModule):
         return list(self._arch_alpha.values())
 
     def resample(self, memo: dict[str, Any]) -> dict[str, Any]:
-        return {}
+        """Run the path of ``memo`` from now on, as strategies want that sample paths; without one the mixture."""
+        self._mixes = not memo
+        return {} if self._mixes else super().resample(memo)
 
     def export(self, memo: dict[str, Any]) -> dict[str, Any]:
         """The sample of the discretised mixture."""
@@ -77,10 +81,12 @@ class RelaxedSuperNet(_SuperNetModule):
             if label not in memo
         }
 
-    def path_modules(self) -> list[nn.Module]:
-        """All that the supernet has."""
-        return [self.supernet]
+    def path_modules(self) -> Iterable[nn.Module]:
+        """All that the supernet has, or the path's."""
+        return [self.supernet] if self._mixes else super().path_modules()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self._mixes:
+            return super().forward(x)
         weights = {label: self._softmax(alpha) for label, alpha in self._arch_alpha.items()}
         return self.supernet.relaxation.logits(x, weights)

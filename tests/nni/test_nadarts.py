@@ -20,7 +20,7 @@ from nni.nas.experiment.config import NasExperimentConfig
 from nni.nas.hub import pytorch as hub
 from nni.nas.nn.pytorch import LayerChoice, ModelSpace
 from nni.nas.space import RawFormatModelSpace
-from nni.nas.strategy import DARTS
+from nni.nas.strategy import DARTS, GumbelDARTS
 from pytorch_lightning.callbacks import ModelCheckpoint
 from scipy.stats import chisquare
 from torch import Tensor, nn
@@ -30,8 +30,9 @@ from genas_plugins.darts.genotype import NODES, OPERATIONS
 from genas_plugins.datasets import ImageTensors, SearchData
 from genas_plugins.nasbench201.architecture import OPERATIONS as OPERATIONS_201
 from genas_plugins.spaces import NasBench201Architecture, NasBench201SearchSpace
-from nni_strategy import DartsSpace, NADarts, NasBench201Space, genotype_from_hub, supernet_evaluator
+from nni_strategy import DartsSpace, GeNAS, NADarts, NasBench201Space, genotype_from_hub, supernet_evaluator
 from nni_strategy.neighbours import Neighbourhood, aggregate_gradient
+from nni_strategy.samples import SupernetPaths
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -474,10 +475,37 @@ def test_a_search_goes_on_where_it_was_cut_off(rho, tmp_path):
 
 
 def test_other_settings_are_not_resumed(tmp_path):
-    first = initialised(NADarts(distance=1), *resumable(tmp_path))
-    second = initialised(NADarts(distance=2), *resumable(tmp_path))
-    with pytest.raises(ValueError, match=r"search to resume has distance=1, this strategy distance=2\."):
-        second.load_state_dict(first.state_dict())
+    strategy = initialised(NADarts(distance=1, size=1), *resumable(tmp_path, Stop()))
+    with pytest.raises(StoppedError):
+        strategy.run()
+    other = initialised(NADarts(distance=2, size=1), *resumable(tmp_path))
+    other.load_state_dict(strategy.state_dict())
+    with pytest.raises(ValueError, match=r"search to resume has distance=1, this strategy distance=2: "):
+        other.run()
+
+
+def test_nnis_gumbel_darts_searches_our_spaces():
+    torch.manual_seed(0)
+    strategy = initialised(GumbelDARTS(), NasBench201Space(10, 4, 1), classification(8))
+    strategy.run()
+    (model,) = strategy.list_models()
+    assert model.executable_model()(torch.randn(2, 3, 8, 8)).shape == (2, 10)
+
+
+def test_a_mixture_is_searched_by_paths_afterwards():
+    """What NADarts has trained, GeNAS fixes paths of."""
+    torch.manual_seed(0)
+    strategy = initialised(NADarts(), NasBench201Space(10, 4, 1), classification(8))
+    space, images = strategy.supernet.eval(), torch.randn(2, 3, 8, 8)
+    paths = SupernetPaths(GeNAS().mutate_model(space))
+    candidate = paths.search_space.sample(np.random.default_rng(0))
+    with torch.no_grad():
+        mixture = space(images)
+        paths.fix(candidate)
+        torch.testing.assert_close(space(images), space.subnet(candidate)(images))
+        strategy.oneshot_module.set_model(space)
+        strategy.oneshot_module.resample()
+        torch.testing.assert_close(space(images), mixture)
 
 
 def test_moves_are_all_combinations_once():
