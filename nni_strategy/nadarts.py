@@ -54,11 +54,13 @@ class NADarts(DARTS):
     K - 1 moves of one choice gives each operation the probability (1 - p_o) / (K - 1): what the chance of an operation
     is when one sampled from p is replaced by one of the others.
 
-    The paper says that the neighbourhood is given a differentiable representation and the loss is aggregated over it;
-    how it is written out above is this package's. Neighbours are drawn uniformly, without repetition, from (seed,
-    epoch, batch) alone. A step costs 1 + ``size`` passes forward and back over the validation batch, one after another
-    in the memory of one, where DARTS has 1; the gradients of weights are not computed in them on a single device.
-    With ``distance=0`` the step is NNI's own.
+    Of the paper its abstract was at hand, by which the neighbourhood gets a differentiable representation and the loss
+    is aggregated over it: how that is written out above is this package's, and may not be the authors'. While p is
+    nearly even, its neighbours nearly are p, and the gradient of the mean over all of them has DARTS's direction.
+
+    Neighbours are drawn uniformly, without repetition, from (seed, epoch, batch) alone. A step costs 1 + ``size``
+    passes forward and back over the validation batch, one after another in the memory of one, where DARTS has 1; on a
+    single device the gradients of weights are not computed in them. With ``distance=0`` the step is NNI's own.
 
     **A2M** (Gambella et al., arXiv 2503.10404): with ``rho`` above 0, let g be the above gradient at the architecture
     parameters a. ``ascent="a2m"`` goes down g(b) + rho H g(b), where b = a + rho g(a) and H is the Hessian at a: by the
@@ -69,7 +71,9 @@ class NADarts(DARTS):
 
     Works on :class:`DartsSpace` and :class:`NasBench201Space`, which become the mixture of all their paths
     (:class:`nni_strategy.relaxed.RelaxedSuperNet`), and on the spaces that NNI's DARTS takes. The evaluator is one for
-    NNI's DARTS: its training loader trains the weights, its validation loader the architecture.
+    NNI's DARTS: its training loader trains the weights, its validation loader the architecture. All that changes is in
+    Lightning's checkpoints: a search that ``fit_kwargs={"ckpt_path": ...}`` of the evaluator resumes, or
+    :meth:`load_state_dict`, goes on as an uninterrupted one; one with other settings is refused.
 
     >>> strategy = NADarts(distance=1, size=8, aggregate="mean", arc_learning_rate=0.003, seed=0)
     >>> strategy
@@ -245,13 +249,9 @@ class NADarts(DARTS):
         self.oneshot_module.set_model(self.supernet)
         return self.oneshot_module.export()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from the checkpoint of Lightning whose path is under ``ckpt_path``; after ``initialize``.
-
-        :meth:`state_dict` has the last one. It knows all that changes in a search, and is read as data. A search with
-        other settings is refused when it starts.
-        """
-        super().load_state_dict(state_dict)
-        fit_kwargs = self._mutated_model_space.evaluator.fit_kwargs  # type: ignore[union-attr]
-        if "weights_only" in inspect.signature(pl.Trainer.fit).parameters:
-            fit_kwargs.setdefault("weights_only", True)
+    def _run(self) -> None:
+        evaluator = self._mutated_model_space.evaluator  # type: ignore[union-attr]
+        if "ckpt_path" in evaluator.fit_kwargs and "weights_only" in inspect.signature(pl.Trainer.fit).parameters:
+            # A checkpoint is read as data, unless somebody says otherwise.
+            evaluator.fit_kwargs = {"weights_only": True, **evaluator.fit_kwargs}
+        super()._run()

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from nni.mutable import Categorical, MutableExpression
 from nni.nas.evaluator.pytorch import Classification, DataLoader, Lightning, LightningModule, Trainer
 from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.experiment import NasExperiment
 from nni.nas.experiment.config import NasExperimentConfig
 from nni.nas.hub import pytorch as hub
 from nni.nas.nn.pytorch import LayerChoice, ModelSpace
+from nni.nas.profiler import ExpressionProfiler
 from nni.nas.space import RawFormatModelSpace
 from nni.nas.strategy import DARTS, GumbelDARTS
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -224,6 +226,16 @@ def test_neighbours_in_nasbench201_are_its_24_architectures():
         torch.testing.assert_close(logits, paths[other], rtol=1e-4, atol=1e-5)
 
 
+def test_an_even_mixture_has_the_direction_of_darts():
+    """All 6 neighbours are the mixture itself; moved by each k, the gradients of a choice add up to less than none."""
+    table = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    start = [torch.zeros(4), torch.zeros(4)]
+    _, (gradient,) = walk(NADarts(distance=1, size=None), table, start)
+    darts = gradient_of(lambda alphas: objective(table, alphas, 0, "mean"), start)
+    # 1 for the mixture, 3 for the moves of the other choice, -1 for those of its own; of 7.
+    torch.testing.assert_close(gradient, [3 / 7 * row for row in darts], rtol=1e-4, atol=1e-7)
+
+
 def hand(start: list[Tensor], step: float, direction: list[Tensor]) -> list[Tensor]:
     return [alpha + step * row for alpha, row in zip(start, direction, strict=True)]
 
@@ -258,6 +270,31 @@ def test_a2m_leaves_the_architecture_where_it_was():
     walk(strategy, table, start, steps=3)
     for label, alpha in zip(("first", "second"), start, strict=True):
         torch.testing.assert_close(strategy._arch_parameters[label].detach(), alpha)
+
+
+class Cost(ExpressionProfiler):
+    """5 for the third operation of the first choice, 1 for the others."""
+
+    def __init__(self) -> None:
+        choice = Categorical([0, 1, 2, 3], label="first")
+        self.expression = MutableExpression.condition(choice == 2, 5.0, 1.0)
+
+    def profile(self, sample: dict[str, Any]) -> float:
+        return self.expression.freeze(sample)
+
+
+def test_a_neighbour_has_the_penalty_of_its_own_costs():
+    table, start = random_landscape()
+    penalty = {"profiler": Cost(), "baseline": 2.0, "aggregate": "mul"}
+    _, (gradient,) = walk(NADarts(distance=1, size=None, penalty=penalty), table, start)
+
+    def loss(alphas: list[Tensor]) -> Tensor:
+        # To NNI the expected costs are a number, which has no gradient.
+        costs = [(5 * p[2] + (1 - p[2])).detach() for p, _ in neighbours(alphas, 1)]
+        losses = [value(table, *pair, curved=0.3) for pair in neighbours(alphas, 1)]
+        return sum(cost / 2 * one for cost, one in zip(costs, losses, strict=True)) / len(losses)
+
+    torch.testing.assert_close(gradient, gradient_of(loss, start), rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture
@@ -478,8 +515,9 @@ def test_other_settings_are_not_resumed(tmp_path):
     strategy = initialised(NADarts(distance=1, size=1), *resumable(tmp_path, Stop()))
     with pytest.raises(StoppedError):
         strategy.run()
-    other = initialised(NADarts(distance=2, size=1), *resumable(tmp_path))
-    other.load_state_dict(strategy.state_dict())
+    space, evaluator = resumable(tmp_path)
+    evaluator.fit_kwargs["ckpt_path"] = str(tmp_path / "search.ckpt")
+    other = initialised(NADarts(distance=2, size=1), space, evaluator)
     with pytest.raises(ValueError, match=r"search to resume has distance=1, this strategy distance=2: "):
         other.run()
 
