@@ -173,7 +173,9 @@ class NADartsModule(DartsLightningModule):
             losses.append(loss.detach())
             # A choice that the network never comes to has none.
             gradients.append([torch.zeros_like(alpha) if alpha.grad is None else alpha.grad for alpha in alphas])
-        factors = aggregate_gradient(torch.stack(losses), self._settings.aggregate)
+        # Of all processes, whose gradients are averaged as well.
+        shared = self.trainer.strategy.reduce(torch.stack(losses), reduce_op="mean")
+        factors = aggregate_gradient(shared, self._settings.aggregate)
         return [
             sum(factor * row for factor, row in zip(factors, rows, strict=True))
             for rows in zip(*gradients, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,3 +171,52 @@ def test_processes_share_the_candidates(seen: tuple[list[dict[str, Any]], Any]) 
 def test_importing_the_package_leaves_nni_whole(seen: tuple[list[dict[str, Any]], Any]) -> None:
     # Had the modules been imported in another order, NNI's own one-shot strategies would only raise.
     assert all(report["whole"] for report in seen[0])
+
+
+# NADarts, with an aggregate that weighs losses by their size, which are other ones in each process.
+RELAXED = """
+import sys
+
+import torch
+
+torch.set_num_threads(1)
+
+from nni_strategy import NADarts, NasBench201Space
+
+from nni.nas.evaluator.pytorch import Classification, DataLoader
+from nni.nas.execution import SequentialExecutionEngine
+from nni.nas.space import RawFormatModelSpace
+from torch.utils.data import TensorDataset
+
+folder, rank = sys.argv[1:]
+images = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+loader = DataLoader(TensorDataset(images, torch.arange(32) % 10), batch_size=8)
+evaluator = Classification(
+    train_dataloaders=loader,
+    val_dataloaders=loader,
+    max_epochs=1,
+    num_classes=10,
+    accelerator="cpu",
+    devices=2,
+    strategy="ddp",
+    logger=False,
+    enable_checkpointing=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    default_root_dir=folder,
+)
+torch.manual_seed(0)
+space = NasBench201Space(10, 4, 1)
+strategy = NADarts(distance=1, size=2, aggregate="mean-std", arc_learning_rate=0.05)
+strategy(RawFormatModelSpace(space, evaluator), SequentialExecutionEngine())
+torch.save(dict(space.named_parameters()), f"{folder}/mixed{rank}.pt")
+"""
+
+
+def test_processes_end_with_the_same_mixture(tmp_path: Path, two_processes: Callable[..., None], genas: Any) -> None:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    two_processes(genas.server, tmp_path, RELAXED, **address, WORLD_SIZE="2", NODE_RANK="0")
+    first, second = (torch.load(tmp_path / f"mixed{rank}.pt", weights_only=True) for rank in range(2))
+    # NNI draws an even mixture, up to a thousandth.
+    assert sum("_arch_alpha" in name and value.detach().abs().max() > 0.02 for name, value in first.items()) == 6
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
