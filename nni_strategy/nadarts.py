@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -19,14 +19,14 @@ from torch import nn
 
 from genas_plugins._messages import shown
 from genas_plugins.checks import check_count, check_flag, check_real, check_seed
+from genas_plugins.scoring.neighbourhood import AGGREGATES
 from nni_strategy.export import PathModel
 from nni_strategy.hub import genotype_from_hub
-from nni_strategy.neighbours import (
-    Aggregate,
-    Ascent,
+from nni_strategy.nadarts_step import (
+    ASCENTS,
     MovedSoftmax,
+    Moves,
     NADartsModule,
-    Neighbourhood,
     architecture_parameters,
 )
 
@@ -82,11 +82,11 @@ class NADarts(DARTS):
     Args:
         distance: The largest number of choices in which a neighbour differs; 0 for NNI's DARTS.
         size: Neighbours a step; None for all of them. Not read with ``distance=0``.
-        aggregate: ``"mean"``, ``"median"`` or ``"min"`` (the worst) of the negative losses, or ``"mean-std"``, their
-            mean less their standard deviation (of the population).
+        aggregate: ``"mean"``, ``"median"``, ``"min"`` (the worst) or ``"mean-std"`` of the negative losses, as in
+            :class:`genas_plugins.scoring.NeighbourhoodScore`.
         include_self: Whether the architecture itself is one of those that are aggregated.
         rho: Of A2M; 0 for none.
-        ascent: The form of A2M.
+        ascent: The form of A2M, ``"a2m"`` or ``"sam"``.
         arc_learning_rate: Of Adam for the architecture parameters, as the following is NNI's.
         gradient_clip_val: Largest norm of the weights' gradient.
         log_prob_every_n_step: Steps between two logs of the distributions.
@@ -105,10 +105,10 @@ class NADarts(DARTS):
         *,
         distance: int = 1,
         size: int | None = 4,
-        aggregate: Aggregate = "mean",
+        aggregate: str = "mean",
         include_self: bool = True,
         rho: float = 0.0,
-        ascent: Ascent = "a2m",
+        ascent: str = "a2m",
         arc_learning_rate: float = 3e-4,
         gradient_clip_val: float | None = None,
         log_prob_every_n_step: int = 10,
@@ -125,9 +125,9 @@ class NADarts(DARTS):
             penalty=penalty,
             mutation_hooks=mutation_hooks,
         )
-        for name, value, valid in (("aggregate", aggregate, Aggregate), ("ascent", ascent, Ascent)):
-            if value not in get_args(valid):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(valid))}, got {shown(value)}.")
+        for name, value, valid in (("aggregate", aggregate, AGGREGATES), ("ascent", ascent, ASCENTS)):
+            if value not in valid:
+                raise ValueError(f"Unknown {name} {shown(value)}; valid {name}s: {', '.join(valid)}.")
         self.distance = check_count("distance", distance, 0)
         self.size = None if size is None else check_count("size", size, 0)
         self.include_self = check_flag("include_self", include_self)
@@ -139,7 +139,7 @@ class NADarts(DARTS):
         self.rho = check_real("rho", rho, least=0)
         self.ascent = ascent
         self.seed = check_seed(seed)
-        self.neighbourhood: Neighbourhood | None = None
+        self.moves: Moves | None = None
         self.softmax = MovedSoftmax()
 
     def extra_repr(self) -> str:
@@ -174,8 +174,8 @@ class NADarts(DARTS):
 
     def configure_oneshot_module(self, training_module: LightningModule) -> NADartsModule:
         """Wrap the evaluator's Lightning module."""
-        assert self.neighbourhood is not None
-        return NADartsModule(training_module, self, self.neighbourhood)
+        assert self.moves is not None
+        return NADartsModule(training_module, self, self.moves)
 
     def mutate_model(self, model: Space) -> Space:
         """Turn a model space into a mixture, in place; what is drawn for it comes from ``seed``.
@@ -194,10 +194,10 @@ class NADarts(DARTS):
             raise ValueError(
                 f"distance must be at most {len(sizes)}, the choices of {type(model).__name__}, got {self.distance}."
             )
-        self.neighbourhood = Neighbourhood(sizes, self.distance)
-        if self.distance and self.size is not None and self.size > self.neighbourhood.count:
+        self.moves = Moves(sizes, self.distance)
+        if self.distance and self.size is not None and self.size > self.moves.count:
             raise ValueError(
-                f"size must be at most {self.neighbourhood.count:,}, the neighbours within distance {self.distance} in "
+                f"size must be at most {self.moves.count:,}, the neighbours within distance {self.distance} in "
                 f"{type(model).__name__}, or None for all of them, got {self.size:,}."
             )
         return model

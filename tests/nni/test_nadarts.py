@@ -31,9 +31,10 @@ from torch.utils.data import TensorDataset
 from genas_plugins.darts.genotype import NODES, OPERATIONS
 from genas_plugins.datasets import ImageTensors, SearchData
 from genas_plugins.nasbench201.architecture import OPERATIONS as OPERATIONS_201
+from genas_plugins.scoring import CombinedScore, NeighbourhoodScore
 from genas_plugins.spaces import NasBench201Architecture, NasBench201SearchSpace
 from nni_strategy import DartsSpace, GeNAS, NADarts, NasBench201Space, genotype_from_hub, supernet_evaluator
-from nni_strategy.neighbours import Neighbourhood, aggregate_gradient
+from nni_strategy.nadarts_step import Moves, aggregate_gradient
 from nni_strategy.samples import SupernetPaths
 
 QUIET: dict[str, Any] = {
@@ -150,13 +151,13 @@ def neighbours(alphas: list[Tensor], distance: int) -> Iterator[list[Tensor]]:
 def objective(table: Tensor, alphas: list[Tensor], distance: int, aggregate: str, include_self: bool = True) -> Tensor:
     found = torch.stack([value(table, *pair, curved=0.3) for pair in neighbours(alphas, distance)])
     found = found if include_self else found[1:]
-    if aggregate == "mean":
-        return found.mean()
-    if aggregate == "min":
-        return found.max()
-    if aggregate == "median":
-        return found.quantile(0.5)
-    return found.mean() + ((found - found.mean()) ** 2).mean().sqrt()
+    spread = ((found - found.mean()) ** 2).mean().sqrt() if aggregate == "mean-std" else 0.0
+    functions = {"mean": torch.mean, "min": torch.max, "median": lambda losses: losses.quantile(0.5)}
+    total = functions.get(aggregate, torch.mean)(found) + spread
+    # As neighbourhoods of single architectures are scored, by the negative loss.
+    score = NeighbourhoodScore(CombinedScore(), aggregate).of((-found).tolist())
+    assert float(total.detach()) == pytest.approx(-score, rel=1e-5)
+    return total
 
 
 def gradient_of(function: Callable[[list[Tensor]], Tensor], start: list[Tensor]) -> list[Tensor]:
@@ -172,7 +173,7 @@ def test_gradients_are_those_of_all_neighbours_by_brute_force(distance, aggregat
     strategy = NADarts(distance=distance, size=None, aggregate=aggregate, include_self=include_self)
     _, (gradient,) = walk(strategy, table, start)
     # 3 + 2 of one choice, 3 x 2 of both.
-    assert strategy.neighbourhood.count == {1: 5, 2: 11}[distance]
+    assert strategy.moves.count == {1: 5, 2: 11}[distance]
     expected = gradient_of(lambda alphas: objective(table, alphas, distance, aggregate, include_self), start)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
@@ -214,8 +215,8 @@ def test_neighbours_in_nasbench201_are_its_24_architectures():
             alpha.copy_(80.0 * torch.tensor([name == other for other in OPERATIONS_201]))
     assert strategy.architecture == architecture
     found = []
-    for number in range(1, strategy.neighbourhood.count + 1):
-        with strategy.softmax.by(alphas, strategy.neighbourhood.moves(number)), torch.no_grad():
+    for number in range(1, strategy.moves.count + 1):
+        with strategy.softmax.by(alphas, strategy.moves.of(number)), torch.no_grad():
             found.append(space(images))
     with torch.no_grad():
         paths = [space.supernet(images, other) for other in NasBench201SearchSpace().neighbours(architecture)]
@@ -547,22 +548,22 @@ def test_a_mixture_is_searched_by_paths_afterwards():
 
 
 def test_moves_are_all_combinations_once():
-    neighbourhood = Neighbourhood([3, 2, 4], 2)
-    every = [moves for moves in itertools.product(range(3), range(2), range(4)) if sum(move > 0 for move in moves) <= 2]
-    assert sorted(map(neighbourhood.moves, range(neighbourhood.count + 1))) == sorted(every)
-    assert neighbourhood.moves(0) == (0, 0, 0)
+    moves = Moves([3, 2, 4], 2)
+    every = [row for row in itertools.product(range(3), range(2), range(4)) if sum(move > 0 for move in row) <= 2]
+    assert sorted(map(moves.of, range(moves.count + 1))) == sorted(every)
+    assert moves.of(0) == (0, 0, 0)
 
 
 def test_samples_are_uniform_and_without_repetition():
-    neighbourhood = Neighbourhood([3, 2, 4], 2)
+    moves = Moves([3, 2, 4], 2)
     rng = np.random.default_rng(0)
-    draws = [neighbourhood.sample(3, rng) for _ in range(3_000)]
+    draws = [moves.sample(3, rng) for _ in range(3_000)]
     assert all(len(set(draw)) == 3 for draw in draws)
     counts = Counter(number for draw in draws for number in draw)
-    assert sorted(counts) == list(range(1, neighbourhood.count + 1))
+    assert sorted(counts) == list(range(1, moves.count + 1))
     assert chisquare(list(counts.values())).pvalue > 1e-3
     # Far more than a 64-bit integer can count.
-    assert len(set(Neighbourhood([8] * 28, 28).sample(5, rng))) == 5
+    assert len(set(Moves([8] * 28, 28).sample(5, rng))) == 5
 
 
 def test_equal_losses_have_equal_shares():
@@ -576,8 +577,8 @@ def test_equal_losses_have_equal_shares():
         ({"distance": -1}, "distance must not be negative, got -1"),
         ({"distance": 1.5}, "distance must be a whole number, got 1.5"),
         ({"size": -1}, "size must not be negative, got -1"),
-        ({"aggregate": "max"}, "aggregate must be one of mean, median, min, mean-std, got 'max'"),
-        ({"ascent": "up"}, "ascent must be one of a2m, sam, got 'up'"),
+        ({"aggregate": "max"}, "Unknown aggregate 'max'; valid aggregates: mean, median, min, mean-std"),
+        ({"ascent": "up"}, "Unknown ascent 'up'; valid ascents: a2m, sam"),
         ({"rho": -0.1}, "rho must be at least 0, got -0.1"),
         ({"rho": float("nan")}, "rho must be at least 0, got nan"),
         ({"include_self": "no"}, "include_self must be true or false, got 'no'"),

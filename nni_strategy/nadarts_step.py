@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -16,23 +16,21 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from nni_strategy.nadarts import NADarts
 
-__all__ = ["Aggregate", "Ascent", "MovedSoftmax", "NADartsModule", "Neighbourhood", "aggregate_gradient"]
+__all__ = ["ASCENTS", "MovedSoftmax", "Moves", "NADartsModule", "aggregate_gradient"]
 
-Aggregate = Literal["mean", "median", "min", "mean-std"]
-Ascent = Literal["a2m", "sam"]
-
+ASCENTS = ("a2m", "sam")
 # Of the central difference in A2M's published code.
 _DIFFERENCE = 0.01
 _SETTINGS = "nadarts"
 
 
-class Neighbourhood:
+class Moves:
     """Moves of up to ``distance`` distributions, counted and numbered.
 
     Number 0 moves none; the others are the neighbours.
 
-    >>> nasbench201 = Neighbourhood([5] * 6, distance=1)
-    >>> nasbench201.count, nasbench201.moves(24)
+    >>> nasbench201 = Moves([5] * 6, distance=1)
+    >>> nasbench201.count, nasbench201.of(24)
     (24, (4, 0, 0, 0, 0, 0))
 
     Args:
@@ -53,7 +51,7 @@ class Neighbourhood:
             self._ways.insert(0, [after[d] + (size - 1) * (after[d - 1] if d else 0) for d in range(distance + 1)])
         self.count = self._ways[0][distance] - 1
 
-    def moves(self, number: int) -> tuple[int, ...]:
+    def of(self, number: int) -> tuple[int, ...]:
         """By how many operations each distribution is moved.
 
         Args:
@@ -88,14 +86,14 @@ class NADartsModule(DartsLightningModule):
     Args:
         training_module: The evaluator's Lightning module, which holds the mixture.
         settings: The strategy.
-        neighbourhood: That of the space.
+        moves: Those of the space.
     """
 
-    def __init__(self, training_module: LightningModule, settings: NADarts, neighbourhood: Neighbourhood) -> None:
+    def __init__(self, training_module: LightningModule, settings: NADarts, moves: Moves) -> None:
         names = ("arc_learning_rate", "gradient_clip_val", "log_prob_every_n_step", "warmup_epochs", "penalty")
         super().__init__(training_module, **{name: getattr(settings, name) for name in names})
         self._settings = settings
-        self._neighbourhood = neighbourhood
+        self._moves = moves
 
     def arch_parameters(self) -> list[nn.Parameter]:
         """In an order that a checkpoint can rely on; NNI's depends on addresses."""
@@ -140,7 +138,7 @@ class NADartsModule(DartsLightningModule):
         numbers = [0] if settings.include_self else []
         if settings.distance:
             rng = np.random.default_rng((settings.seed, self.trainer.current_epoch, batch_idx))
-            numbers += self._neighbourhood.sample(settings.size, rng)
+            numbers += self._moves.sample(settings.size, rng)
         alphas = self.arch_parameters()
         gradient = self._gradient(batch, batch_idx, numbers)
         if settings.rho:
@@ -165,7 +163,7 @@ class NADartsModule(DartsLightningModule):
         only = {"inputs": alphas} if self.trainer.world_size == 1 else {}
         losses, gradients = [], []
         for number in numbers:
-            with self._settings.softmax.by(alphas, self._neighbourhood.moves(number)):
+            with self._settings.softmax.by(alphas, self._moves.of(number)):
                 for alpha in alphas:
                     alpha.grad = None
                 loss = self._architecture_loss(batch, batch_idx)
@@ -192,7 +190,7 @@ class NADartsModule(DartsLightningModule):
         return loss
 
 
-def aggregate_gradient(losses: Tensor, aggregate: Aggregate) -> Tensor:
+def aggregate_gradient(losses: Tensor, aggregate: str) -> Tensor:
     """The derivatives of the aggregated loss, ``(n,)``, by the losses ``(n,)``; see :class:`NADarts`."""
     count = len(losses)
     even = torch.full_like(losses, 1 / count)
@@ -209,7 +207,7 @@ def aggregate_gradient(losses: Tensor, aggregate: Aggregate) -> Tensor:
 
 
 def _ascended(
-    at: Callable[[float, Sequence[Tensor]], list[Tensor]], gradient: Sequence[Tensor], rho: float, ascent: Ascent
+    at: Callable[[float, Sequence[Tensor]], list[Tensor]], gradient: Sequence[Tensor], rho: float, ascent: str
 ) -> list[Tensor]:
     """The gradient to go down; ``at`` gives that of the loss a factor times a direction away."""
     if ascent == "sam":
