@@ -174,10 +174,10 @@ def test_the_command_tells_what_racing_saved(raced: tuple[Any, Path], genas: Any
     assert (again.status, again.stdout) == (0, done.stdout)
 
 
-@pytest.mark.parametrize("setting", ["search.racing=0.9", "search.in_flight=2"])
+@pytest.mark.parametrize("setting", ["search.racing=0.9", "search.in_flight=2", "score.neighbourhood={}"])
 def test_a_profile_is_of_candidates_one_by_one(setting: str, genas: Any, tmp_path: Path) -> None:
     done = genas("search", "--config", genas.config, "--set", setting, "--profile", "--output", tmp_path / "run")
-    assert "leave out --profile, or set search.racing to null and search.in_flight to 1" in done.error
+    assert "leave out --profile, or set search.racing and score.neighbourhood to null and" in done.error
     assert not (tmp_path / "run").exists()
 
 
