@@ -29,7 +29,7 @@ from genas_plugins.experiment.neighbours import Neighbours
 from genas_plugins.files import write_text
 from genas_plugins.nasbench201 import EDGES, OPERATIONS, NasBench201Architecture, NasBench201SearchSpace
 from genas_plugins.nasbench201.truth import DATASETS, read_truth
-from genas_plugins.plotting._style import GREY, PALETTE, figure_file
+from genas_plugins.plotting._style import FAINT, GREY, PALETTE, figure_file
 from genas_plugins.scoring import CombinedScore, Measurement, NeighbourhoodScore
 from genas_plugins.scoring.neighbourhood import AGGREGATES
 from genas_plugins.search import Evolution, run_search
@@ -193,19 +193,19 @@ def _draw(lines: Sequence[tuple[Any, ...]], best: Mapping[str, float], path: Pat
             for axes, noise in zip(row, noises, strict=True):
                 for name in names:
                     chosen = [line for line in lines if line[:3] == (dataset, noise, name)]
-                    gaps = [best[dataset] - line[4] for line in chosen]
+                    means = [line[4] for line in chosen]
                     errors = [line[6] - line[4] for line in chosen]
                     dashes = "--" if name.startswith("NA-RS") else "-"
                     style = {"color": colours[name], "linestyle": dashes, "linewidth": 1.3, "markersize": 3.5}
-                    axes.errorbar([line[3] for line in chosen], gaps, errors, marker="o", label=name, **style)
+                    axes.errorbar([line[3] for line in chosen], means, errors, marker="o", label=name, **style)
+                axes.axhline(best[dataset], color=FAINT, linewidth=1, zorder=0)
                 axes.set_xscale("log")
-                axes.set_yscale("log")
                 axes.set_xticks(BUDGETS, [f"{budget:,}" for budget in BUDGETS])
                 axes.minorticks_off()
                 axes.grid(axis="y")
                 if dataset == next(iter(best)):
                     axes.set_title(f"noise of {noise:g} %", fontsize=9)
-            row[0].set_ylabel(f"{dataset}: points\nbelow the best")
+            row[0].set_ylabel(f"{dataset}:\naccuracy, % (line: the best there is)", fontsize=8)
         for axes in panels[-1]:
             axes.set_xlabel("evaluations")
         figure.tight_layout(rect=(0, 0, 1, 0.95))
