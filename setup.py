@@ -119,7 +119,7 @@ setup(
         "genas_plugins.configs",
     ],
     package_dir={"genas_plugins.configs": "configs"},
-    package_data={"": ["py.typed", "*.json", "*.csv"], "genas_plugins.configs": ["**/*"]},
+    package_data={"": ["py.typed", "*.json", "*.csv", "*.js"], "genas_plugins.configs": ["**/*"]},
     exclude_package_data={"": ["**/__pycache__/*", "*.py[cod]"]},
     include_package_data=False,
     install_requires=[

@@ -40,6 +40,7 @@ from genas_plugins.scoring.paths import SubnetPaths
 from genas_plugins.search import InFlight, Record
 from genas_plugins.spaces import find_space
 from nni_strategy.loggers import RunLog
+from nni_strategy.service import NniService
 from nni_strategy.space import SupernetSpace, space_of
 from nni_strategy.strategy import GeNAS
 from nni_strategy.training import TrainingProgress, supernet_evaluator
@@ -92,6 +93,10 @@ def run_experiment(
         SearchFailedError: No candidate had a finite score.
     """
     search = experiment.search
+    if profile is not None and search.service is not None:
+        raise ValueError(
+            "A profile traces candidates in this process: leave out --profile, or set search.service to null."
+        )
     if profile is not None and (search.racing or experiment.score.neighbourhood or (search.in_flight or 1) > 1):
         raise ValueError(
             "A profile traces candidates one by one, as neither a race nor several in flight nor neighbourhoods are "
@@ -138,6 +143,8 @@ def _run(
     listen = listener(shown, total, profiler, len(history.records))
     kind = _TrainingOnly if train_only else GeNAS
     strategy = _strategy(kind, experiment, data, device, history, listen, profile)
+    if experiment.search.service is not None and not train_only:
+        strategy.elsewhere = NniService(folder, experiment.search.service, experiment.search.workers)
     if primary:
         shape = data.validation.images.shape[1:]
         strategy.budget.check(SubnetPaths(space.supernet), shape, device, experiment.seed)
@@ -193,7 +200,8 @@ def _strategy(
         recalibration=score.recalibration,
         recalibration_batches=recalibration,
         validation_batches=validation,
-        **{**vars(experiment.search), "constraints": vars(experiment.search.constraints), "in_flight": in_flight},
+        **{name: value for name, value in vars(experiment.search).items() if name not in ("service", "workers")}
+        | {"constraints": vars(experiment.search.constraints), "in_flight": in_flight},
         seed=experiment.seed,
         history=history,
         on_record=listen,

@@ -161,6 +161,8 @@ class GeNAS(UniformPaths):
         self.loss = loss_of_image(loss)
         self.scorer: Scorer | None = None
         self.search_log: SearchLog | None = None
+        # Who measures the candidates elsewhere, called as run_search is.
+        self.elsewhere: Callable[..., Any] | None = None
         self._paths: SupernetPaths | None = None
         self._measured: dict[tuple[str, str], float] = {}
         self._alone: dict[str, dict[str, Any]] = {}
@@ -265,7 +267,7 @@ class GeNAS(UniformPaths):
             # What the history has was told by the process that measured it.
             known = 0 if self.history is None else len(self.history.records)
             log = self.search_log or SearchLog(loggers_of(evaluator), known)
-            run_search(
+            (self.elsewhere or run_search)(
                 self._evolution,
                 scorer.measure,
                 history=self.history,

@@ -252,6 +252,10 @@ class Search:
     confidence such as 0.999, with which candidates that cannot be parents are not measured on all images
     (:mod:`genas_plugins.search.racing`); ``null`` measures them on all. Each device measures ``in_flight`` candidates
     at a time; ``null`` is as many as PyTorch has threads on a CPU, with one thread each, and 1 on a GPU.
+
+    ``service`` of ``local`` has NNI's engine spread the candidates over ``workers`` processes of this machine, one on
+    each GPU where there are any; another service is that of an experiment file of NNI, whose path it is
+    (``docs/cluster.md``).
     """
 
     population: int = 50
@@ -263,6 +267,8 @@ class Search:
     evaluations: _Count | None = None
     racing: Real | None = None
     in_flight: int | None = None
+    service: str | None = None
+    workers: _Processes = 1
     constraints: Constraints = dataclasses.field(default_factory=Constraints)
     objectives: Annotated[tuple[str, ...], Listed] = ()
     counted: CountedNetwork = dataclasses.field(default_factory=CountedNetwork)
@@ -271,6 +277,15 @@ class Search:
         InFlight(self.in_flight)
         if self.racing is not None:
             check_confidence(self.racing)
+            if self.service is not None:
+                raise ValueError(
+                    "racing compares candidates slice by slice of the images, which the workers of a service cannot: "
+                    f"set racing or service to null, got {self.racing:g} and {shown(self.service)}."
+                )
+        if self.service not in (None, "local") and Path(str(self.service)).suffix not in (".yaml", ".yml"):
+            raise ValueError(
+                f"service must be local, or a YAML file of an experiment of NNI, got {shown(self.service)}."
+            )
         names = ("population", "generations", "parents", "mutants", "crossovers", "mutation_probability", "evaluations")
         built = evolution_for(self.objectives, self.racing, **{name: getattr(self, name) for name in names})
         # As numbers, which is what a run is stored and compared with.

@@ -41,7 +41,7 @@ RUN_FILE = "run.json"
 MAY_CHANGE = (
     *("data.root", "data.download"),
     *("training.accelerator", "training.num_workers", "training.threads", "training.logger"),
-    "search.in_flight",
+    *("search.in_flight", "search.service", "search.workers"),
 )
 """Where the images lie, on what and by how many processes and threads is computed, and who is told: that decides no
 result."""

@@ -170,7 +170,7 @@ class Scorer:
     @classmethod
     def from_run(
         cls,
-        folder: str | Path,
+        folder: str | Path | TrainedRun,
         *,
         score: CombinedScore | None = None,
         device: torch.device | str | None = None,
@@ -180,7 +180,7 @@ class Scorer:
         """Open the run folder of ``genas search``, or the file of :func:`~.run_folder.save_trained`.
 
         Args:
-            folder: The run folder or the file.
+            folder: The run folder or the file, or what was opened of it.
             score: The metric; ``None`` for the run's.
             device: To score on; ``None`` for CUDA where there is one.
             data_root: Where the images are now; ``None`` for where the run had them, which may have been seen from
@@ -193,7 +193,7 @@ class Scorer:
             DataChangedError: The images are others than those that it was trained and is to be scored on.
             CheckpointError: Its supernet cannot be read, or the file does not say how it was trained.
         """
-        run = TrainedRun.open(folder)
+        run = folder if isinstance(folder, TrainedRun) else TrainedRun.open(folder)
         settings = run.experiment.score
         return cls.on_data(
             SubnetPaths(run.supernet, run.initial),

@@ -1,6 +1,7 @@
 """How a space is walked: the evolution, its history on disk and the loop that joins them to a measurement."""
 
 from genas_plugins.search.budget import BudgetError, CostedSpace, Limits
+from genas_plugins.search.dispatch import Dispatch, Task
 from genas_plugins.search.evolution import Evolution, NoCandidateError, Proposal, SearchSpace
 from genas_plugins.search.history import History, HistoryError, check_records
 from genas_plugins.search.in_flight import InFlight, torch_threads
@@ -14,6 +15,7 @@ from genas_plugins.search.sharing import SharedSearch, SharedSearchError
 __all__ = [
     "BudgetError",
     "CostedSpace",
+    "Dispatch",
     "Evolution",
     "History",
     "HistoryError",
@@ -28,6 +30,7 @@ __all__ = [
     "SearchSpace",
     "SharedSearch",
     "SharedSearchError",
+    "Task",
     "candidate_seed",
     "check_records",
     "run_search",

@@ -21,7 +21,7 @@ from genas_plugins.search.racing import Finish
 from genas_plugins.search.record import Record
 from genas_plugins.search.sharing import SharedSearch
 
-__all__ = ["candidate_seed", "run_search"]
+__all__ = ["candidate_seed", "check_known", "describe", "run_search"]
 
 _logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def _run(
     while not evolution.finished:
         scores: list[Any] = []
         proposals = evolution.ask()
-        named = _named(evolution, proposals, index)
+        named = describe(evolution, proposals, index)
         new = _new_records(evolution, named, len(known) - index, measure, race, shared, in_flight, at_a_time)
         # Closed at once when something fails: what is in flight is waited for, and no more is begun.
         with contextlib.closing(new):
@@ -140,13 +140,7 @@ def _run(
                 candidate = name["candidate"]
                 if index < len(known):
                     record = known[index]
-                    if record.candidate != candidate:
-                        where = f"{history.path} (line {index + 1})" if history else "the history"
-                        raise HistoryError(
-                            f"Record {index} of {where} is not the candidate that this search proposes there: the "
-                            "history belongs to other settings or another seed, or was changed. Go on with its own "
-                            "settings, or remove this line and all after it, and what they measured is measured anew."
-                        )
+                    check_known(record, candidate, history)
                 else:
                     record = next(new)
                     if history is not None:
@@ -195,7 +189,28 @@ def _new_records(
         yield from sorted(told, key=attrgetter("index"))
 
 
-def _named(
+def check_known(record: Record, candidate: Any, history: History | None) -> None:
+    """Raise if a record of the history is not that of the candidate that a search proposes there.
+
+    Args:
+        record: What the history has.
+        candidate: The proposal as plain data.
+        history: For the message.
+
+    Raises:
+        HistoryError: It is another one.
+    """
+    if record.candidate == candidate:
+        return
+    where = f"{history.path} (line {record.index + 1})" if history else "the history"
+    raise HistoryError(
+        f"Record {record.index} of {where} is not the candidate that this search proposes there: the history belongs "
+        "to other settings or another seed, or was changed. Go on with its own settings, or remove this line and all "
+        "after it, and what they measured is measured anew."
+    )
+
+
+def describe(
     evolution: Evolution[Candidate], proposals: Sequence[Proposal[Candidate]], first: int
 ) -> list[tuple[dict[str, Any], Candidate]]:
     """What is known of proposals before they are measured, and the proposals."""
