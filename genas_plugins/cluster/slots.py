@@ -34,6 +34,8 @@ __all__ = ["LostWorkerError", "RefusedError", "Slot", "end_workers", "slots_fold
 _POLL = 0.05
 _STARTS = 0.1
 _LONGEST = 10_000_000
+# The address of a Unix socket has 108 bytes at most, 104 on macOS.
+_MOST_CHARACTERS = 70
 
 
 class LostWorkerError(RuntimeError):
@@ -63,6 +65,8 @@ def slots_folder(run: str | Path, visible: str | None = None) -> Path:
     # A supernet that was trained anew has other workers.
     key = json.dumps([str(path), seen.st_size, seen.st_mtime_ns, visible, __version__])
     base = Path(tempfile.gettempdir()) / f"genas-{os.getuid()}"
+    if len(str(base)) > _MOST_CHARACTERS:
+        base = Path("/tmp") / base.name
     base.mkdir(mode=0o700, exist_ok=True)
     if base.stat().st_uid != os.getuid() or base.stat().st_mode & 0o077:
         raise PermissionError(f"{base} must be a folder that only you can open: remove it, or set TMPDIR.")
@@ -145,7 +149,7 @@ class Slot:
         connection = connection or self._started(options)
         pid = None
         try:
-            with connection, connection.makefile("rwb") as stream:
+            with connection, connection.makefile("rb") as stream:
                 connection.settimeout(timeout)
                 hello = _line(stream)
                 if hello is None:
@@ -153,8 +157,7 @@ class Slot:
                 if "refused" in hello:
                     raise RefusedError(str(hello["refused"]))
                 pid = hello["pid"]
-                stream.write(json.dumps(dict(request)).encode() + b"\n")
-                stream.flush()
+                connection.sendall(json.dumps(dict(request)).encode() + b"\n")
                 answer = _line(stream)
         except TimeoutError as error:
             self.kill(pid)
@@ -177,10 +180,9 @@ class Slot:
         """End its worker, if there is one."""
         if (connection := self._connect()) is None:
             return
-        with contextlib.suppress(OSError), connection, connection.makefile("rwb") as stream:
+        with contextlib.suppress(OSError), connection:
             connection.settimeout(_STARTS)
-            stream.write(b'{"end": true}\n')
-            stream.flush()
+            connection.sendall(b'{"end": true}\n')
 
     def kill(self, pid: int | None = None) -> None:
         """Kill its worker, which does not answer.

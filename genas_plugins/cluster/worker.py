@@ -80,13 +80,14 @@ def serve(path: Path, load: Callable[[], Any], idle: float) -> int:
 def _answer(connection: socket.socket, hello: dict[str, Any], scoring: Any) -> int | None:
     """Serve one trial; an exit status ends the worker."""
     # A trial may be killed while it waits, which is nothing to us.
-    with contextlib.suppress(OSError), connection.makefile("rwb") as stream:
+    with contextlib.suppress(OSError), connection.makefile("rb") as stream:
 
         def send(line: dict[str, Any]) -> None:
-            stream.write(json.dumps(line).encode() + b"\n")
-            stream.flush()
+            connection.sendall(json.dumps(line).encode() + b"\n")
 
-        send(hello)
+        # Who tells it to end does not listen.
+        with contextlib.suppress(OSError):
+            send(hello)
         if scoring is None:
             return 1
         line = stream.readline(_LONGEST)
