@@ -145,4 +145,7 @@ def _failed(reason: str, seconds: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    # At once: what PyTorch does at its exit takes seconds on a busy machine, and there is nothing to save.
+    sys.stderr.flush()
+    os._exit(status)
