@@ -1,17 +1,17 @@
 """How a search on NNI's engine grows with its workers: measured on this machine, and by a model beyond it.
 
 ``python benchmarks/cluster_scaling.py measure RUN --workers 1 2 --output scaling`` searches copies of a trained run
-(the folder of ``genas search --train-only``) in one process and on the local service, and prints the seconds a candidate
-and their ratios. Nothing else should run on the machine.
+(the folder of ``genas search --train-only``) in one process and on the local service, and prints the seconds a
+candidate and their ratios. Nothing else should run on the machine.
 
 ``python benchmarks/cluster_scaling.py model --seconds 5 --population 1000`` prints candidates a minute by the model
 
     population / (ceil(population / workers) * seconds + barrier + max(last * message, slowest))
 
-where ``barrier`` is what passes between the last answer of a generation and the first work on the next, ``message`` what
-the driver needs for a candidate, ``last`` the number of answers that come together, those of as many workers as have
-work, and ``slowest`` how much longer than a candidate the slowest of these takes. Beside it stands what a simulated
-service gives, in which the driver is the real one and the workers' clock is simulated. ``message`` is measured.
+where ``barrier`` is what passes between the last answer of a generation and the first work on the next, ``message``
+what the driver needs for a candidate, ``last`` the number of answers that come together, those of as many workers as
+have work, and ``slowest`` how much longer than a candidate the slowest of these takes. Beside it stands what a
+simulated service gives: the driver is the real one, the workers' clock is simulated, and ``message`` is measured.
 """
 
 from __future__ import annotations

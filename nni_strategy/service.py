@@ -20,6 +20,7 @@ import torch
 from nni.experiment import RunMode, launcher, rest
 from nni.experiment.config import CustomAlgorithmConfig, ExperimentConfig, LocalConfig
 
+from genas_plugins._messages import one_line
 from genas_plugins.cluster.choices import nni_search_space
 from genas_plugins.cluster.identity import identity
 from genas_plugins.cluster.slots import end_workers, slots_folder
@@ -103,6 +104,8 @@ class NniService:
                 advisor.on_finished = advisor.leave
                 try:
                     advisor.run()
+                    if not dispatch.finished:
+                        raise ConnectionAbortedError("NNI has ended the experiment")
                 finally:
                     advisor.leave()
                     with contextlib.suppress(OSError):
@@ -177,15 +180,28 @@ def _manager(folder: Path, settings: ExperimentConfig) -> Iterator[str]:
         rest.post(port, "/experiment", settings.json(), None)
         yield url
     except (ConnectionError, OSError) as error:
-        if process.poll() is None:
+        # It ends when a training service cannot begin.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_PATIENCE if isinstance(error, ConnectionError) else 0.1)
+        if process.poll() is None and not isinstance(error, ConnectionError):
             raise
+        log = folder / identifier / "log" / "nnimanager.log"
         raise RuntimeError(
-            f"NNI's manager has ended with status {process.returncode}; its log is in {folder / identifier / 'log'}. "
-            "Go on with --resume."
+            f"NNI's manager has ended{_first_error(log)}; its log is {log}. Go on with --resume."
         ) from error
     finally:
         _end(process, port)
         (folder / _MANAGER_FILE).unlink(missing_ok=True)
+
+
+def _first_error(log: Path) -> str:
+    try:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if "] ERROR (" in line]
+        # About a list of experiments in the user's home, which nothing needs.
+        lines = [line for line in lines if "(experiments_manager)" not in line]
+    except OSError:
+        return ""
+    return f" ({one_line(lines[0].partition('] ERROR ')[2], 300)})" if lines else ""
 
 
 def _wait_for(process: subprocess.Popen[Any], port: int, log: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nni.runtime.command_channel.websocket.connection import WsConnection
 from nni.runtime.env_vars import dispatcher_env_vars
 from nni.runtime.msg_dispatcher_base import MsgDispatcherBase
 from nni.runtime.tuner_command_channel import CommandType
@@ -64,6 +65,10 @@ class Advisor(MsgDispatcherBase):
         self._finished = False
         self._url = url or dispatcher_env_vars.NNI_TUNER_COMMAND_CHANNEL
         super().__init__(url)
+        # NNI's client would connect again, also to the manager of another experiment that has the port by then.
+        client = self._channel._channel
+        if client._conn is not None:
+            client._receive_command = client._conn.receive
 
     def run(self) -> None:
         """Take part in the experiment until NNI, or :meth:`leave`, ends it.
@@ -75,10 +80,8 @@ class Advisor(MsgDispatcherBase):
         """
         try:
             while not self.stopping:
-                command, data = self._channel._receive()
-                if command is None:
-                    raise ConnectionError("NNI's manager has ended; its log is in the experiment's folder.")
-                if command is CommandType.Terminate:
+                command, data = self._received()
+                if command in (None, CommandType.Terminate):
                     break
                 # In one thread, in the order in which they came; and never by NNI's own reader, which unpickles.
                 self.process_command(command, json.loads(data) if data else None)
@@ -157,6 +160,13 @@ class Advisor(MsgDispatcherBase):
                 self.dispatch.lost(index, "its trial ended without an answer")
         self._propose()
         self._end_if_finished()
+
+    def _received(self) -> tuple[CommandType | None, Any]:
+        try:
+            return self._channel._receive()
+        except WsConnection.ConnectionClosed as error:
+            self._channel._channel._closing = True
+            raise ConnectionError("NNI's manager has ended; its log is in the experiment's folder.") from error
 
     def _lose(self, identifier: Any, reason: str) -> None:
         if identifier in self._open:

@@ -212,6 +212,8 @@ def test_a_search_over_ssh(trained, finished, folder_at, environment, ssh, tmp_p
     changes = {"trainingService": {"platform": "remote", "machineList": [machine]}, "trialConcurrency": 2}
     changes["trialCommand"] = f"{TRIAL} --run {trained} --idle 5"
     (tmp_path / "code").mkdir()
+    # An empty folder NNI refuses.
+    (tmp_path / "code" / "readme.txt").write_text("nothing")
     changes["trialCodeDirectory"] = str(tmp_path / "code")
     path = written("flatness_remote", trained, tmp_path, changes.items())
     command = ("search", "--resume", "--quiet", "--output", trained, "--config", trained / "config.yaml")
@@ -257,9 +259,10 @@ def test_a_shipped_file_is_one_that_nni_accepts(name, tmp_path, monkeypatch):
     settings = ExperimentConfig.load(CONFIGS / f"{name}.yaml")
     settings.validate()
     assert settings.tuner.class_name == "nni_strategy.tuner.GenasTuner"
-    # Two trials for each worker, so that none waits for NNI.
     run = settings.tuner.class_args["run"]
-    assert f"--run {run}" in settings.trial_command and Path(run).is_absolute()
+    # In its pods NNI mounts the volume elsewhere.
+    there = "/tmp/mount/run" if name == "flatness_kubernetes" else run
+    assert f"--run {there}" in settings.trial_command and Path(run).is_absolute()
     assert not str(settings.experiment_working_directory).startswith(str(Path.home()))
 
 
@@ -268,3 +271,38 @@ def test_the_registered_name_is_that_of_the_tuner():
 
     meta = AlgoMeta.load(yaml.safe_load((CONFIGS / "algorithm.yaml").read_text()) | {"nniVersion": "3.0"})
     assert (meta.name, meta.algo_type, meta.class_name) == ("GeNAS", "tuner", "nni_strategy.tuner.GenasTuner")
+
+
+def test_the_manifests_follow_the_schema_of_kubernetes():
+    validate = pytest.importorskip("kubernetes_validate", reason="it brings the published schemas: pip install it")
+    manifests = list(yaml.safe_load_all((CONFIGS / "kubernetes_manager.yaml").read_text()))
+    assert [manifest["kind"] for manifest in manifests][-1] == "Job" and len(manifests) == 6
+    for manifest in manifests:
+        validate.validate(manifest, validate.latest_version(), strict=True)
+    with pytest.raises(validate.ValidationError):
+        validate.validate({**manifests[-1], "spec": {"templates": {}}}, validate.latest_version(), strict=True)
+    # The pieces name one another.
+    experiment = yaml.safe_load((CONFIGS / "flatness_kubernetes.yaml").read_text())
+    service = next(manifest for manifest in manifests if manifest["kind"] == "Service")
+    assert experiment["nniManagerIp"] == service["metadata"]["name"]
+    container = manifests[-1]["spec"]["template"]["spec"]["containers"][0]
+    assert container["image"] == experiment["trainingService"]["taskRoles"][0]["dockerImage"]
+
+
+@slow
+def test_the_commands_of_the_image_in_a_fresh_environment(tmp_path):
+    """Takes minutes and gigabytes: an installation from the package index."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    ignored = shutil.ignore_patterns(".git", "*.egg-info", "build", "runs")
+    shutil.copytree(ROOT, tmp_path / "genas", ignore=ignored)
+    lines = (CONFIGS / "Dockerfile").read_text().splitlines()
+    commands = [line.removeprefix("RUN ") for line in lines if line.startswith("RUN ") and "apt-get" not in line]
+    assert len(commands) == 3 and commands[0].startswith("pip install")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["PATH"] = f"{tmp_path / 'venv' / 'bin'}{os.pathsep}{environment['PATH']}"
+    for command in commands:
+        subprocess.run(["sh", "-c", command], cwd=tmp_path / "genas", env=environment, check=True)
+    asked_there = subprocess.run(
+        ["genas", "trial", "--help"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "--workers N" in asked_there.stdout
