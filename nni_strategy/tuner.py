@@ -7,9 +7,10 @@ import json
 import logging
 import time
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nni.runtime.command_channel.websocket.connection import WsConnection
 from nni.runtime.env_vars import dispatcher_env_vars
@@ -17,11 +18,11 @@ from nni.runtime.msg_dispatcher_base import MsgDispatcherBase
 from nni.runtime.tuner_command_channel import CommandType
 
 from genas_plugins._messages import message_of, shown
-from genas_plugins.checks import check_count
-from genas_plugins.cluster.identity import check_identity
-from genas_plugins.cluster.search import ClusterRun
 from genas_plugins.cluster.trial import CANDIDATE
-from genas_plugins.search import Dispatch
+
+# What takes time is imported when the connection is there, for which NNI waits ten seconds.
+if TYPE_CHECKING:
+    from genas_plugins.search import Dispatch
 
 __all__ = ["Advisor", "GenasTuner"]
 
@@ -43,6 +44,9 @@ class Advisor(MsgDispatcherBase):
         on_finished: Called when all candidates are answered.
     """
 
+    patience = 5.0
+    """Seconds after the end of a trial in which its last report may come."""
+
     def __init__(
         self,
         dispatch: Dispatch[Any] | None,
@@ -61,6 +65,7 @@ class Advisor(MsgDispatcherBase):
         self._indices: dict[int, int] = {}
         self._open: set[int] = set()
         self._held: dict[str, int] = {}
+        self._ended: deque[tuple[float, Any, str]] = deque()
         self._running = 0
         self._finished = False
         self._url = url or dispatcher_env_vars.NNI_TUNER_COMMAND_CHANNEL
@@ -139,6 +144,8 @@ class Advisor(MsgDispatcherBase):
             self._propose()
             return
         self._open.discard(identifier)
+        from genas_plugins.cluster.identity import check_identity
+
         by = told.get("by") or {}
         check_identity(self.identity, by, str(by.get("host")))
         answer = told.get("answer")
@@ -152,8 +159,18 @@ class Advisor(MsgDispatcherBase):
         job = str(data.get("trial_job_id"))
         # NNI starts trials with what was proposed next, not with what it says that it was proposed for them.
         form = json.loads(data["hyper_params"]).get("parameter_id")
-        self._lose(self._held.pop(job, form), f"its trial {job} ended as {data.get('event')} without an answer")
-        if self._running <= 0:
+        identifier = self._held.pop(job, form)
+        if identifier in self._open:
+            # The manager may send its last report behind its end.
+            reason = f"its trial {job} ended as {data.get('event')} without an answer"
+            self._ended.append((time.monotonic() + self.patience, identifier, reason))
+
+    def handle_ping(self, data: Any) -> None:
+        """Every now and then: have measured again what trials that have ended did not answer."""
+        while self._ended and self._ended[0][0] <= time.monotonic():
+            _, identifier, reason = self._ended.popleft()
+            self._lose(identifier, reason)
+        if self._running <= 0 and not self._ended:
             # So one whose end was taken for that of another is not waited for.
             self._open.clear()
             for index in self.dispatch.out:
@@ -247,7 +264,9 @@ class GenasTuner(Advisor):
                 raise ValueError(
                     f"run must be an absolute path, got {shown(run)}: NNI starts tuners in its own folder."
                 )
-            self._run = ClusterRun(Path(run), check_count("tries", tries), patience=60.0)
+            from genas_plugins.cluster.search import ClusterRun
+
+            self._run = ClusterRun(Path(run), tries, patience=60.0)
         except Exception as error:
             self.report_error(message_of(error))
             # The manager writes it down before the connection breaks.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from collections import deque
 from pathlib import Path
 
@@ -73,10 +76,11 @@ class Manager:
             self.count += 1
             self.trials[f"trial{self.count}"] = form
         if not self.trials:
+            self.messages.append((CommandType.Ping, None))
             return
         job = self.rng.choice(sorted(self.trials))
         form = self.trials.pop(job)
-        event = "SUCCEEDED"
+        event, reported = "SUCCEEDED", len(self.messages)
         # A trial that dies before it asks leaves its parameters to the next.
         if self.rng.random() < self.death / 2:
             event = "FAILED"
@@ -87,7 +91,10 @@ class Manager:
             elif self.rng.random() >= self.silence:
                 self.report(job, record["parameter_id"], self.measure(record["parameters"]))
         end = {"trial_job_id": job, "event": event, "hyper_params": json.dumps(form)}
-        self.messages += [(CommandType.TrialEnd, end), (CommandType.RequestTrialJobs, 1)]
+        # What a trial reports is written down before it is passed on, and may come behind its end.
+        place = self.rng.randrange(reported, len(self.messages) + 1)
+        self.messages.insert(place, (CommandType.TrialEnd, end))
+        self.messages.append((CommandType.RequestTrialJobs, 1))
 
     def report(self, job, identifier, told, kind="FINAL"):
         for number in range(2):
@@ -104,6 +111,8 @@ def metric(job, identifier, kind, value, sequence=0):
 @pytest.fixture(autouse=True)
 def no_page(monkeypatch):
     monkeypatch.setattr(Advisor, "_tell_manager", lambda self: None)
+    # This manager has no clock.
+    monkeypatch.setattr(Advisor, "patience", 0.0)
 
 
 def answer(parameters):
@@ -284,6 +293,8 @@ def test_a_run_searched_by_trials_ends_as_one_searched_in_one_process(trained, f
         (lambda folder: None, ValueError, "run must be an absolute path"),
         (lambda folder: (folder / "supernet.ckpt").unlink(), FileNotFoundError, r"no supernet\.ckpt"),
         (lambda folder: (folder / "config.yaml").write_text("seed: 9"), ConfigError, "is not what the run began with"),
+        # What is written there meets a full disk.
+        (lambda folder: (folder / ".writable").symlink_to("/dev/full"), OSError, r"\(No space left.*\): make room"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_in_a_sentence(trained, tuner_of, monkeypatch, spoil, error, message):
@@ -293,6 +304,24 @@ def test_what_cannot_be_searched_is_refused_in_a_sentence(trained, tuner_of, mon
     with pytest.raises(error, match=message):
         tuner_of("run" if error is ValueError else str(trained))
     assert len(told) == 1
+
+
+def test_a_history_of_other_weights_is_refused(trained, finished, tuner_of, monkeypatch):
+    (trained / "history.jsonl").write_text((finished.path / "history.jsonl").read_text())
+    stored = json.loads((finished.path / "run.json").read_text())
+    stored["weights"]["supernet.ckpt"] = "0" * 64
+    (trained / "run.json").write_text(json.dumps(stored))
+    monkeypatch.setattr(Advisor, "report_error", lambda self, sentence: None)
+    with pytest.raises(ConfigError, match="is not the one that the candidates of this run were scored with"):
+        tuner_of(str(trained))
+
+
+def test_a_tuner_connects_before_it_imports_what_takes_time():
+    # NNI waits ten seconds for it.
+    code = "import sys, nni_strategy.tuner; print({'torch', 'pytorch_lightning'} & set(sys.modules))"
+    environment = {**os.environ, "SDK_PROCESS": "dispatcher", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_a_race_on_a_service_is_refused():
