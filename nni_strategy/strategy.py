@@ -105,6 +105,9 @@ class GeNAS(UniformPaths):
         ValueError: A setting out of its range; the message names it and the valid choices.
     """
 
+    elsewhere: Callable[..., Any] | None = None
+    """Who has candidates measured elsewhere, called as :func:`genas_plugins.search.run_search` is."""
+
     @keywords_of(Evolution, "space", "max_tries")
     @keywords_of(CombinedScore)
     def __init__(
@@ -161,8 +164,6 @@ class GeNAS(UniformPaths):
         self.loss = loss_of_image(loss)
         self.scorer: Scorer | None = None
         self.search_log: SearchLog | None = None
-        # Who measures the candidates elsewhere, called as run_search is.
-        self.elsewhere: Callable[..., Any] | None = None
         self._paths: SupernetPaths | None = None
         self._measured: dict[tuple[str, str], float] = {}
         self._alone: dict[str, dict[str, Any]] = {}

@@ -250,14 +250,17 @@ class GenasTuner(Advisor):
     Args:
         run: The folder, as an absolute path: NNI starts tuners in a folder of its own.
         tries: How often a candidate is given to a trial before it has failed.
+        data_root: Where the run's images are, if not where they were; a relative path of the run is seen from NNI's
+            folder.
 
     Raises:
-        ValueError: ``run`` is relative, or the run races its candidates.
+        ValueError: ``run`` is relative.
+        FileNotFoundError: There is no trained supernet, or there are no images.
         FolderInUseError: Another search writes to the folder.
         ConfigError: The folder's settings or weights are not those of its history.
     """
 
-    def __init__(self, run: str, tries: int = 3) -> None:
+    def __init__(self, run: str, tries: int = 3, data_root: str | None = None) -> None:
         super().__init__(None, None, {})
         try:
             if not Path(run).is_absolute():
@@ -266,7 +269,7 @@ class GenasTuner(Advisor):
                 )
             from genas_plugins.cluster.search import ClusterRun
 
-            self._run = ClusterRun(Path(run), tries, patience=60.0)
+            self._run = ClusterRun(Path(run), tries, patience=60.0, data_root=data_root)
         except Exception as error:
             self.report_error(message_of(error))
             # The manager writes it down before the connection breaks.

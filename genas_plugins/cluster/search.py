@@ -20,7 +20,7 @@ from genas_plugins.experiment.run_folder import HISTORY_FILE, INITIAL_FILE, SUPE
 from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.locking import FolderInUseError, lock_folder
 from genas_plugins.scoring.paths import SubnetPaths
-from genas_plugins.search import Dispatch, JsonLines
+from genas_plugins.search import Dispatch, History, JsonLines
 from genas_plugins.search.dispatch import ANSWERS_FILE
 from genas_plugins.search.pareto import evolution_for
 
@@ -34,17 +34,23 @@ class ClusterRun:
         folder: Of ``genas search --train-only``, or of a search that was ended.
         tries: See :class:`genas_plugins.search.Dispatch`.
         patience: Seconds to wait for the lock of a process that was killed just now.
+        data_root: Where the images are here; ``None`` for where the run had them.
 
     Raises:
-        FileNotFoundError: The folder holds no trained supernet.
+        FileNotFoundError: The folder holds no trained supernet, or the images are not there.
+        DataChangedError: The images are others.
         FolderInUseError: Another process writes to it.
-        ConfigError: Its settings or weights are not those of its history, or it races its candidates.
+        ConfigError: Its settings or weights are not those of its history, or its candidates cannot be
+            measured one by one.
         HistoryError: Its history is damaged.
         OSError: It cannot be written to.
     """
 
-    def __init__(self, folder: Path, tries: int = 3, patience: float = 0.0) -> None:
+    def __init__(
+        self, folder: Path, tries: int = 3, patience: float = 0.0, data_root: str | Path | None = None
+    ) -> None:
         self.folder = folder
+        self._data_root = data_root
         self._began = time.time()
         run = TrainedRun.open(folder)
         self.experiment = run.experiment
@@ -54,22 +60,37 @@ class ClusterRun:
                 f"The search in {folder} races its candidates slice by slice of the images, which workers elsewhere "
                 "cannot: train a run with search.racing of null."
             )
+        if run.experiment.score.neighbourhood is not None:
+            raise config.ConfigError(
+                f"The search in {folder} measures the neighbours of candidates once, which workers elsewhere "
+                "cannot: train a run with score.neighbourhood of null."
+            )
         self.identity = identity(run)
         self._stack = contextlib.ExitStack()
         try:
             self._lock(patience)
+            # Looked at again when the search has ended, which must not be when they are missed.
+            data = run.data(data_root)
             # What a worker elsewhere has measured must find room here.
             _check_writable(folder)
             history = RunHistory(folder / HISTORY_FILE, (SUPERNET_FILE, INITIAL_FILE))
             check_scores(history, run.experiment.score.build())
             if history.records:
                 check_weights(folder, history.weights, scored=True)
-            names = ("population", "generations", "parents", "mutants", "crossovers", "mutation_probability")
+            names = (
+                "population",
+                "generations",
+                "parents",
+                "mutants",
+                "crossovers",
+                "mutation_probability",
+                "evaluations",
+            )
             settings = {name: getattr(search, name) for name in names}
             evolution = evolution_for(search.objectives, None, seed=run.experiment.seed, **settings)
             paths = SubnetPaths(run.supernet, run.initial)
             self.space = paths.search_space
-            evolution.space = self._costed(run, paths)
+            evolution.space = self._costed(run, paths, data.validation.images.shape[1:], history)
             answers: JsonLines[Any] = JsonLines(folder / ANSWERS_FILE)
             self.dispatch = Dispatch(evolution, history=history, answers=answers, tries=tries)
         except BaseException:
@@ -84,7 +105,7 @@ class ClusterRun:
             OSError: A file cannot be written.
         """
         (self.folder / ANSWERS_FILE).unlink(missing_ok=True)
-        scorer = Scorer.from_run(self.folder)
+        scorer = Scorer.from_run(self.folder, data_root=self._data_root)
         seconds = time.time() - self._began
         hand_over(self.folder, self.experiment, self.dispatch.evolution, self.dispatch.records, scorer, seconds)
         self.close()
@@ -107,16 +128,15 @@ class ClusterRun:
                     raise
                 time.sleep(1)
 
-    def _costed(self, run: TrainedRun, paths: SubnetPaths) -> Any:
+    def _costed(self, run: TrainedRun, paths: SubnetPaths, shape: Any, history: History) -> Any:
         search = run.experiment.search
         limits = vars(search.constraints)
         if not search.objectives and all(limit.free for limit in limits.values()):
             return paths.search_space
         metrics = run.experiment.score.build().metrics
         budget = Budget(limits, search.objectives, None, search.counted, metrics)
-        shape = run.data().validation.images.shape[1:]
-        kept = {"memory": {}, "file": self.folder / COSTS_FILE, "read_only": False}
-        return budget.space(paths, shape, device="cuda" if torch.cuda.is_available() else "cpu", **kept)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return budget.space(paths, shape, device=device, memory={}, lines=history.beside(COSTS_FILE))
 
 
 def _check_writable(folder: Path) -> None:

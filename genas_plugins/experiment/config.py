@@ -311,6 +311,11 @@ class Experiment:
         if self.score.neighbourhood is not None and self.search.racing is not None:
             raise ValueError(NO_RACE)
         space = find_space(self.space.name)
+        if self.search.service is not None and self.score.neighbourhood:
+            raise ValueError(
+                "score.neighbourhood measures what candidates have in common once, which the workers of a service "
+                "cannot: set it, or search.service, to null."
+            )
         self.search.counted.arguments(space, space.supernet_arguments(1, self.space), 32)
 
 

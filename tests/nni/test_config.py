@@ -85,6 +85,7 @@ def test_the_searches_of_the_paper_have_its_settings(name: str) -> None:
     assert search.pop("constraints") == {"params": free, "macs": free, "latency": free}
     assert (search.pop("objectives"), search.pop("counted")["network"]) == ((), "trained")
     assert search.pop("evaluations") is None
+    assert (search.pop("service"), search.pop("workers")) == (None, 1)
     assert search == {
         "population": 50,
         "generations": 20,

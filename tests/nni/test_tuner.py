@@ -332,3 +332,5 @@ def test_a_race_on_a_service_is_refused():
         ConfigError, match=r"service must be local, or a YAML file of an experiment of NNI, got 'slurm'"
     ):
         parse({"search": {"service": "slurm"}})
+    with pytest.raises(ConfigError, match="neighbourhood measures what candidates have in common once"):
+        parse({"score": {"neighbourhood": {}}, "search": {"service": "local"}})
