@@ -13,6 +13,7 @@ if os.environ.get("SDK_PROCESS") != "dispatcher":
         for _package in ("tqdm", "nni", "pytorch_lightning", "nni.nas.nn.pytorch"):
             require(_package, extra="nni", purpose="nni_strategy")
 
+    from nni_strategy.cluster import ClusterGeNAS
     from nni_strategy.evaluators import CombinedEvaluator, FlatnessEvaluator
     from nni_strategy.export import build_network, fixed_network
     from nni_strategy.hub import genotype_from_hub, genotype_to_hub, published_genotypes
@@ -23,6 +24,7 @@ if os.environ.get("SDK_PROCESS") != "dispatcher":
     from nni_strategy.training import SupernetModule, supernet_evaluator
 
 __all__ = [
+    "ClusterGeNAS",
     "CombinedEvaluator",
     "DartsSpace",
     "FlatnessEvaluator",

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,22 +96,37 @@ class NniService:
             on_record=on_record,
             on_generation=on_generation,
         )
-        if not dispatch.finished:
-            space = run.supernet.search_space
-            settings = experiment_of(self.folder, self.service, self.workers, nni_search_space(space))
-            with _manager(self.folder / FOLDER, settings) as url:
-                advisor = Advisor(dispatch, space, identity(run), url)
-                advisor.on_finished = advisor.leave
-                try:
-                    advisor.run()
-                    if not dispatch.finished:
-                        raise ConnectionAbortedError("NNI has ended the experiment")
-                finally:
-                    advisor.leave()
-                    with contextlib.suppress(OSError):
-                        end_workers(slots_folder(self.folder, os.environ.get("CUDA_VISIBLE_DEVICES")))
+        self.spread(dispatch, run.supernet.search_space, identity(run))
         (self.folder / ANSWERS_FILE).unlink(missing_ok=True)
         return dispatch.records
+
+    def spread(self, dispatch: Dispatch[Any], space: Any, identity: Mapping[str, Any]) -> None:
+        """Have all candidates of a dispatch measured.
+
+        Args:
+            dispatch: The candidates.
+            space: Of the candidates.
+            identity: What workers must have in common with the search.
+
+        Raises:
+            ConfigError: NNI refuses the experiment file.
+            RuntimeError: NNI's manager has ended, or a worker is not this search's.
+            OSError: The history cannot be written to.
+        """
+        if dispatch.finished:
+            return
+        settings = experiment_of(self.folder, self.service, self.workers, nni_search_space(space))
+        with _manager(self.folder / FOLDER, settings) as url:
+            advisor = Advisor(dispatch, space, identity, url)
+            advisor.on_finished = advisor.leave
+            try:
+                advisor.run()
+                if not dispatch.finished:
+                    raise ConnectionAbortedError("NNI has ended the experiment")
+            finally:
+                advisor.leave()
+                with contextlib.suppress(OSError):
+                    end_workers(slots_folder(self.folder, os.environ.get("CUDA_VISIBLE_DEVICES")))
 
 
 def experiment_of(folder: Path, service: str, workers: int, search_space: Any) -> ExperimentConfig:

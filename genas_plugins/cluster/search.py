@@ -53,7 +53,7 @@ class ClusterRun:
         self._data_root = data_root
         self._began = time.time()
         run = TrainedRun.open(folder)
-        self.experiment = run.experiment
+        self.experiment, self.supernet = run.experiment, run.supernet
         search = run.experiment.search
         if search.racing is not None:
             raise config.ConfigError(

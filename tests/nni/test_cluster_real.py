@@ -162,6 +162,29 @@ def test_a_search_by_our_own_file_on_two_workers(finished, folder_at, environmen
     assert _processes(tmp_path) == []
 
 
+PYTHON = """
+import sys
+from nni.nas.experiment import NasExperiment
+from nni.nas.experiment.config import NasExperimentConfig
+from nni_strategy import ClusterGeNAS, FlatnessEvaluator, NasBench201Space
+
+run, folder = sys.argv[1:]
+settings = NasExperimentConfig("sequential", "simplified", experiment_working_directory=folder)
+experiment = NasExperiment(NasBench201Space(), FlatnessEvaluator(run), ClusterGeNAS(workers=2), settings)
+experiment.run()
+print([model.metrics.final for model in experiment.strategy.list_models(limit=5)])
+"""
+
+
+@slow
+def test_nnis_python_searches_as_one_process(trained, finished, folder_at, environment, tmp_path):
+    command = [sys.executable, "-c", PYTHON, trained, tmp_path / "nas"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    folder_at(trained).assert_same(finished)
+    assert json.loads(done.stdout.splitlines()[-1]) == [found["score"] for found in finished.winner["top"]]
+
+
 @slow
 def test_a_tuner_of_nnis_own(trained, environment, tmp_path):
     port = _free_port()

@@ -15,6 +15,7 @@ from pathlib import Path
 import cloudpickle
 import nni
 import pytest
+import torch
 from nni.runtime.tuner_command_channel import CommandType
 
 from genas_plugins.cluster.identity import StrangeWorkerError
@@ -23,7 +24,9 @@ from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.scoring import Measurement
 from genas_plugins.search import Dispatch, Evolution, run_search
 from genas_plugins.spaces import DartsSearchSpace, NasBench201SearchSpace
+from nni_strategy import ClusterGeNAS, DartsSpace, FlatnessEvaluator, NasBench201Space
 from nni_strategy import tuner as tuner_module
+from nni_strategy.service import NniService
 from nni_strategy.tuner import Advisor, GenasTuner
 
 SETTINGS = {"population": 10, "generations": 4, "parents": 3, "mutants": 4, "crossovers": 4, "seed": 3}
@@ -304,6 +307,40 @@ def test_what_cannot_be_searched_is_refused_in_a_sentence(trained, tuner_of, mon
     with pytest.raises(error, match=message):
         tuner_of("run" if error is ValueError else str(trained))
     assert len(told) == 1
+
+
+def experiment_on(folder, space, tmp_path, strategy):
+    from nni.nas.experiment import NasExperiment
+    from nni.nas.experiment.config import NasExperimentConfig
+
+    settings = NasExperimentConfig("sequential", "simplified", experiment_working_directory=str(tmp_path / "nni"))
+    return NasExperiment(space, FlatnessEvaluator(str(folder)), strategy, settings)
+
+
+def test_a_multi_trial_strategy_searches_a_trained_supernet(
+    trained, finished, folder_at, tmp_path, monkeypatch, nothing_in_the_home_folder
+):
+    def spread(self, dispatch, space, identity):
+        # Without NNI's manager, which the slow tests start.
+        scorer = Scorer.from_run(self.folder)
+        while (task := dispatch.take()) is not None:
+            dispatch.answer(task.index, {"status": "ok", **scorer.measure(space.from_json(task.candidate)).to_dict()})
+
+    monkeypatch.setattr(NniService, "spread", spread)
+    strategy = ClusterGeNAS(workers=2)
+    experiment = experiment_on(trained, NasBench201Space(), tmp_path, strategy)
+    experiment.start()
+    experiment.stop()
+    folder_at(trained).assert_same(finished)
+    best = list(strategy.list_models(limit=5))
+    assert [model.metrics.final for model in best] == [found["score"] for found in finished.winner["top"]]
+    # The best one's network with the supernet's weights.
+    network = best[0].executable_model()
+    assert network(torch.zeros(2, 3, 8, 8)).shape == (2, 10)
+    experiment = experiment_on(trained, DartsSpace(), tmp_path, ClusterGeNAS())
+    with pytest.raises(ValueError, match="is one of NasBench201Space"):
+        experiment.start()
+    experiment.stop()
 
 
 def test_a_history_of_other_weights_is_refused(trained, finished, tuner_of, monkeypatch):
