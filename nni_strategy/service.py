@@ -27,7 +27,7 @@ from genas_plugins.cluster.slots import end_workers, slots_folder
 from genas_plugins.experiment import config
 from genas_plugins.experiment.run_folder import HISTORY_FILE, TrainedRun
 from genas_plugins.files import write_text
-from genas_plugins.search import Dispatch, Evolution, History, JsonLines, Record, SharedSearch
+from genas_plugins.search import Dispatch, Evolution, History, JsonLines, Record
 from genas_plugins.search.dispatch import ANSWERS_FILE
 from nni_strategy.nnictl import keep_to_loopback
 from nni_strategy.tuner import Advisor
@@ -68,22 +68,17 @@ class NniService:
         history: History,
         on_record: Callable[[Record], None] | None = None,
         race: Any = None,
-        shared: SharedSearch | None = None,
+        shared: Any = None,
         in_flight: Any = None,
         on_generation: Callable[[list[Record]], None] | None = None,
     ) -> list[Record]:
-        """Search; ``measure``, ``race`` and ``in_flight`` are not used.
+        """Search; ``measure``, ``race``, ``shared`` and ``in_flight`` are not used.
 
         Raises:
-            ConfigError: Several processes share the search, or NNI refuses the experiment file.
+            ConfigError: NNI refuses the experiment file.
             RuntimeError: NNI's manager has ended, or a worker is not this search's.
             HistoryError: See :class:`genas_plugins.search.Dispatch`.
         """
-        if shared is not None:
-            raise config.ConfigError(
-                "A search on a service is driven by one process: train with --train-only, and resume with "
-                "training.devices=1."
-            )
         # It begins when training has ended.
         (self.folder / HISTORY_FILE).touch()
         run = TrainedRun.open(self.folder)

@@ -261,6 +261,11 @@ class GeNAS(UniformPaths):
                 in_flight=flight_of(self.in_flight, self.paths, device, recalibration, validation),
             )
             shared = SharedSearch.current()
+            if self.elsewhere is not None and shared is not None:
+                # The first process drives the workers; the others have trained, and are not waited for.
+                if shared.rank:
+                    return
+                shared = None
             image, _ = next(iter(validation))
             self._evolution.space = self._costed(device, image[0], shared)
             # A generation that was cut off is measured anew.
