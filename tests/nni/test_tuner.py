@@ -353,11 +353,13 @@ def test_a_history_of_other_weights_is_refused(trained, finished, tuner_of, monk
         tuner_of(str(trained))
 
 
-def test_a_tuner_connects_before_it_imports_what_takes_time():
+def test_a_tuner_connects_before_it_imports_what_takes_time(tmp_path):
     # NNI waits ten seconds for it.
     code = "import sys, nni_strategy.tuner; print({'torch', 'pytorch_lightning'} & set(sys.modules))"
     environment = {**os.environ, "SDK_PROCESS": "dispatcher", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    # It writes a log where it is.
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == "set()"
 
 
