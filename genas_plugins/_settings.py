@@ -7,6 +7,7 @@ a number, and so is ``1e-3``, which YAML reads as text for want of a dot.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
@@ -23,7 +24,7 @@ from genas_plugins.files import packaged_configs
 
 __all__ = [
     *("Dotless", "ImageCount", "Listed", "Real", "Reals"),
-    *("checked", "find_file", "read_file", "schema_of", "settings"),
+    *("checked", "find_file", "meanings", "read_file", "schema_of", "settings"),
 ]
 
 _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
@@ -55,6 +56,7 @@ def settings(error: type[ValueError]) -> Callable[[type[T]], type[T]]:
 
     def decorate(kind: type[T]) -> type[T]:
         kind.__get_pydantic_core_schema__ = classmethod(_taking_plain_data)  # type: ignore[attr-defined]
+        kind.__get_pydantic_json_schema__ = classmethod(_with_meanings)  # type: ignore[attr-defined]
         kind = dataclass(kind, frozen=True, kw_only=True, config=_CONFIG)
         make = kind.__init__
 
@@ -75,6 +77,28 @@ def _taking_plain_data(kind: type, source: Any, handler: Any) -> Any:
     schema = handler(source)
     handler.resolve_ref_schema(schema)["strict"] = False
     return schema
+
+
+def _with_meanings(kind: type, schema: Any, handler: Any) -> Any:
+    """The JSON schema of a section, in which each setting has its meaning."""
+    made = handler(schema)
+    told = meanings(kind)
+    for name, entry in handler.resolve_ref_schema(made)["properties"].items():
+        if name in told:
+            entry.setdefault("description", told[name])
+    return made
+
+
+def meanings(kind: type) -> dict[str, str]:
+    """What the docstrings of a type of settings, and of those that it is derived from, say of each setting."""
+    found: dict[str, str] = {}
+    for base in kind.__mro__:
+        # Not what a class without a docstring inherits.
+        text = inspect.cleandoc(base.__dict__.get("__doc__") or "")
+        for part in re.findall(r"^(?:Attributes|Args):\n((?:    .*\n?|\n)+)", text, re.MULTILINE):
+            for name, meaning in re.findall(r"^    (\w+): ((?:.|\n {5,})+)", part, re.MULTILINE):
+                found.setdefault(name, " ".join(meaning.split()))
+    return found
 
 
 def checked(kind: type[T], data: Any, error: type[ValueError], whole: str) -> T:

@@ -92,7 +92,14 @@ def check_sums(sums: Sequence[RankSum], settings: Sequence[Setting], training_fr
 
 @settings(config.ConfigError)
 class Column(config.Measured):
-    """A column: what a score measures, on how many images."""
+    """A column: what a score measures, on how many images.
+
+    Attributes:
+        name: Name of the column.
+        images: Validation images to score on, the first ones; ``null`` for all.
+        recalibration_images: Training images for the statistics of batch normalisation; ``null`` for the run's.
+        neighbourhood: As the section of an experiment's score.
+    """
 
     name: str
     images: ImageCount | None = None
@@ -102,7 +109,12 @@ class Column(config.Measured):
 
 @settings(config.ConfigError)
 class Sum:
-    """A column that adds the ranks of others."""
+    """A column that adds the ranks of others.
+
+    Attributes:
+        name: Name of the column.
+        rank_sum: Names of the columns.
+    """
 
     name: str
     rank_sum: _Names
@@ -110,7 +122,12 @@ class Sum:
 
 @settings(config.ConfigError)
 class LogarithmicSum:
-    """A column that adds the logarithms of the ranks of others."""
+    """A column that adds the logarithms of the ranks of others.
+
+    Attributes:
+        name: Name of the column.
+        log_rank_sum: Names of the columns.
+    """
 
     name: str
     log_rank_sum: _Names

@@ -13,11 +13,12 @@ from pydantic import BeforeValidator, Field
 
 from genas_plugins._messages import one_line, shown
 from genas_plugins._reading import ReadingError, parse_yaml
-from genas_plugins._settings import Dotless, ImageCount, Listed, Real, Reals, checked, find_file, read_file, settings
+from genas_plugins._settings import Dotless, Listed, Real, Reals, checked, find_file, read_file, settings
 from genas_plugins.checks import MOST, MOST_IMAGES, MOST_SEED
 from genas_plugins.darts.network import MAX_CELLS, MAX_CHANNELS, MAX_CLASSES
 from genas_plugins.experiment.costs import COSTS, Counted
 from genas_plugins.experiment.neighbours import NO_RACE
+from genas_plugins.experiment.sections import ConfigError, Data, Space, Training
 from genas_plugins.files import packaged_configs
 from genas_plugins.scoring import METRICS, CombinedScore, NeighbourhoodScore, Recalibration
 from genas_plugins.scoring.neighbourhood import AGGREGATES
@@ -25,8 +26,7 @@ from genas_plugins.search import InFlight
 from genas_plugins.search.budget import Limits, amount
 from genas_plugins.search.pareto import check_objectives, evolution_for
 from genas_plugins.search.racing import check_confidence
-from genas_plugins.spaces import OWN_SPACES, find_space
-from genas_plugins.training.rates import final_rate
+from genas_plugins.spaces import find_space
 
 __all__ = [
     *("ConfigError", "Experiment", "Measured"),
@@ -38,92 +38,6 @@ _Cells = Annotated[int, Field(ge=1, le=MAX_CELLS)]
 _Pixels = Annotated[int, Field(ge=1, le=16_384)]
 _Processes = Annotated[int, Field(ge=1, le=1_024)]
 _Rate = Annotated[float, Field(gt=0, le=1e3), Dotless]
-
-
-class ConfigError(ValueError):
-    """An experiment file, or a ``--set`` on the command line, says something that cannot be run."""
-
-
-@settings(ConfigError)
-class Space:
-    """The supernet: ``init_channels`` and the numbers of cells of the official supernets by default.
-
-    ``num_cells`` and ``stem`` are of the DARTS space, ``cells_per_stage`` and ``affine`` are of NAS-Bench-201; without
-    ``affine`` the batch normalisation of its cells has no weight and bias, as in the supernet of RLNAS. A space that
-    another package registers (:mod:`genas_plugins.spaces`) has its settings in ``arguments``.
-    """
-
-    name: Annotated[str, Field(examples=["darts", "nasbench201"])] = "darts"
-    init_channels: Annotated[int, Field(ge=1, le=MAX_CHANNELS)] = 16
-    num_cells: _Cells = 8
-    stem: Literal["cifar", "imagenet"] = "cifar"
-    cells_per_stage: _Cells = 5
-    affine: bool = True
-    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.arguments and self.name in OWN_SPACES:
-            raise ValueError(f"{self.name} has settings of its own instead of arguments, got {shown(self.arguments)}.")
-        # It checks what it reads.
-        find_space(self.name).supernet_arguments(1, self)
-
-
-@settings(ConfigError)
-class Data:
-    """The images; see :func:`genas_plugins.datasets.load_search_data`. Sizes of ``null`` mean all there are."""
-
-    name: Literal["digits", "cifar10", "cifar100", "imagenet16-120", "image_folder"] = "digits"
-    root: str | None = None
-    download: bool = False
-    image_size: _Pixels | None = None
-    storage: Literal["memory", "disk"] = "memory"
-    train_images: ImageCount | None = None
-    validation_images: ImageCount | None = None
-    test_images: ImageCount | None = None
-    random_labels: bool = False
-    flip: bool = True
-    crop_padding: Annotated[int, Field(ge=0, le=1_024)] = 4
-
-
-@settings(ConfigError)
-class Training:
-    """The supernet recipe of the official code, and what Lightning's trainer is told.
-
-    A ``final_learning_rate`` of ``null`` is 0.001, or ``learning_rate`` if that is less. ``threads`` are those of
-    PyTorch on a CPU; ``null`` takes PyTorch's own number, usually that of the cores. ``logger`` is Lightning's, told of
-    the training and of each generation of the search.
-    """
-
-    epochs: _Count = 250
-    batch_size: _Count = 64
-    learning_rate: _Rate = 0.025
-    final_learning_rate: _Rate | None = None
-    momentum: Annotated[float, Field(ge=0, lt=1), Dotless] = 0.9
-    weight_decay: Annotated[float, Field(ge=0, le=100), Dotless] = 3e-4
-    gradient_clip: Annotated[float, Field(ge=0), Dotless] = 5.0
-    decay_unsampled: bool = True
-    precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true"] = "32-true"
-    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = "auto"
-    devices: _Processes | Literal["auto"] = 1
-    threads: _Processes | None = None
-    num_workers: Annotated[int, Field(ge=0, le=1_024)] = 0
-    checkpoint_every: _Count = 1
-    logger: Literal["csv", "tensorboard", "wandb", "mlflow"] = "csv"
-
-    def __post_init__(self) -> None:
-        if self.epochs % self.checkpoint_every:
-            raise ValueError(
-                f"checkpoint_every must divide epochs ({self.epochs}), so that the last epoch is saved, "
-                f"got {self.checkpoint_every}."
-            )
-        if self.final_learning_rate is None:
-            # As a number, which is what a run is stored and compared with.
-            object.__setattr__(self, "final_learning_rate", final_rate(self.learning_rate))
-        if self.final_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"final_learning_rate must be positive and at most learning_rate ({self.learning_rate}), "
-                f"got {self.final_learning_rate}."
-            )
 
 
 @settings(ConfigError)
@@ -147,6 +61,13 @@ class Neighbourhood:
     """How the scores of an architecture and of its neighbours are put together.
 
     See :class:`genas_plugins.scoring.NeighbourhoodScore`.
+
+    Attributes:
+        aggregate: What is made of the scores; ``mean-std`` is the mean less the standard deviation.
+        distance: Edits away that a neighbour is at most.
+        size: A seeded sample of so many neighbours; ``null`` takes all.
+        include_self: Whether the architecture counts as one of its neighbourhood.
+        inputs: Whether neighbours may have inputs moved too.
     """
 
     aggregate: Literal[AGGREGATES] = "mean"
@@ -167,8 +88,12 @@ class Neighbourhood:
 class Score(Measured):
     """The metric; see :class:`genas_plugins.scoring.CombinedScore`.
 
-    ``recalibration_images`` of ``null`` are 850, or all of the train half if it has fewer. With a ``neighbourhood``, an
-    architecture's score is put together from its own and those of its neighbours.
+    Attributes:
+        neighbourhood: With it an architecture's score is put together from its own and those of its neighbours.
+        recalibration_images: Training images for the statistics of batch normalisation; ``null`` is 850, or all of the
+            train half if it has fewer, and 0 keeps the supernet's.
+        recalibration_batch_size: Images of a batch of them.
+        batch_size: Validation images of a pass; ``null`` is 64 on a CPU and 2,048 on a GPU, halved where memory lacks.
     """
 
     neighbourhood: Neighbourhood | None = None
@@ -205,7 +130,12 @@ _Amount = Annotated[float | None, BeforeValidator(lambda value: None if value is
 
 @settings(ConfigError)
 class Limit(Limits):
-    """From where to where a cost may be, both ends included, ``null`` for any; an amount alone is the most."""
+    """From where to where a cost may be, both ends included; an amount alone is the most.
+
+    Attributes:
+        min: The least; ``null`` for any.
+        max: The most; ``null`` for any.
+    """
 
     min: _Amount = None
     max: _Amount = None
@@ -218,8 +148,10 @@ _Limit = Annotated[Limit, BeforeValidator(_limit), Field(json_schema_extra=_or_a
 class Constraints:
     """The budget of a search: what it proposes is within these limits.
 
-    ``params`` are parameters, ``macs`` multiply-adds of one image, as numbers or like ``600M``; ``latency`` is in
-    milliseconds on the device of the search.
+    Attributes:
+        params: Parameters, as a number or like ``4M``.
+        macs: Multiply-adds of one image, as a number or like ``600M``.
+        latency: Milliseconds on the device of the search.
     """
 
     params: _Limit = dataclasses.field(default_factory=Limit)
@@ -243,19 +175,26 @@ class CountedNetwork(Counted):
 class Search:
     """The evolution; see :class:`genas_plugins.search.Evolution`.
 
-    With two or more ``objectives`` it is :class:`genas_plugins.search.ParetoEvolution`. ``parents`` of ``null`` are 10,
-    and as many as the population where there are objectives. ``constraints``, and objectives such as ``macs``, are
-    those of the network that ``counted`` says.
-
-    ``mutants`` and ``crossovers`` of ``null`` are half of the population each, the paper's 25 of 50. ``evaluations``,
-    in place of ``generations``, are the measurements that the search may take, neighbours' included. ``racing`` is a
-    confidence such as 0.999, with which candidates that cannot be parents are not measured on all images
-    (:mod:`genas_plugins.search.racing`); ``null`` measures them on all. Each device measures ``in_flight`` candidates
-    at a time; ``null`` is as many as PyTorch has threads on a CPU, with one thread each, and 1 on a GPU.
-
-    ``service`` of ``local`` has NNI's engine spread the candidates over ``workers`` processes of this machine, one on
-    each GPU where there are any; another service is that of an experiment file of NNI, whose path it is
-    (``docs/cluster.md``).
+    Attributes:
+        population: Candidates a generation.
+        generations: Generations, the random first one included.
+        parents: The best so far that mutate and cross; ``null`` is 10, or the population where there are objectives.
+        mutants: Mutants a generation; ``null`` is half of the population, the paper's 25 of 50.
+        crossovers: Crossovers a generation; ``null`` is half of the population.
+        mutation_probability: Probability that an edge is drawn anew.
+        evaluations: In place of ``generations``, the measurements that the search may take, neighbours' included.
+        racing: A confidence such as 0.999, with which candidates that cannot be parents are not measured on all images
+            (:mod:`genas_plugins.search.racing`); ``null`` measures them on all.
+        in_flight: Candidates that each device measures at a time; ``null`` is as many as PyTorch has threads on a CPU,
+            with one thread each, and 1 on a GPU.
+        constraints: The budget: what the network that ``counted`` says may cost.
+        objectives: Two or more of ``score``, ``flatness``, ``angle``, ``accuracy``, ``params``, ``macs``, ``latency``
+            for a front (:class:`genas_plugins.search.ParetoEvolution`); empty goes by the score alone.
+        counted: Which network the costs are those of.
+        service: ``null`` measures here; ``local`` has NNI's engine spread the candidates over ``workers`` processes of
+            this machine, one on each GPU where there are any; another service is that of an experiment file of NNI,
+            whose path it is (``docs/cluster.md``).
+        workers: Processes of the service.
     """
 
     population: int = 50
@@ -295,7 +234,18 @@ class Search:
 
 @settings(ConfigError)
 class Experiment:
-    """One search: data, supernet, training, score and evolution, under one seed."""
+    """One search: data, supernet, training, score and evolution, under one seed.
+
+    Attributes:
+        seed: Of everything: initial weights, split, paths, noise, evolution.
+        deterministic: Ask PyTorch for deterministic kernels. On a CPU they are, with one number of threads; on a GPU
+            two trainings from one seed otherwise agree up to rounding that grows from step to step.
+        space: The supernet.
+        data: The images.
+        training: How the supernet is trained.
+        score: What architectures are compared by.
+        search: The evolution.
+    """
 
     seed: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
     deterministic: bool = False

@@ -1,7 +1,7 @@
 """A space in one file: how many times a picture is blurred before a linear classifier sees it.
 
-What CONTRIBUTING.md describes, whole: the space, its supernet and its subnets. Blurred often enough, all digits look
-the same, so that the best of the 16 candidates by accuracy blurs least.
+What CONTRIBUTING.md and docs/howto/new-space.md describe, whole: the space, its supernet and its subnets. Blurred often
+enough, all digits look the same, so that the best of the 16 candidates by accuracy blurs least.
 """
 
 from __future__ import annotations

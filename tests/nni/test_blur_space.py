@@ -1,4 +1,4 @@
-"""A space that another package registers, in one file of its own: CONTRIBUTING.md's "Adding a space"."""
+"""A space that another package registers, in one file of its own: examples/blur_space."""
 
 from __future__ import annotations
 
@@ -9,42 +9,32 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from genas_plugins import spaces
 from genas_plugins.checkpoints import load_supernet
 from genas_plugins.datasets import load_search_data
 
-SPACE = Path(__file__).parents[1] / "core" / "toy_space.py"
-EXPERIMENT: dict[str, Any] = {
-    "seed": 2,
-    "space": {"name": "blur", "arguments": {"pixels": 8}},
-    "data": {"name": "digits", "flip": False, "crop_padding": 0},
-    "training": {"epochs": 3, "batch_size": 32, "learning_rate": 0.05, "accelerator": "cpu", "threads": 1},
-    "score": {"metric": "accuracy", "recalibration_images": 0},
-    "search": {"population": 8, "generations": 4, "parents": 2, "mutants": 3, "crossovers": 2},
-}
+SPACE = Path(__file__).parents[2] / "examples" / "blur_space" / "blur_space.py"
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the space and its entry point, as pip would leave them."""
     folder = tmp_path_factory.mktemp("site")
-    (folder / "toy_space.py").write_text(SPACE.read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / "blur_space.py").write_text(SPACE.read_text(encoding="utf-8"), encoding="utf-8")
     told = folder / "toy_space-1.0.dist-info"
     told.mkdir()
     (told / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-space\nVersion: 1.0\n")
-    (told / "entry_points.txt").write_text(f"[{spaces.GROUP}]\nblur = toy_space:BlurSpace\ndarts = nothing:There\n")
+    (told / "entry_points.txt").write_text(f"[{spaces.GROUP}]\nblur = blur_space:BlurSpace\ndarts = nothing:There\n")
     return folder
 
 
 def test_genas_search_finds_the_optimum_of_a_registered_space(
     installed: Path, genas: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "blur.yaml").write_text(yaml.safe_dump(EXPERIMENT))
     before = f"import sys; sys.path.insert(0, {str(installed)!r})"
     run = tmp_path / "run"
-    done = genas("search", "--config", tmp_path / "blur.yaml", "--output", run, before=before, pictures=False)
+    done = genas("search", "--config", SPACE.with_name("blur.yaml"), "--output", run, before=before, pictures=False)
     assert done.status == 0, done.stderr
     scores = {r["candidate"]: r["score"] for r in map(json.loads, (run / "history.jsonl").read_text().splitlines())}
     # The evolution proposes nothing twice, and ends when the space has nothing new.
