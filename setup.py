@@ -88,6 +88,17 @@ EXTRAS: dict[str, list[str]] = {
 }
 # Not the fork: it would overwrite files of mmseg's.
 EXTRAS["all"] = sorted({requirement for name, extra in EXTRAS.items() if name != "onedl" for requirement in extra})
+# The site, the tutorial's notebook, and what CI looks at a release with.
+EXTRAS["docs"] = [
+    "mkdocs>=1.6",
+    "mkdocs-material>=9.6",
+    "mkdocstrings[python]>=1.0",
+    "matplotlib>=3.6",
+    "nbclient>=0.10",
+    "ipykernel>=6.29",
+    "build>=1.2",
+    "twine>=6",
+]
 EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.5", "ruff", "psutil", "jsonschema>=4.18"]
 
 setup(

@@ -13,6 +13,7 @@ import os
 import re
 import runpy
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,16 @@ def _help(name: str) -> str:
     told, stderr = io.StringIO(), io.StringIO()
     environment = mock.patch.dict(os.environ, {"COLUMNS": "100", "NO_COLOR": "1"})
     line = mock.patch.object(sys, "argv", [program, *rest, "--help"])
-    with environment, line, contextlib.redirect_stdout(told), contextlib.redirect_stderr(stderr):
+    with (
+        warnings.catch_warnings(),
+        environment,
+        line,
+        contextlib.redirect_stdout(told),
+        contextlib.redirect_stderr(stderr),
+    ):
         try:
+            # A program whose package has imported it already is run anew, of which runpy warns.
+            warnings.simplefilter("ignore", RuntimeWarning)
             if program == "genas":
                 importlib.import_module("genas_plugins.cli").main([*rest, "--help"])
             else:

@@ -13,6 +13,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ FIRST_USE = {
         "plot_cells(ZOO['genas_flatness_c10'].genotype, 'cells.svg')"
     ),
     "all": "import nni_strategy, timm_models, mmseg_backbones, nats_bench, matplotlib, fvcore.nn",
+    "docs": "import mkdocs, material, mkdocstrings_handlers.python, nbclient, ipykernel, build, twine",
     "test": "import pytest, xdist, psutil, jsonschema",
 }
 
@@ -75,9 +77,25 @@ def test_the_pythons_are_the_same_wherever_they_are_listed(packaging):
     assert packaging["python_requires"] == f">={PYTHONS[0]}"
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
     assert workflow["jobs"]["tests"]["strategy"]["matrix"]["python"] == PYTHONS
+    steps = " ".join(str(step) for step in workflow["jobs"]["tests"]["steps"])
+    assert "bash .ci/run" in steps and "matrix.python" in steps
     oldest, newest = PYTHONS[0], PYTHONS[-1]
     assert f"Python {oldest} to {newest}" in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()[0]
     assert f'target-version = "py{oldest.replace(".", "")}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_what_is_said_of_the_repository_agrees(packaging):
+    pinned = re.search(r"^ruff==(.+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    before_commits = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    hooks = before_commits["repos"][0]["hooks"]
+    assert [hook["entry"].split(" --")[0] for hook in hooks] == ["ruff check", "ruff format"]
+    assert all(hook["additional_dependencies"] == [f"ruff=={pinned}"] for hook in hooks)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], citation["license"]) == (packaging["version"], packaging["license"])
+    assert "arXiv:2305.08611" in str(citation["preferred-citation"])
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert path.stem == "config" or all(part["attributes"]["label"] for part in form["body"]), path
 
 
 def test_every_extra_is_tried_alone_and_what_needs_pkg_resources_asks_for_it(packaging):
@@ -200,6 +218,21 @@ def test_each_extra_alone_with_the_newest_of_everything_can_be_used(
 ) -> None:
     environment.install(f"{source}[{extra}]")
     environment.run(environment.python, "-c", FIRST_USE[extra])
+
+
+@pytest.mark.slow  # Downloads and installs PyTorch.
+def test_the_source_distribution_installs_and_passes_the_core_tests(environment: Environment, tmp_path: Path) -> None:
+    # From a copy: building writes into its folder.
+    left_out = shutil.ignore_patterns("__pycache__", ".git", ".*_cache", "build", "dist", "*.egg-info", "runs", "data")
+    shutil.copytree(ROOT, tmp_path / "checkout", ignore=left_out)
+    environment.run(sys.executable, "-m", "build", "--sdist", "--outdir", str(tmp_path), str(tmp_path / "checkout"))
+    (made,) = tmp_path.glob("genas_plugins-*.tar.gz")
+    with tarfile.open(made) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (source,) = (tmp_path / "unpacked").iterdir()
+    environment.install(f"{made}[plots,test]")
+    command = [environment.python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "--rootdir", str(source)]
+    assert " passed" in environment.run(*command, "-c", str(source / "pyproject.toml"), str(source / "tests" / "core"))
 
 
 RETAGGED_SEARCH = """
