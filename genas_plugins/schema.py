@@ -3,6 +3,7 @@
 Those of the files that come with the package are in ``configs/schemas``, and the files name them in their first lines.
 """
 
+import argparse
 import importlib
 import json
 import re
@@ -25,4 +26,6 @@ def schema_text(place: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(schema_text(*sys.argv[1:]))
+    parser = argparse.ArgumentParser(description="Print the JSON schema of a file of settings, for editors.")
+    parser.add_argument("type", help="module and name, for instance genas_plugins.experiment.config:Experiment")
+    sys.stdout.write(schema_text(parser.parse_args().type))

@@ -17,7 +17,7 @@ import reference  # noqa: E402
 
 __all__ = ["on_config", "on_files", "on_nav", "on_page_markdown"]
 
-_TOP = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+_TOP = {"CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md"}
 _PAGES: dict[str, str] = {}
 
 

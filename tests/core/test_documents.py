@@ -34,6 +34,7 @@ _PROGRAMS = ("genas", "python", "python3.11", "torchrun", "pip", "pytest", "bash
 _WORDS = {"until", "while", "if", "do", "then", "!", "time"}
 _SILENT = {"done", "fi", "[", ":", "."}
 HOSTS = {
+    "genas_plugins": (),
     "genas search": ("nni", "pytorch_lightning"),
     "nni_strategy": ("nni", "pytorch_lightning"),
     "timm_models": ("timm",),
