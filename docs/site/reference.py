@@ -56,7 +56,8 @@ def _type(node: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
         if "$ref" in form:
             told.append("keys and values")
             continue
-        bounds = [f"{words} {form[name]:,}" for name, words in _BOUNDS.items() if name in form]
+        # What no number of a file comes near is no bound to tell.
+        bounds = [f"{words} {form[name]:,}" for name, words in _BOUNDS.items() if abs(form.get(name, 2**63)) < 2**62]
         told.append(_described(form) + f" ({', '.join(bounds)})" * bool(bounds))
     return " or ".join(told)
 
@@ -134,7 +135,7 @@ def _help(name: str) -> str:
     """What a command prints when it is asked for help."""
     program, *rest = name.split()
     told, stderr = io.StringIO(), io.StringIO()
-    environment = mock.patch.dict(os.environ, {"COLUMNS": "100", "NO_COLOR": "1"})
+    environment = mock.patch.dict(os.environ, {"COLUMNS": "84", "NO_COLOR": "1"})
     line = mock.patch.object(sys, "argv", [program, *rest, "--help"])
     with (
         warnings.catch_warnings(),
@@ -165,9 +166,10 @@ def _examples(typed: str) -> list[str]:
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for block in re.findall(r"^```bash\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
-                line = re.sub(r" +", " ", re.sub(r"\s+#.*", "", line)).strip()
-                if command.search(line) and line not in found:
-                    found.append(line)
+                for part in re.sub(r"\s+#.*", "", line).split(" && "):
+                    part = re.sub(r" +", " ", part).strip()
+                    if command.search(part) and part not in found:
+                        found.append(part)
     return found[:3]
 
 

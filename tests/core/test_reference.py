@@ -100,7 +100,7 @@ def test_every_command_and_option_is_there_with_an_example(reference: ModuleType
         options = [
             node.args[0].value
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("add_argument", "add_option"))
         ]
         assert options and [option for option in options if option not in told] == [], name
 
