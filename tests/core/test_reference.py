@@ -102,7 +102,8 @@ def test_every_command_and_option_is_there_with_an_example(reference: ModuleType
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("add_argument", "add_option"))
         ]
-        assert options and [option for option in options if option not in told] == [], name
+        assert [option for option in options if option.startswith("-") and option not in told] == [], name
+        assert "usage: genas" in told and len(told.splitlines()) > 5, name
 
 
 def test_every_package_has_a_page_with_all_that_it_exports(reference: ModuleType) -> None:
