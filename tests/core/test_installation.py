@@ -230,7 +230,7 @@ def test_the_source_distribution_installs_and_passes_the_core_tests(environment:
     with tarfile.open(made) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     (source,) = (tmp_path / "unpacked").iterdir()
-    environment.install(f"{made}[plots,test]")
+    environment.install(f"{made}[export,nni,plots,timm,test]")
     command = [environment.python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "--rootdir", str(source)]
     assert " passed" in environment.run(*command, "-c", str(source / "pyproject.toml"), str(source / "tests" / "core"))
 
