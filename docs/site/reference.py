@@ -127,6 +127,9 @@ def commands() -> dict[str, str]:
             if path.stem == "__main__" or '__name__ == "__main__"' not in path.read_text(encoding="utf-8"):
                 continue
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            if name.startswith("genas_plugins.cluster."):
+                # Started by the package itself; what people type is genas trial.
+                continue
             found[name] = f"python -m {name}"
     return found
 
