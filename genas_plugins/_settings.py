@@ -82,8 +82,9 @@ def _taking_plain_data(kind: type, source: Any, handler: Any) -> Any:
 def _with_meanings(kind: type, schema: Any, handler: Any) -> Any:
     """The JSON schema of a section, in which each setting has its meaning."""
     made = handler(schema)
-    told = meanings(kind)
-    for name, entry in handler.resolve_ref_schema(made)["properties"].items():
+    told, section = meanings(kind), handler.resolve_ref_schema(made)
+    section["description"] = section.get("description", "").partition("\n\nAttributes:")[0]
+    for name, entry in section["properties"].items():
         if name in told:
             entry.setdefault("description", told[name])
     return made

@@ -39,6 +39,10 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are no files."""
     for path, text in _PAGES.items():
         files.append(File.generated(config, path, content=text))
+    # Configurations that pages link to.
+    for path in sorted((ROOT / "configs").rglob("*")):
+        if path.is_file() and path.suffix != ".pyc":
+            files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
     return files
 
 
@@ -51,8 +55,8 @@ def on_nav(nav: Navigation, **_: Any) -> Navigation:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Have links to files of the top folder lead to their pages."""
+    """Have links to files of the top folder, and to configurations, lead to where the site has them."""
     up = "../" * page.file.src_uri.count("/")
     for name, target in _TOP.items():
         markdown = re.sub(rf"\]\((?:\.\./)+{name}", f"]({up}{target}", markdown)
-    return markdown
+    return re.sub(r"\]\((?:\.\./)+configs/", f"]({up}configs/", markdown)

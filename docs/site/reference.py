@@ -121,7 +121,8 @@ def settings_page(name: str) -> str:
 
 def commands() -> dict[str, str]:
     """What is typed, by the name of each command: subcommands of ``genas``, and modules that are programs."""
-    found = {f"genas {name}": f"genas {name}" for name in importlib.import_module("genas_plugins.cli").subcommands()}
+    subcommands = importlib.import_module("genas_plugins.cli").subcommands()
+    found = {f"genas {name}": f"genas {name}" for name in subcommands}
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             if path.stem == "__main__" or '__name__ == "__main__"' not in path.read_text(encoding="utf-8"):
@@ -162,18 +163,21 @@ def _help(name: str) -> str:
     return re.sub(r"^usage: \S+\.py", f"usage: python -m {program}", told.getvalue())
 
 
-def _examples(typed: str) -> list[str]:
-    """Lines of README and documents that use a command, the first three."""
-    found: list[str] = []
-    command = re.compile(rf"(?<![\w.]){re.escape(typed.removeprefix('python '))}(?=\s|$)")
+def _lines() -> Iterator[str]:
+    """Commands that documents type, and those in configurations."""
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for block in re.findall(r"^```bash\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
-                for part in re.sub(r"\s+#.*", "", line).split(" && "):
-                    part = re.sub(r" +", " ", part).strip()
-                    if command.search(part) and part not in found:
-                        found.append(part)
-    return found[:3]
+                yield from re.sub(r"\s+#.*", "", line).split(" && ")
+    for path in sorted((ROOT / "configs").rglob("*.yaml")):
+        yield from re.findall(r"^ *trialCommand: (.+?)(?: +#.*)?$", path.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def _examples(typed: str) -> list[str]:
+    """The first three different lines that use a command."""
+    command = re.compile(rf"(?<![\w.]){re.escape(typed.removeprefix('python '))}(?=\s|$)")
+    found = dict.fromkeys(re.sub(r" +", " ", line).strip() for line in _lines() if command.search(line))
+    return list(found)[:3]
 
 
 def command_pages() -> dict[str, str]:
@@ -202,7 +206,7 @@ def exported(path: Path) -> list[str]:
 def _defined(path: Path) -> dict[str, str]:
     """Where names of a file come from: the module of each that it imports."""
     found = {}
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
     return found

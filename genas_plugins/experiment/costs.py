@@ -41,10 +41,10 @@ class Counted:
         network: ``"trained"`` is the one that is trained after the search, of the size that the space or the following
             say; ``"searched"`` is as wide and as deep as the supernet, on images of the search. They are one in a space
             that does not say what is trained afterwards.
-        init_channels: This and the following: sizes; ``None`` for the space's.
-        num_cells: See the space.
-        cells_per_stage: See the space.
-        stem: See the space.
+        init_channels: Channels of its first cell; ``None``, here and in the following, for the space's.
+        num_cells: Its cells, in the space of DARTS.
+        cells_per_stage: Cells of each of its stages, in NAS-Bench-201.
+        stem: Its first layers, ``"cifar"`` or ``"imagenet"``, in the space of DARTS.
         num_classes: Outputs of the classifier.
         image_size: Height and width of the image in pixels.
         latency_batch: Images of the pass whose time is the latency.
