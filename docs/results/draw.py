@@ -71,7 +71,8 @@ def table(name: str, spec: Mapping[str, Any], folder: Path = HERE) -> str:
     """The lines of a table in Markdown, each with its end."""
     lines = [list(spec["columns"]), ["---"] * len(spec["columns"])]
     lines += [[filled(text, row) for text in spec["columns"].values()] for row in rows_of(name, spec, folder)]
-    return "".join(re.sub(r" +", " ", f"| {' | '.join(cells)} |\n") for cells in lines)
+    # A star is a star, and begins no italics.
+    return "".join(re.sub(r" +", " ", f"| {' | '.join(cells)} |\n").replace("*", "\\*") for cells in lines)
 
 
 def page_with_tables(text: str, tables: Mapping[str, Any], folder: Path = HERE) -> str:
@@ -145,7 +146,8 @@ def draw(name: str, spec: Mapping[str, Any], path: Path, folder: Path = HERE) ->
         axes = figure.subplots()
         _KINDS[spec["kind"]](axes, spec, rows)
         if len(spec["series"]) > 1 or "line" in spec or "floor" in spec:
-            axes.legend(loc="best", fontsize=8)
+            # Above, where it covers nothing.
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=8, borderaxespad=0.2)
         figure.tight_layout(pad=0.5)
     text = re.sub(r"[ \t]+$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     path.write_text(f"{text.rstrip()}\n<!-- {digest(spec, rows)} -->\n", encoding="utf-8")
