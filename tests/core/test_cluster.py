@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -176,12 +177,20 @@ def test_as_many_trials_score_as_there_are_places(tmp_path):
     assert max(map(len, most)) == 2 and all(len(set(taken)) == len(taken) for taken in most)
 
 
-def test_the_folder_of_workers_is_for_its_user_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+@pytest.fixture
+def short(monkeypatch):
+    """A folder of temporary files whose name leaves room for a socket's, as that of pytest may not."""
+    with tempfile.TemporaryDirectory(prefix="g", dir="/tmp") as folder:
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        yield folder
+
+
+def test_the_folder_of_workers_is_for_its_user_alone(tmp_path, short):
     run = tmp_path / "run"
     run.mkdir()
     (run / "supernet.ckpt").write_bytes(b"weights")
     folder = slots_folder(run)
+    assert str(folder.parent.parent) == short
     assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
     assert slots_folder(run) == folder != slots_folder(run, "1")
     (run / "supernet.ckpt").write_bytes(b"other weights")
@@ -237,8 +246,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def options(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def options(tmp_path, short):
     (tmp_path / "supernet.ckpt").write_bytes(b"weights")
     parser = argparse.ArgumentParser()
     trial.add(parser)
