@@ -7,7 +7,7 @@ of that part is at some distance from it; the distance of two candidates is the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -16,7 +16,7 @@ import numpy as np
 
 from genas_plugins.checks import check_count
 
-__all__ = ["Neighbourhood", "Parts", "distance", "parts_of"]
+__all__ = ["Neighbourhood", "Parts", "distance", "parts_of", "values_by_label"]
 
 Candidate = TypeVar("Candidate")
 _MOST_DISTANCE = 64
@@ -48,12 +48,21 @@ def parts_of(space: Any, candidate: Candidate, inputs: bool = False) -> Parts[Ca
     if hasattr(space, "parts"):
         return space.parts(candidate, inputs)
     sample = space.to_sample(candidate)
-    every = {
-        label: values if count == 1 else [list(chosen) for chosen in itertools.combinations(values, count)]
-        for label, (values, count) in space.choices.items()
-    }
+    every = values_by_label(space.choices)
     states = [((sample[label],), [v for v in values if v != sample[label]]) for label, values in every.items()]
     return Parts(states, lambda chosen: space.from_sample(dict(zip(every, chosen, strict=True))))
+
+
+def values_by_label(choices: Mapping[str, tuple[tuple[Any, ...], int]]) -> dict[str, list[Any]]:
+    """All that can be chosen by label; where several are chosen, lists of them.
+
+    Args:
+        choices: See :class:`genas_plugins.spaces.Space`.
+    """
+    return {
+        label: list(values if count == 1 else map(list, itertools.combinations(values, count)))
+        for label, (values, count) in choices.items()
+    }
 
 
 def distance(space: Any, first: Any, second: Any) -> int:

@@ -12,7 +12,7 @@ from nni.nas.strategy import Strategy
 from genas_plugins.cluster.search import ClusterRun
 from genas_plugins.search import Record
 from nni_strategy.evaluators import CombinedEvaluator
-from nni_strategy.export import PathModel
+from nni_strategy.export import ranked_models
 from nni_strategy.service import NniService
 from nni_strategy.space import space_around
 
@@ -84,10 +84,7 @@ class ClusterGeNAS(Strategy):
         """
         if not sort:
             raise ValueError("ClusterGeNAS lists models by score only; sort must be true.")
-        for candidate, score in self._best[:limit]:
-            model = PathModel.of(self._space, self._space.to_sample(candidate))
-            model.metrics.final = score
-            yield model
+        yield from ranked_models(self._space, self._space.to_sample, self._best[:limit])
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: all is in the run folder, with which an experiment goes on."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from genas_plugins._messages import listed
 from nni_strategy.samples import SampleSpace, SupernetPaths
 
-__all__ = ["FixedCell", "FixedStage", "PathModel", "build_network", "fixed_network"]
+__all__ = ["FixedCell", "FixedStage", "PathModel", "build_network", "fixed_network", "ranked_models"]
 
 _logger = logging.getLogger(__name__)
 
@@ -148,6 +148,22 @@ class PathModel(_WithWeights, SimplifiedModelSpace):
             model = _UntracedModel(supernet, None).freeze(sample)
         model.supernet = supernet
         return model
+
+
+def ranked_models(
+    space: ModelSpace, to_sample: Callable[[Any], dict[str, Any]], best: Iterable[tuple[Any, float]]
+) -> Iterator[ExecutableModelSpace]:
+    """Candidates as models, with their scores as metric.
+
+    Args:
+        space: The supernet.
+        to_sample: NNI's sample of a candidate.
+        best: Candidates and scores.
+    """
+    for candidate, score in best:
+        model = PathModel.of(space, to_sample(candidate))
+        model.metrics.final = score
+        yield model
 
 
 class _UntracedModel(_WithWeights, RawFormatModelSpace):

@@ -27,7 +27,7 @@ from genas_plugins.scoring.losses import Loss, loss_of_image
 from genas_plugins.search import Evolution, History, InFlight, Record, SharedSearch, run_search
 from genas_plugins.search.pareto import evolution_for
 from nni_strategy.batches import EvaluatorBatches, flight_of
-from nni_strategy.export import PathModel
+from nni_strategy.export import ranked_models
 from nni_strategy.loggers import SearchLog, loggers_of
 from nni_strategy.oneshot import UniformPathModule
 from nni_strategy.samples import SupernetPaths
@@ -334,10 +334,7 @@ class GeNAS(UniformPaths):
         best = self._evolution.best(limit)
         if limit is not None and len(best) < limit:
             _logger.warning("Only %d architectures were scored, but %d are asked for.", len(best), limit)
-        for candidate, score in best:
-            model = PathModel.of(self.supernet, self.paths.to_sample(candidate))
-            model.metrics.final = score
-            yield model
+        yield from ranked_models(self.supernet, self.paths.to_sample, best)
 
     def state_dict(self) -> dict[str, Any]:
         """Population, random state and records, beside the checkpoint that NNI remembers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 
 import torch
 
@@ -10,6 +11,7 @@ from genas_plugins.cli.shared import table
 from genas_plugins.counting import count_macs, count_parameters, fit_channels
 from genas_plugins.darts.network import CellNetwork
 from genas_plugins.darts.zoo import IMAGENET_CELLS, find_genotype
+from genas_plugins.search.budget import amount
 
 __all__ = ["add", "run"]
 
@@ -45,11 +47,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _amount(text: str) -> float:
     """``600M``, ``0.6G`` or ``6e8``."""
-    scale = {"K": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:].upper(), 1.0)
-    try:
-        amount = float(text if scale == 1.0 else text[:-1]) * scale
-    except ValueError:
-        amount = 0.0
-    if not 0.0 < amount < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number such as 600M, 0.6G or 6e8, got {text!r}")
-    return amount
+    with contextlib.suppress(ValueError):
+        if (found := amount(text)) > 0:
+            return found
+    raise argparse.ArgumentTypeError(f"expected a number such as 600M, 0.6G or 6e8, got {text!r}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import combinations
 from typing import Any
+
+from genas_plugins.neighbourhood import values_by_label
 
 __all__ = ["nni_search_space"]
 
@@ -20,7 +21,4 @@ def nni_search_space(space: Any) -> dict[str, dict[str, Any]]:
     Args:
         space: See :class:`genas_plugins.spaces.Space`.
     """
-    return {
-        label: {"_type": "choice", "_value": list(values if count == 1 else map(list, combinations(values, count)))}
-        for label, (values, count) in space.choices.items()
-    }
+    return {label: {"_type": "choice", "_value": values} for label, values in values_by_label(space.choices).items()}

@@ -22,7 +22,6 @@ from genas_plugins.locking import FolderInUseError, lock_folder
 from genas_plugins.scoring.paths import SubnetPaths
 from genas_plugins.search import Dispatch, History, JsonLines
 from genas_plugins.search.dispatch import ANSWERS_FILE
-from genas_plugins.search.pareto import evolution_for
 
 __all__ = ["ClusterRun"]
 
@@ -77,17 +76,7 @@ class ClusterRun:
             check_scores(history, run.experiment.score.build())
             if history.records:
                 check_weights(folder, history.weights, scored=True)
-            names = (
-                "population",
-                "generations",
-                "parents",
-                "mutants",
-                "crossovers",
-                "mutation_probability",
-                "evaluations",
-            )
-            settings = {name: getattr(search, name) for name in names}
-            evolution = evolution_for(search.objectives, None, seed=run.experiment.seed, **settings)
+            evolution = search.evolution(seed=run.experiment.seed)
             paths = SubnetPaths(run.supernet, run.initial)
             self.space = paths.search_space
             evolution.space = self._costed(run, paths, data.validation.images.shape[1:], history)
@@ -130,13 +119,10 @@ class ClusterRun:
 
     def _costed(self, run: TrainedRun, paths: SubnetPaths, shape: Any, history: History) -> Any:
         search = run.experiment.search
-        limits = vars(search.constraints)
-        if not search.objectives and all(limit.free for limit in limits.values()):
-            return paths.search_space
         metrics = run.experiment.score.build().metrics
-        budget = Budget(limits, search.objectives, None, search.counted, metrics)
+        budget = Budget(vars(search.constraints), search.objectives, None, search.counted, metrics)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return budget.space(paths, shape, device=device, memory={}, lines=history.beside(COSTS_FILE))
+        return budget.space(paths, shape, device=device, lines=history.beside(COSTS_FILE))
 
 
 def _check_writable(folder: Path) -> None:

@@ -22,7 +22,7 @@ from genas_plugins.experiment.sections import ConfigError, Data, Space, Training
 from genas_plugins.files import packaged_configs
 from genas_plugins.scoring import METRICS, CombinedScore, NeighbourhoodScore, Recalibration
 from genas_plugins.scoring.neighbourhood import AGGREGATES
-from genas_plugins.search import InFlight
+from genas_plugins.search import Evolution, InFlight
 from genas_plugins.search.budget import Limits, amount
 from genas_plugins.search.pareto import check_objectives, evolution_for
 from genas_plugins.search.racing import check_confidence
@@ -225,11 +225,15 @@ class Search:
             raise ValueError(
                 f"service must be local, or a YAML file of an experiment of NNI, got {shown(self.service)}."
             )
-        names = ("population", "generations", "parents", "mutants", "crossovers", "mutation_probability", "evaluations")
-        built = evolution_for(self.objectives, self.racing, **{name: getattr(self, name) for name in names})
+        built = self.evolution()
         # As numbers, which is what a run is stored and compared with.
         for name in ("parents", "mutants", "crossovers"):
             object.__setattr__(self, name, getattr(built, name))
+
+    def evolution(self, **more: Any) -> Evolution[Any]:
+        """The evolution of these settings, with a space that takes its place later, and more of its keywords."""
+        names = ("population", "generations", "parents", "mutants", "crossovers", "mutation_probability", "evaluations")
+        return evolution_for(self.objectives, self.racing, **{name: getattr(self, name) for name in names}, **more)
 
 
 @settings(ConfigError)

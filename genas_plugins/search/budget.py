@@ -17,7 +17,7 @@ __all__ = ["BudgetError", "CostedSpace", "Limits", "amount", "in_units"]
 
 Candidate = TypeVar("Candidate", bound=Hashable)
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9}
-_AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?)\s*([KMG]?)\s*", re.IGNORECASE | re.ASCII)
+_AMOUNT = re.compile(r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?)\s*([KMG]?)\s*", re.IGNORECASE | re.ASCII)
 
 
 class BudgetError(NoCandidateError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -193,6 +194,30 @@ def finished(genas: Genas, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     done = genas.search(folder, pictures=True).wait()
     assert done.status == 0, done.stderr
     return Folder(folder)
+
+
+@pytest.fixture
+def trained(finished: Folder, tmp_path: Path) -> Path:
+    """The tiny run, of which nothing was searched yet."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished.path, folder)
+    (folder / "history.jsonl").write_text("")
+    for name in ("architecture.json", "search.png", "loss_curves.png"):
+        (folder / name).unlink()
+    stored = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({"experiment": stored["experiment"]}))
+    return folder
+
+
+@pytest.fixture
+def digits_evaluator(tmp_path: Path) -> Any:
+    """Trains a supernet on a few digits for one epoch."""
+    from genas_plugins.datasets import load_search_data
+    from nni_strategy import supernet_evaluator
+
+    images = {"train_images": 64, "validation_images": 32, "test_images": 32, "recalibration_images": 32}
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "default_root_dir": tmp_path}
+    return supernet_evaluator(load_search_data("digits", **images, seed=0), 1, batch_size=32, **options)
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,9 @@ from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.hub.pytorch import NasBench201
 from nni.nas.space import RawFormatModelSpace
 
-from genas_plugins.datasets import load_search_data
 from genas_plugins.nasbench201 import EDGES, NasBench201Architecture, nasbench201_costs
 from genas_plugins.search import BudgetError
 from nni_strategy import GeNAS, NasBench201Space
-from nni_strategy.training import supernet_evaluator
 
 FRONT = ["search.objectives=[flatness,macs]", "search.population=6", "search.generations=3"]
 FRONT += ["search.mutants=3", "search.crossovers=2"]
@@ -85,22 +83,8 @@ def test_what_nothing_satisfies_is_refused_before_the_training(genas: Any, tmp_p
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-@pytest.fixture
-def evaluator(tmp_path: Path) -> Any:
-    images = {"train_images": 64, "validation_images": 32, "test_images": 32, "recalibration_images": 32}
-    return supernet_evaluator(
-        load_search_data("digits", **images, seed=0),
-        1,
-        batch_size=32,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        default_root_dir=tmp_path,
-    )
-
-
-def started(strategy: GeNAS, space: Any, evaluator: Any) -> GeNAS:
-    strategy.initialize(RawFormatModelSpace(space, evaluator), SequentialExecutionEngine())
+def started(strategy: GeNAS, space: Any, digits_evaluator: Any) -> GeNAS:
+    strategy.initialize(RawFormatModelSpace(space, digits_evaluator), SequentialExecutionEngine())
     strategy.run()
     return strategy
 
@@ -108,7 +92,7 @@ def started(strategy: GeNAS, space: Any, evaluator: Any) -> GeNAS:
 SMALL = {"population": 6, "generations": 2, "sigmas": (0.01, 0.02), "recalibration_images": 32, "device": "cpu"}
 
 
-def test_models_along_the_front_carry_the_supernets_weights(evaluator: Any) -> None:
+def test_models_along_the_front_carry_the_supernets_weights(digits_evaluator: Any) -> None:
     torch.manual_seed(0)
     strategy = GeNAS(
         **SMALL,
@@ -116,7 +100,7 @@ def test_models_along_the_front_carry_the_supernets_weights(evaluator: Any) -> N
         costs={"convolutions": lambda a: sum("conv" in name for name in a.operations)},
         constraints={"convolutions": (1, 4)},
     )
-    started(strategy, NasBench201Space(10, 4, 1), evaluator)
+    started(strategy, NasBench201Space(10, 4, 1), digits_evaluator)
     assert all(1 <= record.costs["convolutions"] <= 4 for record in strategy.records)
     front = strategy.evolution.front()
     models = list(strategy.list_models(limit=len(front)))
@@ -128,18 +112,18 @@ def test_models_along_the_front_carry_the_supernets_weights(evaluator: Any) -> N
             assert torch.equal(network(images), strategy.supernet.subnet(architecture).eval()(images))
     # A state that was taken remembers what was measured.
     again = GeNAS(**SMALL, objectives=("flatness", "macs"))
-    again.initialize(RawFormatModelSpace(NasBench201Space(10, 4, 1), evaluator), SequentialExecutionEngine())
+    again.initialize(RawFormatModelSpace(NasBench201Space(10, 4, 1), digits_evaluator), SequentialExecutionEngine())
     state = strategy.state_dict()
     assert {name for name, _, _ in state["measured"]} == {"convolutions"}
 
 
-def test_costs_of_ones_own_read_the_sample_of_a_space_of_nnis(evaluator: Any) -> None:
+def test_costs_of_ones_own_read_the_sample_of_a_space_of_nnis(digits_evaluator: Any) -> None:
     strategy = GeNAS(
         **SMALL,
         constraints={"skips": 1, "macs": (1, "1G")},
         costs={"skips": lambda sample: sum(name == "skip_connect" for name in sample.values())},
     )
-    started(strategy, NasBench201(4, 1, 10), evaluator)
+    started(strategy, NasBench201(4, 1, 10), digits_evaluator)
     for record in strategy.records:
         assert sum(name == "skip_connect" for name in record.candidate.values()) == record.costs["skips"] <= 1
         operations = [record.candidate[f"cell/{start}_{end}"] for start, end in EDGES]
@@ -162,8 +146,8 @@ def test_settings_that_cannot_be_are_refused_at_once(settings: dict[str, Any], t
         GeNAS(**settings)
 
 
-def test_a_budget_of_a_strategy_is_looked_at_before_its_training(evaluator: Any) -> None:
+def test_a_budget_of_a_strategy_is_looked_at_before_its_training(digits_evaluator: Any) -> None:
     strategy = GeNAS(**SMALL, constraints={"params": (None, 100)})
     with pytest.raises(BudgetError, match=r"params must be at most 100 and was"):
-        started(strategy, NasBench201Space(10, 4, 1), evaluator)
-    assert strategy.records == [] and evaluator.trainer.global_step == 0
+        started(strategy, NasBench201Space(10, 4, 1), digits_evaluator)
+    assert strategy.records == [] and digits_evaluator.trainer.global_step == 0

@@ -28,19 +28,6 @@ slow = pytest.mark.slow  # each starts NNI's manager, its tuner and two workers,
 
 
 @pytest.fixture
-def trained(finished, tmp_path):
-    """The tiny run before its search."""
-    folder = tmp_path / "run"
-    shutil.copytree(finished.path, folder)
-    (folder / "history.jsonl").write_text("")
-    for name in ("architecture.json", "search.png", "loss_curves.png"):
-        (folder / name).unlink()
-    stored = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({"experiment": stored["experiment"]}))
-    return folder
-
-
-@pytest.fixture
 def environment(tmp_path):
     """Of commands that write nothing into anybody's home."""
     for name in ("home", "tmp"):

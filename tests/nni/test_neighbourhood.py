@@ -15,14 +15,12 @@ from nni.nas.nn.pytorch import LayerChoice, ModelSpace
 from nni.nas.space import RawFormatModelSpace
 from torch import nn
 
-from genas_plugins.datasets import load_search_data
 from genas_plugins.experiment.scorer import Scorer
 from genas_plugins.nasbench201 import NasBench201Architecture
 from genas_plugins.neighbourhood import Neighbourhood, distance
 from genas_plugins.scoring import CombinedScore, NeighbourhoodScore
 from nni_strategy import CombinedEvaluator, GeNAS, NARandomSearch, NasBench201Space
 from nni_strategy.samples import SampleSpace
-from nni_strategy.training import supernet_evaluator
 
 NEAR = ("score.neighbourhood={aggregate: median, size: 3}", "score.metric=flatness")
 
@@ -116,27 +114,13 @@ def test_an_evaluator_reports_the_neighbourhood(searched: Path) -> None:
         CombinedEvaluator(searched, "flatness", neighbourhood={"aggregate": "most"})
 
 
-@pytest.fixture
-def evaluator(tmp_path: Path) -> Any:
-    images = {"train_images": 64, "validation_images": 32, "test_images": 32, "recalibration_images": 32}
-    return supernet_evaluator(
-        load_search_data("digits", **images, seed=0),
-        1,
-        batch_size=32,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        default_root_dir=tmp_path,
-    )
-
-
 @pytest.mark.parametrize("hub", [False, True])
-def test_random_search_spends_its_evaluations_on_neighbourhoods(hub: bool, evaluator: Any) -> None:
+def test_random_search_spends_its_evaluations_on_neighbourhoods(hub: bool, digits_evaluator: Any) -> None:
     strategy = NARandomSearch(
         evaluations=40, size=4, aggregate="min", metric="accuracy", recalibration_images=32, device="cpu", batch=3
     )
     space = NasBench201(4, 1, 10) if hub else NasBench201Space(10, 4, 1)
-    strategy.initialize(RawFormatModelSpace(space, evaluator), SequentialExecutionEngine())
+    strategy.initialize(RawFormatModelSpace(space, digits_evaluator), SequentialExecutionEngine())
     strategy.run()
     assert {record.origin for record in strategy.records} == {"random"}
     spent = sum(record.neighbourhood["new"] for record in strategy.records)
@@ -148,7 +132,7 @@ def test_random_search_spends_its_evaluations_on_neighbourhoods(hub: bool, evalu
     # A state that is read again knows what was measured.
     other = NARandomSearch(evaluations=40, size=4, aggregate="min", metric="accuracy", recalibration_images=32)
     again = NasBench201(4, 1, 10) if hub else NasBench201Space(10, 4, 1)
-    other.initialize(RawFormatModelSpace(again, evaluator), SequentialExecutionEngine())
+    other.initialize(RawFormatModelSpace(again, digits_evaluator), SequentialExecutionEngine())
     other.load_state_dict(json.loads(json.dumps(strategy.state_dict())))
     assert other._alone.keys() == strategy._alone.keys() and len(other._alone) == spent
 

@@ -6,7 +6,6 @@ import base64
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 from collections import deque
@@ -245,19 +244,6 @@ def test_choices_by_label_where_these_say_it_all():
         parameters = json.loads(json.dumps(advisor._parameters(task.candidate)))
         assert advisor._candidate(parameters) == task.candidate
         assert parameters.keys() == space.choices.keys() or parameters == {"architecture": task.candidate}
-
-
-@pytest.fixture
-def trained(finished, tmp_path):
-    """The tiny run, of which nothing was searched yet."""
-    folder = tmp_path / "run"
-    shutil.copytree(finished.path, folder)
-    (folder / "history.jsonl").write_text("")
-    for name in ("architecture.json", "search.png", "loss_curves.png"):
-        (folder / name).unlink()
-    stored = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({"experiment": stored["experiment"]}))
-    return folder
 
 
 @pytest.fixture
